@@ -1,0 +1,9 @@
+//! Mounts a Hugging Face checkpoint directory and shows it in another layout.
+//!
+//! The rooms, each importing only those before it:
+//! `tensor`, `codec`, `source`, `mapping`, `plan`, `read`, `view`, `fuse`, `daemon`, `cli`.
+
+#![deny(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod tensor;

@@ -1,0 +1,3 @@
+//! The `mount-ckpt` command.
+
+fn main() {}

@@ -1,0 +1,145 @@
+//! Element types as safetensors names them.
+
+use std::fmt;
+
+/// Element type of a stored tensor.
+///
+/// The names are those of a safetensors header (crate `safetensors` 0.8, `Dtype`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum DType {
+    Bool,
+    F4,
+    F6E2M3,
+    F6E3M2,
+    U8,
+    I8,
+    F8E5M2,
+    F8E4M3,
+    F8E8M0,
+    I16,
+    U16,
+    F16,
+    BF16,
+    I32,
+    U32,
+    F32,
+    C64,
+    F64,
+    I64,
+    U64,
+}
+
+impl DType {
+    const ALL: [(DType, &'static str, u32); 20] = [
+        (DType::Bool, "BOOL", 8),
+        (DType::F4, "F4", 4),
+        (DType::F6E2M3, "F6_E2M3", 6),
+        (DType::F6E3M2, "F6_E3M2", 6),
+        (DType::U8, "U8", 8),
+        (DType::I8, "I8", 8),
+        (DType::F8E5M2, "F8_E5M2", 8),
+        (DType::F8E4M3, "F8_E4M3", 8),
+        (DType::F8E8M0, "F8_E8M0", 8),
+        (DType::I16, "I16", 16),
+        (DType::U16, "U16", 16),
+        (DType::F16, "F16", 16),
+        (DType::BF16, "BF16", 16),
+        (DType::I32, "I32", 32),
+        (DType::U32, "U32", 32),
+        (DType::F32, "F32", 32),
+        (DType::C64, "C64", 64),
+        (DType::F64, "F64", 64),
+        (DType::I64, "I64", 64),
+        (DType::U64, "U64", 64),
+    ];
+
+    /// The type that a safetensors header calls `name`, or `None`.
+    pub fn parse(name: &str) -> Option<DType> {
+        Self::ALL.iter().find(|(_, n, _)| *n == name).map(|(d, _, _)| *d)
+    }
+
+    /// The name that a safetensors header uses.
+    pub fn name(self) -> &'static str {
+        Self::ALL[self as usize].1
+    }
+
+    /// Bits of one element.
+    pub fn bits(self) -> u32 {
+        Self::ALL[self as usize].2
+    }
+
+    /// Whether the type is one that the view may cast to the output dtype: BF16, F16 or F32.
+    pub fn as_float(self) -> Option<Float> {
+        match self {
+            DType::BF16 => Some(Float::BF16),
+            DType::F16 => Some(Float::F16),
+            DType::F32 => Some(Float::F32),
+            DType::Bool
+            | DType::F4
+            | DType::F6E2M3
+            | DType::F6E3M2
+            | DType::U8
+            | DType::I8
+            | DType::F8E5M2
+            | DType::F8E4M3
+            | DType::F8E8M0
+            | DType::I16
+            | DType::U16
+            | DType::I32
+            | DType::U32
+            | DType::C64
+            | DType::F64
+            | DType::I64
+            | DType::U64 => None,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// The floating-point types that decoded tensors may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum Float {
+    BF16,
+    F16,
+    F32,
+}
+
+impl Float {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Float::BF16 | Float::F16 => 2,
+            Float::F32 => 4,
+        }
+    }
+
+    /// The same type as a [`DType`].
+    pub fn dtype(self) -> DType {
+        match self {
+            Float::BF16 => DType::BF16,
+            Float::F16 => DType::F16,
+            Float::F32 => DType::F32,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn table_is_in_declaration_order() {
+        for (i, (dtype, name, _)) in DType::ALL.iter().enumerate() {
+            assert_eq!(*dtype as usize, i, "{name}");
+            assert_eq!(DType::parse(name), Some(*dtype));
+        }
+        assert_eq!(DType::parse("F8"), None);
+    }
+}

@@ -1,0 +1,11 @@
+//! Element types, shapes and the affine maps between boxes of two tensors.
+//!
+//! Pure arithmetic: nothing here reads a file, decodes a byte or knows a name.
+
+mod boxmap;
+mod dtype;
+mod shape;
+
+pub use boxmap::{Axis, BoxMap, coalesce};
+pub use dtype::{DType, Float};
+pub use shape::Shape;
