@@ -6,4 +6,6 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod codec;
+pub mod mapping;
 pub mod tensor;

@@ -1,0 +1,236 @@
+//! Geometry of the quantization schemes: which stored shapes make which matrix, and which scale
+//! serves which element. Arithmetic only; the bytes are decoded elsewhere.
+//!
+//! A matrix is seen as rows of its last axis: `[experts, out, in]` has `experts * out` rows.
+
+use super::{Code, ScaleCode};
+use crate::tensor::{DType, Shape};
+
+/// How a quantized matrix is stored as payload and scale tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scheme {
+    /// F8_E4M3 payload of the matrix's shape, a scale for each block of rows and columns.
+    Fp8,
+    /// E2M1 codes, two a byte (I8, U8 or F4), a scale for each row and group of columns.
+    Fp4,
+    /// 4-bit integers plus 8, eight an int32 (`pack-quantized` of compressed-tensors), a scale for
+    /// each row and group of columns.
+    Int4,
+    /// E2M1 codes in blocks `[…, rows, cols / 32, 16]` U8 with E8M0 scales `[…, rows, cols / 32]`
+    /// (gpt-oss's MXFP4).
+    Mxfp4,
+}
+
+/// Scales of one matrix: a grid of `rows` by `cols` scales for each plane of the matrix, a plane
+/// being `plane_rows` of its rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScaleGrid {
+    /// Rows and columns that one scale serves.
+    pub block: [u64; 2],
+    /// Matrix rows after which the grid starts anew.
+    pub plane_rows: u64,
+    /// Scale rows of a plane.
+    pub rows: u64,
+    /// Scales in a scale row.
+    pub cols: u64,
+}
+
+impl Scheme {
+    /// All schemes with their names in mapping files.
+    pub const ALL: [(Scheme, &'static str); 4] = [
+        (Scheme::Fp8, "fp8"),
+        (Scheme::Fp4, "fp4"),
+        (Scheme::Int4, "int4"),
+        (Scheme::Mxfp4, "mxfp4"),
+    ];
+
+    /// The scheme that a mapping file calls `name`.
+    pub fn parse(name: &str) -> Option<Scheme> {
+        Self::ALL.iter().find(|(_, n)| *n == name).map(|(s, _)| *s)
+    }
+
+    /// The name in mapping files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Scheme::Fp8 => "fp8",
+            Scheme::Fp4 => "fp4",
+            Scheme::Int4 => "int4",
+            Scheme::Mxfp4 => "mxfp4",
+        }
+    }
+
+    /// How its payload codes an element.
+    pub fn code(self) -> Code {
+        match self {
+            Scheme::Fp8 => Code::E4M3,
+            Scheme::Fp4 | Scheme::Mxfp4 => Code::E2M1,
+            Scheme::Int4 => Code::Int4,
+        }
+    }
+
+    /// Whether a tensor of this dtype can be its payload.
+    pub fn takes_payload(self, dtype: DType) -> bool {
+        match self {
+            Scheme::Fp8 => dtype == DType::F8E4M3,
+            Scheme::Fp4 => matches!(dtype, DType::I8 | DType::U8 | DType::F4),
+            Scheme::Int4 => dtype == DType::I32,
+            Scheme::Mxfp4 => dtype == DType::U8,
+        }
+    }
+
+    /// How scales of this dtype are coded, where the scheme takes them.
+    pub fn scale_code(self, dtype: DType) -> Option<ScaleCode> {
+        let floats = match dtype {
+            DType::F32 => Some(ScaleCode::F32),
+            DType::BF16 => Some(ScaleCode::BF16),
+            DType::F16 => Some(ScaleCode::F16),
+            _ => None,
+        };
+        let powers = (dtype == DType::F8E8M0).then_some(ScaleCode::E8M0);
+        match self {
+            Scheme::Fp8 | Scheme::Fp4 => floats.or(powers),
+            Scheme::Int4 => floats,
+            Scheme::Mxfp4 => powers.or((dtype == DType::U8).then_some(ScaleCode::E8M0)),
+        }
+    }
+
+    /// Shape of the matrix that a payload holds; `None` where it can hold none.
+    pub fn matrix_shape(self, dtype: DType, payload: &Shape) -> Option<Shape> {
+        let dims = payload.dims();
+        let (&last, outer) = dims.split_last()?;
+        let widened = |last: u64, factor: u64, outer: &[u64]| {
+            let mut dims = outer.to_vec();
+            dims.push(last.checked_mul(factor)?);
+            Some(Shape::new(dims))
+        };
+        if outer.is_empty() {
+            return None;
+        }
+        match self {
+            Scheme::Fp8 => Some(payload.clone()),
+            // An F4 tensor's shape counts elements, a byte tensor's counts bytes.
+            Scheme::Fp4 if dtype == DType::F4 => Some(payload.clone()),
+            Scheme::Fp4 => widened(last, 2, outer),
+            Scheme::Int4 => widened(last, 8, outer),
+            Scheme::Mxfp4 => {
+                let (&groups, rows) = outer.split_last()?;
+                if last != 16 || rows.is_empty() {
+                    return None;
+                }
+                widened(groups, 32, rows)
+            }
+        }
+    }
+
+    /// The grid that a scale tensor of shape `scale` lays over a matrix, where `block` is the
+    /// model's block (rows, columns); `None` where the geometry explains no such scale.
+    ///
+    /// One scale for all (0-d or a single element), one a row, and a flat 1-D list of the same
+    /// scales occur in the wild and are taken.
+    pub fn scale_grid(self, matrix: &Shape, scale: &Shape, block: [u64; 2]) -> Option<ScaleGrid> {
+        let (&cols, outer) = matrix.dims().split_last()?;
+        let &plane_rows = outer.last()?;
+        let all_rows: u64 = outer.iter().product();
+        let planes: u64 = outer[..outer.len() - 1].iter().product();
+        let given = scale.elements()?;
+        if given == 1 && all_rows > 0 {
+            let block = [all_rows, cols.max(1)];
+            return Some(ScaleGrid { block, plane_rows: all_rows, rows: 1, cols: 1 });
+        }
+        let grid = match self {
+            Scheme::Fp8 => {
+                let (rows, cols_n) = (plane_rows.div_ceil(block[0]), cols.div_ceil(block[1]));
+                if given == planes * rows * cols_n {
+                    ScaleGrid { block, plane_rows, rows, cols: cols_n }
+                } else if given == all_rows {
+                    let block = [1, cols.max(1)];
+                    ScaleGrid { block, plane_rows, rows: plane_rows, cols: 1 }
+                } else {
+                    return None;
+                }
+            }
+            Scheme::Fp4 | Scheme::Int4 | Scheme::Mxfp4 => {
+                if all_rows == 0 || !given.is_multiple_of(all_rows) {
+                    return None;
+                }
+                let groups = given / all_rows;
+                let group = if groups == cols.div_ceil(block[1]) {
+                    block[1]
+                } else if groups > 0 && cols.is_multiple_of(groups) {
+                    cols / groups
+                } else {
+                    return None;
+                };
+                ScaleGrid { block: [1, group], plane_rows, rows: plane_rows, cols: groups }
+            }
+        };
+        let mut full = outer[..outer.len() - 1].to_vec();
+        full.extend([grid.rows, grid.cols]);
+        let flat = scale.rank() == 1;
+        (flat || scale.dims() == full).then_some(grid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(dims: &[u64]) -> Shape {
+        Shape::new(dims)
+    }
+
+    #[test]
+    fn payload_shapes_give_matrix_shapes() {
+        let cases: [(Scheme, DType, &[u64], Option<&[u64]>); 7] = [
+            (Scheme::Fp8, DType::F8E4M3, &[144, 160], Some(&[144, 160])),
+            (Scheme::Fp4, DType::I8, &[96, 80], Some(&[96, 160])),
+            (Scheme::Fp4, DType::F4, &[96, 160], Some(&[96, 160])),
+            (Scheme::Int4, DType::I32, &[64, 12], Some(&[64, 96])),
+            (Scheme::Mxfp4, DType::U8, &[4, 8, 3, 16], Some(&[4, 8, 96])),
+            (Scheme::Mxfp4, DType::U8, &[4, 8, 3, 15], None),
+            (Scheme::Fp8, DType::F8E4M3, &[144], None),
+        ];
+        for (scheme, dtype, payload, expected) in cases {
+            let got = scheme.matrix_shape(dtype, &shape(payload));
+            assert_eq!(got, expected.map(shape), "{scheme:?} {payload:?}");
+        }
+    }
+
+    #[test]
+    fn scale_shapes_are_explained_or_refused() {
+        let fp8 = [128, 128];
+        let group = [1, 32];
+        type Case<'a> = (Scheme, &'a [u64], [u64; 2], &'a [u64], Option<([u64; 2], u64, u64)>);
+        let cases: [Case<'_>; 16] = [
+            (Scheme::Fp8, &[144, 160], fp8, &[2, 2], Some((fp8, 2, 2))),
+            (Scheme::Fp8, &[144, 160], fp8, &[4], Some((fp8, 2, 2))),
+            (Scheme::Fp8, &[144, 160], fp8, &[], Some(([144, 160], 1, 1))),
+            (Scheme::Fp8, &[144, 160], fp8, &[1], Some(([144, 160], 1, 1))),
+            (Scheme::Fp8, &[144, 160], fp8, &[144], Some(([1, 160], 144, 1))),
+            (Scheme::Fp8, &[144, 160], fp8, &[144, 1], Some(([1, 160], 144, 1))),
+            (Scheme::Fp8, &[144, 160], fp8, &[2, 1], None),
+            (Scheme::Fp8, &[144, 160], fp8, &[1, 4], None),
+            (Scheme::Fp8, &[384, 160], fp8, &[4, 2], None),
+            (Scheme::Fp8, &[4, 160, 288], fp8, &[4, 2, 3], Some((fp8, 2, 3))),
+            (Scheme::Fp8, &[4, 160, 288], fp8, &[4, 3, 2], None),
+            (Scheme::Int4, &[64, 96], group, &[64, 3], Some(([1, 32], 64, 3))),
+            (Scheme::Int4, &[64, 96], group, &[192], Some(([1, 32], 64, 3))),
+            (Scheme::Int4, &[64, 96], group, &[64], Some(([1, 96], 64, 1))),
+            (Scheme::Int4, &[64, 96], group, &[3, 64], None),
+            (Scheme::Mxfp4, &[4, 8, 96], group, &[4, 8, 3], Some(([1, 32], 8, 3))),
+        ];
+        for (scheme, matrix, block, scale, expected) in cases {
+            let got = scheme
+                .scale_grid(&shape(matrix), &shape(scale), block)
+                .map(|g| (g.block, g.rows, g.cols));
+            assert_eq!(got, expected, "{scheme:?} {matrix:?} with scales {scale:?}");
+        }
+    }
+
+    #[test]
+    fn names_are_two_way() {
+        for (scheme, name) in Scheme::ALL {
+            assert_eq!((Scheme::parse(name), scheme.name()), (Some(scheme), name));
+        }
+    }
+}

@@ -1,0 +1,475 @@
+//! Mapping files: TOML, parsed at the border into templates and operations.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::layout::{Alias, Encoding, Layout, LayoutName, Resolved, Row, Rule};
+use super::template::{ConfigKey, RawTemplate, Variables};
+use super::{MappingError, Op};
+use crate::codec::Scheme;
+
+/// The shipped mappings: file stem and text.
+const SHIPPED: [(&str, &str); 1] = [("mimo-v2-flash", include_str!("models/mimo-v2-flash.toml"))];
+
+/// One model's names and layouts, not yet tied to a config.json.
+#[derive(Debug)]
+pub struct Mapping {
+    raw: RawMapping,
+}
+
+/// A shipped mapping as `mount-ckpt models` lists it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct ModelName {
+    /// Value of `--model`.
+    pub name: String,
+    /// The model family in words.
+    pub title: String,
+    /// Values of config.json's `model_type` that choose it.
+    pub model_types: Vec<String>,
+    /// Layouts that it describes, beside `hf`.
+    pub layouts: Vec<String>,
+}
+
+/// The shipped mappings, in the order of their names.
+pub fn shipped() -> Vec<ModelName> {
+    SHIPPED
+        .iter()
+        .map(|(name, _)| Mapping::named(name).expect("a test parses every shipped file").list())
+        .collect()
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RawMapping {
+    name: String,
+    title: String,
+    #[serde(default)]
+    model_types: Vec<String>,
+    #[serde(default)]
+    alias: Vec<RawAlias>,
+    #[serde(default)]
+    encoding: Vec<RawEncoding>,
+    native: Option<RawLayout>,
+    transformers: Option<RawLayout>,
+    #[serde(default)]
+    set: BTreeMap<String, Vec<RawRow>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawAlias {
+    from: String,
+    to: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RawEncoding {
+    scheme: String,
+    matrix: OneOrMany<String>,
+    payload: Option<OneOrMany<String>>,
+    scale: OneOrMany<String>,
+    shape: Option<String>,
+    block: [u64; 2],
+    #[serde(default)]
+    fused_shards: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RawLayout {
+    #[serde(default)]
+    cast_floats: bool,
+    #[serde(default)]
+    rule: Vec<RawRow>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RawRow {
+    hf: Option<OneOrMany<String>>,
+    to: Option<OneOrMany<String>>,
+    #[serde(default)]
+    ops: Vec<RawOp>,
+    #[serde(default)]
+    grouped: bool,
+    drop: Option<String>,
+    scope: Option<RawScope>,
+    #[serde(rename = "use")]
+    set: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawScope {
+    hf: String,
+    to: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    fn as_slice(&self) -> &[T] {
+        match self {
+            OneOrMany::One(one) => std::slice::from_ref(one),
+            OneOrMany::Many(many) => many,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum RawOp {
+    Word(RawWord),
+    Concat(RawConcat),
+    Interleave(RawInterleave),
+    Split(RawSplit),
+    Rotary(RawRotary),
+    Stack(RawStack),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawWord {
+    Transpose,
+}
+
+macro_rules! raw_op {
+    ($name:ident { $($field:ident : $type:ty),+ }) => {
+        #[derive(Clone, Debug, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct $name { $($field: $type),+ }
+    };
+}
+raw_op!(RawConcat { concat: usize });
+raw_op!(RawInterleave { interleave: usize });
+raw_op!(RawSplit { split: usize });
+raw_op!(RawRotary { rotary: usize, heads: String, of: Vec<usize> });
+raw_op!(RawStack { stack: String });
+
+impl Mapping {
+    /// Reads a mapping from TOML; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// Text that is no mapping.
+    pub fn parse(origin: &str, text: &str) -> Result<Mapping, MappingError> {
+        let raw = toml::from_str(text).map_err(|source| MappingError::Syntax {
+            name: origin.to_owned(),
+            source: Box::new(source),
+        })?;
+        Ok(Mapping { raw })
+    }
+
+    /// Reads a mapping file.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is no mapping.
+    pub fn load(path: &Path) -> Result<Mapping, MappingError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| MappingError::Io { path: path.to_owned(), source })?;
+        Mapping::parse(&path.display().to_string(), &text)
+    }
+
+    /// The shipped mapping of this name.
+    ///
+    /// # Errors
+    /// No such mapping.
+    pub fn named(name: &str) -> Result<Mapping, MappingError> {
+        let (name, text) = SHIPPED.iter().find(|(n, _)| *n == name).ok_or_else(|| {
+            let known = SHIPPED.iter().map(|(n, _)| (*n).to_owned()).collect();
+            MappingError::UnknownModel { name: name.to_owned(), known }
+        })?;
+        Mapping::parse(name, text)
+    }
+
+    /// The shipped mapping for a checkpoint whose config.json gives these model types, outermost
+    /// first; the first that is known decides.
+    ///
+    /// # Errors
+    /// None of them is known.
+    pub fn for_model_types(types: &[String]) -> Result<Mapping, MappingError> {
+        let shipped = shipped();
+        let of = |t: &String| shipped.iter().find(|m| m.model_types.contains(t));
+        match types.iter().find_map(of) {
+            Some(model) => Mapping::named(&model.name),
+            None => Err(MappingError::UnknownModelType {
+                found: types.to_vec(),
+                known: shipped.into_iter().flat_map(|m| m.model_types).collect(),
+            }),
+        }
+    }
+
+    /// Its line in `mount-ckpt models`.
+    pub fn list(&self) -> ModelName {
+        let layouts = [
+            self.raw.native.as_ref().map(|_| LayoutName::Native),
+            self.raw.transformers.as_ref().map(|_| LayoutName::Transformers),
+        ];
+        ModelName {
+            name: self.raw.name.clone(),
+            title: self.raw.title.clone(),
+            model_types: self.raw.model_types.clone(),
+            layouts: layouts.into_iter().flatten().map(|l| l.to_string()).collect(),
+        }
+    }
+
+    /// The mapping with its config keys looked up.
+    ///
+    /// # Errors
+    /// A config key that is absent, a rule that makes no sense, a rule that can never match.
+    pub fn resolve(&self, config: &dyn Fn(&str) -> Option<u64>) -> Result<Resolved, MappingError> {
+        let raw = &self.raw;
+        let mut aliases = Vec::with_capacity(raw.alias.len());
+        for alias in &raw.alias {
+            let mut vars = Variables::default();
+            aliases.push(Alias {
+                from: RawTemplate::parse(&alias.from)?.resolve(&mut vars, config)?,
+                to: RawTemplate::parse(&alias.to)?.resolve(&mut vars, config)?,
+                vars,
+            });
+        }
+        let encodings =
+            raw.encoding.iter().map(|e| encoding(e, config)).collect::<Result<_, _>>()?;
+        let layout = |name, layout: &Option<RawLayout>| {
+            layout.as_ref().map(|l| self.layout(name, l, config)).transpose()
+        };
+        Ok(Resolved {
+            name: raw.name.clone(),
+            title: raw.title.clone(),
+            aliases,
+            encodings,
+            native: layout(LayoutName::Native, &raw.native)?,
+            transformers: layout(LayoutName::Transformers, &raw.transformers)?,
+        })
+    }
+
+    fn layout(
+        &self,
+        name: LayoutName,
+        raw: &RawLayout,
+        config: &dyn Fn(&str) -> Option<u64>,
+    ) -> Result<Layout, MappingError> {
+        let mut rows = Vec::new();
+        for row in &raw.rule {
+            match (&row.scope, &row.set) {
+                (None, None) => rows.push(resolved_row(row, None, config)?),
+                (Some(scope), Some(set)) if row.hf.is_none() && row.to.is_none() => {
+                    let rules = self.raw.set.get(set).ok_or_else(|| {
+                        MappingError::rule(&scope.hf, format!("no set `{set}` in the file"))
+                    })?;
+                    for rule in rules {
+                        rows.push(resolved_row(rule, Some(scope), config)?);
+                    }
+                }
+                (Some(_), _) | (_, Some(_)) => {
+                    let rule = row.scope.as_ref().map_or("use", |s| &s.hf);
+                    let why = "`scope` and `use` stand together, without `hf` and `to`";
+                    return Err(MappingError::rule(rule, why));
+                }
+            }
+        }
+        let layout = Layout { name, rows, cast_floats: raw.cast_floats };
+        layout.refuse_unreachable()?;
+        Ok(layout)
+    }
+}
+
+fn encoding(
+    raw: &RawEncoding,
+    config: &dyn Fn(&str) -> Option<u64>,
+) -> Result<Encoding, MappingError> {
+    let first = raw.matrix.as_slice().first().cloned().unwrap_or_default();
+    let fail = |why: String| MappingError::rule(&first, why);
+    let scheme = Scheme::parse(&raw.scheme).ok_or_else(|| {
+        let known: Vec<_> = Scheme::ALL.iter().map(|(_, n)| *n).collect();
+        fail(format!("unknown scheme `{}`; known: {}", raw.scheme, known.join(", ")))
+    })?;
+    if raw.block.contains(&0) {
+        return Err(fail("a block of no rows or columns".to_owned()));
+    }
+    let mut vars = Variables::default();
+    let mut templates = |texts: &[String]| {
+        texts
+            .iter()
+            .map(|t| RawTemplate::parse(t)?.resolve(&mut vars, config))
+            .collect::<Result<Vec<_>, _>>()
+    };
+    let matrix = templates(raw.matrix.as_slice())?;
+    let payload = templates(raw.payload.as_ref().unwrap_or(&raw.matrix).as_slice())?;
+    let scale = templates(raw.scale.as_slice())?;
+    let shape = templates(raw.shape.as_slice())?.pop();
+    let expected = if raw.fused_shards { 2 } else { 1 };
+    if [matrix.len(), payload.len(), scale.len()] != [expected; 3] {
+        return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
+    }
+    let block = raw.block;
+    let fused_shards = raw.fused_shards;
+    Ok(Encoding { scheme, matrix, payload, scale, shape, block, fused_shards, vars })
+}
+
+fn resolved_row(
+    raw: &RawRow,
+    scope: Option<&RawScope>,
+    config: &dyn Fn(&str) -> Option<u64>,
+) -> Result<Row, MappingError> {
+    let mut vars = Variables::default();
+    let mut side = |names: &Option<OneOrMany<String>>, prefix: Option<&str>| {
+        let names = names.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
+        let prefix = prefix.map(RawTemplate::parse).transpose()?;
+        names
+            .iter()
+            .map(|text| {
+                let tail = RawTemplate::parse(text)?;
+                let whole = prefix.as_ref().map_or(Ok(tail.clone()), |p| p.join(&tail))?;
+                whole.resolve(&mut vars, config)
+            })
+            .collect::<Result<Vec<_>, MappingError>>()
+    };
+    let hf = side(&raw.hf, scope.map(|s| s.hf.as_str()))?;
+    let to = side(&raw.to, scope.map(|s| s.to.as_str()))?;
+    let names = [&raw.hf, &raw.to].into_iter().flatten().flat_map(OneOrMany::as_slice);
+    let text = names.map(String::as_str).next().unwrap_or("(without names)").to_owned();
+    let fail = |why: &str| MappingError::rule(&text, why);
+    if let Some(reason) = &raw.drop {
+        if !raw.ops.is_empty() || raw.grouped || hf.len() + to.len() != 1 {
+            return Err(fail("a rule that drops has one name and no operation"));
+        }
+        return Ok(Row::Drop {
+            hf: hf.into_iter().next(),
+            to: to.into_iter().next(),
+            vars,
+            reason: reason.clone(),
+            text,
+        });
+    }
+    if hf.is_empty() || to.is_empty() {
+        return Err(fail("needs `hf` and `to`"));
+    }
+    let mut ops = Vec::with_capacity(raw.ops.len());
+    let (mut stack, mut tensors) = (None, hf.len());
+    for op in &raw.ops {
+        ops.push(match op {
+            RawOp::Word(RawWord::Transpose) => Op::Transpose,
+            RawOp::Concat(RawConcat { concat: axis }) => {
+                tensors = 1;
+                Op::Concat { axis: *axis }
+            }
+            RawOp::Interleave(RawInterleave { interleave: axis }) => {
+                tensors = 1;
+                Op::Interleave { axis: *axis }
+            }
+            RawOp::Split(RawSplit { split: axis }) => {
+                tensors = to.len();
+                let parts = u64::try_from(to.len()).expect("a rule has few names");
+                Op::Split { axis: *axis, parts }
+            }
+            RawOp::Rotary(RawRotary { rotary: axis, heads, of }) => Op::Rotary {
+                axis: *axis,
+                heads: ConfigKey::parse(heads)?.resolve(config)?,
+                of: of.clone(),
+            },
+            RawOp::Stack(RawStack { stack: var }) => {
+                let var =
+                    vars.find(var).ok_or_else(|| fail("stacks a variable that it has not"))?;
+                let count =
+                    vars.bound(var).ok_or_else(|| fail("stacks a variable without a bound"))?;
+                if stack.replace(var).is_some() {
+                    return Err(fail("stacks twice"));
+                }
+                Op::Stack { count }
+            }
+        });
+    }
+    if tensors != to.len() {
+        return Err(fail(
+            "`concat`, `interleave` and `split` do not lead from its `hf` to its `to`",
+        ));
+    }
+    let rule = Rule { hf, to, vars, ops, stack, grouped: raw.grouped, text };
+    rule.check()?;
+    Ok(Row::Map(rule))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Taken;
+    use super::*;
+
+    #[test]
+    fn shipped_files_parse_and_bear_their_names() {
+        for (name, _) in SHIPPED {
+            assert_eq!(Mapping::named(name).unwrap().list().name, *name);
+        }
+        let err = Mapping::named("gpt-2").unwrap_err().to_string();
+        assert!(err.starts_with("unknown model `gpt-2`; known: "), "{err}");
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let rule = |text: &str| format!("name = 'x'\ntitle = 'X'\n[[native.rule]]\n{text}");
+        let cases = [
+            (rule("hf = 'a.{r}'"), "rule `a.{r}`: needs `hf` and `to`"),
+            (
+                rule("hf = ['a', 'b']\nto = 'c'"),
+                "rule `a`: `concat`, `interleave` and `split` do not lead from its `hf` to its `to`",
+            ),
+            (
+                rule("hf = 'a.{e}'\nto = 'c'\nops = [{stack = 'e'}]"),
+                "rule `a.{e}`: stacks a variable without a bound",
+            ),
+            (
+                rule("hf = 'a.{e:two}'\nto = 'c'"),
+                "rule `a.{e:two}`: `hf` and `to` have different variables",
+            ),
+            (rule("hf = 'a'\nto = 'b.{r}'"), "rule `a`: `hf` and `to` have different variables"),
+            (
+                rule("hf = 'a.{r}'\nto = 'a.{r}'\n[[native.rule]]\nhf = 'a.{e:two}'\nto = 'b.{e}'"),
+                "rule `a.{e:two}`: can never match, an earlier rule takes all its names",
+            ),
+            (rule("hf = '{r}'\nto = '{r}'"), "rule `{r}`: takes every name; name a namespace"),
+            (
+                rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}"),
+                "rule `a.`: no set `layer` in the file",
+            ),
+            (
+                rule("hf = 'a'\nto = 'b'\ndrop = 'no'"),
+                "rule `a`: a rule that drops has one name and no operation",
+            ),
+        ];
+        let config = |key: &str| (key == "two").then_some(2);
+        for (text, message) in cases {
+            let err = Mapping::parse("x", &text).unwrap().resolve(&config).unwrap_err();
+            assert_eq!(err.to_string(), message);
+        }
+        let err = Mapping::parse("x", "name = 'x'\ntitel = 'X'").unwrap_err().to_string();
+        assert!(err.contains("unknown field `titel`"), "{err}");
+    }
+
+    #[test]
+    fn a_scope_repeats_its_set() {
+        let text = "name = 'x'\ntitle = 'X'
+            set.layer = [{ hf = 'n.{r}', to = 'm.{r}' }]
+            [[native.rule]]
+            scope = { hf = 'layers.{l:two}.', to = 'model.layers.{l}.' }
+            use = 'layer'
+            [[native.rule]]
+            scope = { hf = 'mtp.{k:two}.', to = 'mtp.layers.{k}.' }
+            use = 'layer'";
+        let config = |key: &str| (key == "two").then_some(2);
+        let native = Mapping::parse("x", text).unwrap().resolve(&config).unwrap().native.unwrap();
+        let names = |hf: &str| match native.take_hf(hf) {
+            Some(Taken::Map { rule, bindings, .. }) => rule.to[0].format(&bindings, &rule.vars),
+            Some(Taken::Drop { .. }) | None => None,
+        };
+        assert_eq!(names("layers.1.n.w").as_deref(), Some("model.layers.1.m.w"));
+        assert_eq!(names("mtp.0.n.w").as_deref(), Some("mtp.layers.0.m.w"));
+        assert_eq!(names("mtp.2.n.w"), None);
+    }
+}

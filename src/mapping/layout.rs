@@ -1,0 +1,315 @@
+//! A mapping tied to one checkpoint's config: rules that take names, in file order.
+
+use std::fmt;
+
+use super::op::{Assembled, OpError, assemble, disassembled_shape};
+use super::template::{Bindings, NameTemplate, Var, Variables};
+use super::{MappingError, Op};
+use crate::codec::Scheme;
+
+/// The layouts that a model can be in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayoutName {
+    /// As published: one tensor for each expert and projection.
+    Hf,
+    /// The training framework's: grouped experts, transposed.
+    Native,
+    /// As transformers v5 holds the model in memory: grouped experts, not transposed.
+    Transformers,
+}
+
+impl LayoutName {
+    /// The layout's name on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LayoutName::Hf => "hf",
+            LayoutName::Native => "native",
+            LayoutName::Transformers => "transformers",
+        }
+    }
+}
+
+impl fmt::Display for LayoutName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// A mapping whose templates and operations hold numbers.
+#[derive(Debug)]
+pub struct Resolved {
+    /// Value of `--model`.
+    pub name: String,
+    /// The model family in words.
+    pub title: String,
+    /// Other names under which checkpoints hold the same tensors.
+    pub aliases: Vec<Alias>,
+    /// How checkpoints hold quantized matrices; the first that fits decides.
+    pub encodings: Vec<Encoding>,
+    /// The grouped-expert layout.
+    pub native: Option<Layout>,
+    /// The in-memory layout of transformers.
+    pub transformers: Option<Layout>,
+}
+
+impl Resolved {
+    /// The rules of a layout; `None` for `hf`, whose names need none.
+    ///
+    /// # Errors
+    /// A layout that the mapping does not describe.
+    pub fn layout(&self, name: LayoutName) -> Result<Option<&Layout>, MappingError> {
+        let layout = match name {
+            LayoutName::Hf => return Ok(None),
+            LayoutName::Native => &self.native,
+            LayoutName::Transformers => &self.transformers,
+        };
+        layout.as_ref().map(Some).ok_or_else(|| MappingError::NoLayout {
+            mapping: self.name.clone(),
+            layout: name,
+            known: std::iter::once("hf".to_owned())
+                .chain(self.layouts().map(|l| l.name.to_string()))
+                .collect(),
+        })
+    }
+
+    /// The described layouts, `native` first: together their rules name every checkpoint tensor.
+    pub fn layouts(&self) -> impl Iterator<Item = &Layout> {
+        self.native.iter().chain(&self.transformers)
+    }
+
+    /// The name under which the rules know a checkpoint tensor.
+    pub fn canonical(&self, name: &str) -> Option<String> {
+        self.aliases.iter().find_map(|a| a.to.format(&a.from.bind(name, &a.vars)?, &a.vars))
+    }
+}
+
+/// Two names for the same checkpoint tensors.
+#[derive(Debug)]
+pub struct Alias {
+    pub(super) from: NameTemplate,
+    pub(super) to: NameTemplate,
+    pub(super) vars: Variables,
+}
+
+/// How a checkpoint holds quantized matrices.
+///
+/// With `fused_shards` the matrices come in pairs that were quantized as one, first rows then
+/// second rows, in shards of equal size; otherwise each list has one entry.
+#[derive(Debug)]
+pub struct Encoding {
+    /// Codes and geometry.
+    pub scheme: Scheme,
+    /// Names of the decoded matrices.
+    pub matrix: Vec<NameTemplate>,
+    /// Names of their payloads.
+    pub payload: Vec<NameTemplate>,
+    /// Names of their scales.
+    pub scale: Vec<NameTemplate>,
+    /// Name of a tensor that holds `[rows, cols]`.
+    pub shape: Option<NameTemplate>,
+    /// Rows and columns that a scale serves, where config.json says nothing else.
+    pub block: [u64; 2],
+    /// Whether a scale can serve rows of both matrices of a pair.
+    pub fused_shards: bool,
+    /// Variables of the templates.
+    pub vars: Variables,
+}
+
+/// A line of a layout's table.
+#[derive(Debug)]
+pub enum Row {
+    /// Ties names of the checkpoint to names of the layout.
+    Map(Rule),
+    /// Leaves tensors out of the other side, and says why.
+    Drop {
+        /// Checkpoint tensors that the layout does not hold.
+        hf: Option<NameTemplate>,
+        /// Layout tensors that the checkpoint does not hold.
+        to: Option<NameTemplate>,
+        /// Variables of the template.
+        vars: Variables,
+        /// What the mount's summary says of them.
+        reason: String,
+        /// The name as the file writes it.
+        text: String,
+    },
+}
+
+impl Row {
+    fn takes_hf(&self, name: &str) -> bool {
+        match self {
+            Row::Map(rule) => rule.hf.iter().any(|t| t.bind(name, &rule.vars).is_some()),
+            Row::Drop { hf, vars, .. } => hf.iter().any(|t| t.bind(name, vars).is_some()),
+        }
+    }
+}
+
+/// Names of the checkpoint, names of the layout, and the operations from one to the other.
+#[derive(Debug)]
+pub struct Rule {
+    /// Checkpoint names: the parts, in order.
+    pub hf: Vec<NameTemplate>,
+    /// Layout names, in order.
+    pub to: Vec<NameTemplate>,
+    /// Variables of all names.
+    pub vars: Variables,
+    /// From the parts to the layout's tensors.
+    pub ops: Vec<Op>,
+    /// The variable that is stacked, if any.
+    pub stack: Option<Var>,
+    /// Whether these are expert weights, which always have the output dtype.
+    pub grouped: bool,
+    pub(super) text: String,
+}
+
+impl Rule {
+    pub(super) fn check(&self) -> Result<(), MappingError> {
+        let fail = |why: &str| Err(MappingError::rule(&self.text, why));
+        if self.hf.iter().chain(&self.to).any(NameTemplate::takes_everything) {
+            return fail("takes every name; name a namespace");
+        }
+        // A name of `to` lacks the stacked variable and has all others.
+        let full = |t: &NameTemplate| self.vars.all().all(|v| t.has(v));
+        let stacked =
+            |t: &NameTemplate| self.vars.all().all(|v| t.has(v) == (self.stack != Some(v)));
+        let rest = self.hf[0].has_rest();
+        let same_rest = self.hf.iter().chain(&self.to).all(|t| t.has_rest() == rest);
+        if !self.hf.iter().all(full) || !self.to.iter().all(stacked) || !same_rest {
+            return fail("`hf` and `to` have different variables");
+        }
+        Ok(())
+    }
+
+    /// Whether the rule leaves names and values as they are.
+    pub fn is_identity(&self) -> bool {
+        self.ops.is_empty() && self.hf == self.to
+    }
+
+    /// Values of the stacked variable; one `None` where the rule does not stack.
+    pub fn stacked(&self) -> impl Iterator<Item = Option<u64>> + use<> {
+        let count = self.stack.and_then(|s| self.vars.bound(s));
+        (0..count.unwrap_or(1)).map(move |e| count.map(|_| e))
+    }
+
+    /// Checkpoint name of a part, at an index of the stacked variable.
+    pub fn part_name(
+        &self,
+        part: usize,
+        stacked: Option<u64>,
+        bindings: &Bindings,
+    ) -> Option<String> {
+        match self.stack {
+            Some(var) => self.hf[part].format(&bindings.with(var, stacked), &self.vars),
+            None => self.hf[part].format(bindings, &self.vars),
+        }
+    }
+
+    /// The layout's tensors, from checkpoint tensors of these shapes (one for each part).
+    ///
+    /// # Errors
+    /// Shapes that the operations do not fit.
+    pub fn assemble(&self, shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
+        assemble(&self.ops, shapes)
+    }
+
+    /// Shape of every part, from the shapes of the layout's tensors.
+    ///
+    /// # Errors
+    /// Shapes that no parts give.
+    pub fn part_shape(&self, layout_shapes: &[Vec<u64>]) -> Result<Vec<u64>, OpError> {
+        disassembled_shape(&self.ops, self.hf.len(), layout_shapes)
+    }
+
+    /// The rule's first name as the mapping file writes it.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+}
+
+/// What a layout's table does with a name.
+#[derive(Debug)]
+pub enum Taken<'a> {
+    /// A rule takes it.
+    Map {
+        /// Position of the rule in the table.
+        row: usize,
+        /// The rule.
+        rule: &'a Rule,
+        /// Which of the rule's names on that side it is.
+        part: usize,
+        /// What the name bound; the stacked variable is unbound in the second form.
+        bindings: Bindings,
+    },
+    /// It is left out.
+    Drop {
+        /// Why.
+        reason: &'a str,
+    },
+}
+
+/// A layout's table.
+#[derive(Debug)]
+pub struct Layout {
+    /// Which layout.
+    pub name: LayoutName,
+    /// Its lines; the first that takes a name decides.
+    pub rows: Vec<Row>,
+    /// Whether every floating-point tensor has the output dtype, BF16 where F32 was asked for.
+    pub cast_floats: bool,
+}
+
+impl Layout {
+    /// What becomes of a checkpoint tensor; `None` where no rule names it.
+    pub fn take_hf(&self, name: &str) -> Option<Taken<'_>> {
+        self.take(name, |rule| &rule.hf, |hf, _| hf)
+    }
+
+    /// What becomes of a tensor of the layout; `None` where no rule names it.
+    pub fn take_to(&self, name: &str) -> Option<Taken<'_>> {
+        self.take(name, |rule| &rule.to, |_, to| to)
+    }
+
+    fn take<'a>(
+        &'a self,
+        name: &str,
+        side: impl Fn(&'a Rule) -> &'a [NameTemplate],
+        dropped: impl Fn(&'a Option<NameTemplate>, &'a Option<NameTemplate>) -> &'a Option<NameTemplate>,
+    ) -> Option<Taken<'a>> {
+        self.rows.iter().enumerate().find_map(|(row, line)| match line {
+            Row::Map(rule) => side(rule).iter().enumerate().find_map(|(part, template)| {
+                let bindings = template.bind(name, &rule.vars)?;
+                Some(Taken::Map { row, rule, part, bindings })
+            }),
+            Row::Drop { hf, to, vars, reason, .. } => {
+                dropped(hf, to).as_ref()?.bind(name, vars)?;
+                Some(Taken::Drop { reason })
+            }
+        })
+    }
+
+    /// Refuses a rule all of whose checkpoint names an earlier rule takes.
+    pub(super) fn refuse_unreachable(&self) -> Result<(), MappingError> {
+        // Samples of what a rule takes: the ends of each index's range, and a rest that no
+        // literal of another rule is likely to be.
+        let last = |bound: Option<u64>| bound.map_or(u64::MAX / 4, |b| b.saturating_sub(1));
+        for (at, row) in self.rows.iter().enumerate() {
+            let (templates, vars, text) = match row {
+                Row::Map(rule) => (rule.hf.iter().collect::<Vec<_>>(), &rule.vars, &rule.text),
+                Row::Drop { hf, vars, text, .. } => (hf.iter().collect(), vars, text),
+            };
+            let mut samples = Vec::new();
+            for sample in
+                [Bindings::sample(vars, |_| 0, "\u{1}"), Bindings::sample(vars, last, "\u{1}")]
+            {
+                samples.extend(templates.iter().filter_map(|t| t.format(&sample, vars)));
+            }
+            let taken = |name: &String| self.rows[..at].iter().any(|r| r.takes_hf(name));
+            if !samples.is_empty() && samples.iter().all(taken) {
+                let why = "can never match, an earlier rule takes all its names";
+                return Err(MappingError::rule(text, why));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,430 @@
+//! Two-way name templates: one text both recognises names and writes them.
+//!
+//! ```text
+//! model.layers.{l:num_hidden_layers}.mlp.experts.{e:n_routed_experts}.up_proj.weight
+//! layers.{k+num_hidden_layers:num_nextn_predict_layers=0}.{r}
+//! ```
+//! `{l:KEY}` is an index below an integer of config.json, `{l:KEY=0}` the same with a default for
+//! a config that lacks the key, `{l}` any index; `{k+KEY:BOUND}` is an index that is written with
+//! an integer of config.json added. `{r}` is the rest: at least one character of anything.
+//! Indices are decimal without leading zeros.
+
+use std::fmt;
+
+use super::MappingError;
+
+/// An integer of config.json by its (dotted) key, with the keys to try where it is absent and the
+/// value where none is there: `KEY`, `KEY|KEY`, `KEY=16`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigKey {
+    keys: Vec<String>,
+    default: Option<u64>,
+}
+
+impl ConfigKey {
+    /// Parses `KEY|KEY…=DEFAULT`.
+    ///
+    /// # Errors
+    /// Where the default is no integer or the key is empty.
+    pub fn parse(text: &str) -> Result<ConfigKey, MappingError> {
+        let (key, default) = match text.split_once('=') {
+            None => (text, None),
+            Some((key, n)) => {
+                let n =
+                    n.parse().map_err(|_| MappingError::template(text, "no integer after `=`"))?;
+                (key, Some(n))
+            }
+        };
+        let keys: Vec<String> = key.split('|').map(str::to_owned).collect();
+        if keys.iter().any(String::is_empty) {
+            return Err(MappingError::template(text, "an empty config key"));
+        }
+        Ok(ConfigKey { keys, default })
+    }
+
+    /// The integer that `config` gives.
+    ///
+    /// # Errors
+    /// Where the key is absent and has no default.
+    pub fn resolve(&self, config: &dyn Fn(&str) -> Option<u64>) -> Result<u64, MappingError> {
+        self.keys
+            .iter()
+            .find_map(|key| config(key))
+            .or(self.default)
+            .ok_or_else(|| MappingError::MissingConfigKey { key: self.keys.join("` or `") })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum RawPiece {
+    Literal(String),
+    Index { var: String, plus: Option<ConfigKey>, bound: Option<ConfigKey> },
+    Rest,
+}
+
+/// A template as a mapping file writes it, its config keys still unresolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawTemplate {
+    text: String,
+    pieces: Vec<RawPiece>,
+}
+
+impl RawTemplate {
+    /// Parses a template.
+    ///
+    /// # Errors
+    /// Braces that do not pair, two `{r}`, two indices with nothing between them, a repeated
+    /// variable.
+    pub fn parse(text: &str) -> Result<RawTemplate, MappingError> {
+        let fail = |why| MappingError::template(text, why);
+        let mut pieces = Vec::new();
+        let mut vars: Vec<&str> = Vec::new();
+        let mut left = text;
+        while !left.is_empty() {
+            let Some(open) = left.find('{') else {
+                pieces.push(RawPiece::Literal(left.to_owned()));
+                break;
+            };
+            if open > 0 {
+                pieces.push(RawPiece::Literal(left[..open].to_owned()));
+            }
+            let close = left
+                .find('}')
+                .filter(|&c| c > open)
+                .ok_or_else(|| fail("a `{` without its `}`"))?;
+            let inside = &left[open + 1..close];
+            left = &left[close + 1..];
+            if matches!(pieces.last(), Some(RawPiece::Index { .. } | RawPiece::Rest)) {
+                return Err(fail("two variables with nothing between them"));
+            }
+            let (head, bound) = match inside.split_once(':') {
+                None => (inside, None),
+                Some((head, key)) => (head, Some(ConfigKey::parse(key)?)),
+            };
+            let (var, plus) = match head.split_once('+') {
+                None => (head, None),
+                Some((var, key)) => (var, Some(ConfigKey::parse(key)?)),
+            };
+            if var.is_empty() || !var.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+                return Err(fail("a variable needs a name of letters, digits and `_`"));
+            }
+            if vars.contains(&var) {
+                return Err(fail("a variable that occurs twice"));
+            }
+            vars.push(var);
+            if var == "r" {
+                if bound.is_some() || plus.is_some() {
+                    return Err(fail("`{r}` takes no bound"));
+                }
+                pieces.push(RawPiece::Rest);
+            } else {
+                pieces.push(RawPiece::Index { var: var.to_owned(), plus, bound });
+            }
+        }
+        if pieces.iter().any(|p| matches!(p, RawPiece::Literal(l) if l.contains('}'))) {
+            return Err(fail("a `}` without its `{`"));
+        }
+        Ok(RawTemplate { text: text.to_owned(), pieces })
+    }
+
+    /// `self` followed by `tail`, as a scope's prefix and a rule's name.
+    ///
+    /// # Errors
+    /// As [`RawTemplate::parse`].
+    pub fn join(&self, tail: &RawTemplate) -> Result<RawTemplate, MappingError> {
+        RawTemplate::parse(&format!("{}{}", self.text, tail.text))
+    }
+
+    /// The template with its config keys looked up and its variables numbered in `vars`.
+    ///
+    /// A variable that `vars` knows already keeps the bound it has there.
+    ///
+    /// # Errors
+    /// A config key that is absent and has no default; a variable with two bounds.
+    pub fn resolve(
+        &self,
+        vars: &mut Variables,
+        config: &dyn Fn(&str) -> Option<u64>,
+    ) -> Result<NameTemplate, MappingError> {
+        let mut pieces = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            pieces.push(match piece {
+                RawPiece::Literal(l) => Piece::Literal(l.as_str().into()),
+                RawPiece::Rest => Piece::Rest,
+                RawPiece::Index { var, plus, bound } => {
+                    let bound = bound.as_ref().map(|b| b.resolve(config)).transpose()?;
+                    let plus = plus.as_ref().map_or(Ok(0), |p| p.resolve(config))?;
+                    let var = vars.declare(var, bound).ok_or_else(|| {
+                        MappingError::template(&self.text, "a variable with two bounds")
+                    })?;
+                    Piece::Index { var, plus }
+                }
+            });
+        }
+        Ok(NameTemplate { pieces })
+    }
+}
+
+impl fmt::Display for RawTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Number of an index variable within its rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Var(usize);
+
+/// The index variables of a rule, with their bounds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Variables(Vec<(String, Option<u64>)>);
+
+impl Variables {
+    fn declare(&mut self, name: &str, bound: Option<u64>) -> Option<Var> {
+        if let Some(i) = self.0.iter().position(|(n, _)| n == name) {
+            let known = &mut self.0[i].1;
+            match (*known, bound) {
+                (None, Some(_)) => *known = bound,
+                (Some(a), Some(b)) if a != b => return None,
+                (_, None) | (Some(_), Some(_)) => {}
+            }
+            return Some(Var(i));
+        }
+        self.0.push((name.to_owned(), bound));
+        Some(Var(self.0.len() - 1))
+    }
+
+    /// The variable of this name.
+    pub fn find(&self, name: &str) -> Option<Var> {
+        self.0.iter().position(|(n, _)| n == name).map(Var)
+    }
+
+    /// The first value that the variable cannot take, where the mapping bounds it.
+    pub fn bound(&self, var: Var) -> Option<u64> {
+        self.0[var.0].1
+    }
+
+    /// All of them, in the order of their declaration.
+    pub fn all(&self) -> impl Iterator<Item = Var> + use<> {
+        (0..self.0.len()).map(Var)
+    }
+}
+
+/// What a name bound the variables of a template to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Bindings {
+    indices: Vec<Option<u64>>,
+    rest: Option<Box<str>>,
+}
+
+impl Bindings {
+    /// The value of an index variable.
+    pub fn index(&self, var: Var) -> Option<u64> {
+        self.indices.get(var.0).copied().flatten()
+    }
+
+    /// The same bindings with `var` bound to `value`, or unbound.
+    pub fn with(&self, var: Var, value: Option<u64>) -> Bindings {
+        let mut out = self.clone();
+        if out.indices.len() <= var.0 {
+            out.indices.resize(var.0 + 1, None);
+        }
+        out.indices[var.0] = value;
+        out
+    }
+
+    /// Every variable of `vars` bound to what `index` makes of its bound, the rest to `rest`: a
+    /// sample of what a rule takes.
+    pub fn sample(vars: &Variables, index: impl Fn(Option<u64>) -> u64, rest: &str) -> Bindings {
+        let indices = vars.0.iter().map(|(_, bound)| Some(index(*bound))).collect();
+        Bindings { indices, rest: Some(rest.into()) }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Piece {
+    Literal(Box<str>),
+    Index { var: Var, plus: u64 },
+    Rest,
+}
+
+/// A template whose bounds are numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NameTemplate {
+    pieces: Vec<Piece>,
+}
+
+impl NameTemplate {
+    /// What `name` binds the variables to, where the template takes it.
+    pub fn bind(&self, name: &str, vars: &Variables) -> Option<Bindings> {
+        let mut bound = Bindings::default();
+        let rest_at = self.pieces.iter().position(|p| *p == Piece::Rest);
+        let (before, after) = match rest_at {
+            None => (&self.pieces[..], &[][..]),
+            Some(i) => (&self.pieces[..i], &self.pieces[i + 1..]),
+        };
+        // Cheap refusals first: most names of a checkpoint fail a rule on its literal ends.
+        if let Some(Piece::Literal(l)) = after.last()
+            && !name.ends_with(&**l)
+        {
+            return None;
+        }
+        let mut left = name;
+        for piece in before {
+            match piece {
+                Piece::Literal(l) => left = left.strip_prefix(&**l)?,
+                Piece::Index { var, plus } => {
+                    let digits = left.bytes().take_while(u8::is_ascii_digit).count();
+                    let (number, rest) = left.split_at(digits);
+                    bound = bound.with(*var, Some(read_index(number, *plus, vars.bound(*var))?));
+                    left = rest;
+                }
+                Piece::Rest => return None,
+            }
+        }
+        for piece in after.iter().rev() {
+            match piece {
+                Piece::Literal(l) => left = left.strip_suffix(&**l)?,
+                Piece::Index { var, plus } => {
+                    let digits = left.bytes().rev().take_while(u8::is_ascii_digit).count();
+                    let (rest, number) = left.split_at(left.len() - digits);
+                    bound = bound.with(*var, Some(read_index(number, *plus, vars.bound(*var))?));
+                    left = rest;
+                }
+                Piece::Rest => return None,
+            }
+        }
+        match rest_at {
+            Some(_) if !left.is_empty() => bound.rest = Some(left.into()),
+            None if left.is_empty() => {}
+            Some(_) | None => return None,
+        }
+        Some(bound)
+    }
+
+    /// The name that the bindings give; `None` where one of the template's variables is unbound
+    /// or an index leaves its bound.
+    pub fn format(&self, bindings: &Bindings, vars: &Variables) -> Option<String> {
+        use fmt::Write;
+        let mut name = String::new();
+        for piece in &self.pieces {
+            match piece {
+                Piece::Literal(l) => name.push_str(l),
+                Piece::Rest => name.push_str(bindings.rest.as_deref()?),
+                Piece::Index { var, plus } => {
+                    let i = bindings.index(*var)?;
+                    if vars.bound(*var).is_some_and(|b| i >= b) {
+                        return None;
+                    }
+                    write!(name, "{}", i.checked_add(*plus)?).expect("a string takes every write");
+                }
+            }
+        }
+        Some(name)
+    }
+
+    /// Whether the template has this variable.
+    pub fn has(&self, wanted: Var) -> bool {
+        self.pieces.iter().any(|p| matches!(p, Piece::Index { var, .. } if *var == wanted))
+    }
+
+    /// Whether the template is `{r}` alone.
+    pub fn takes_everything(&self) -> bool {
+        self.pieces == [Piece::Rest]
+    }
+
+    /// Whether the template has `{r}`.
+    pub fn has_rest(&self) -> bool {
+        self.pieces.contains(&Piece::Rest)
+    }
+}
+
+fn read_index(digits: &str, plus: u64, bound: Option<u64>) -> Option<u64> {
+    if digits.is_empty() || (digits.len() > 1 && digits.starts_with('0')) {
+        return None;
+    }
+    let i = digits.parse::<u64>().ok()?.checked_sub(plus)?;
+    (bound.is_none_or(|b| i < b)).then_some(i)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn config(key: &str) -> Option<u64> {
+        match key {
+            "layers" => Some(48),
+            "experts" => Some(256),
+            _ => None,
+        }
+    }
+
+    fn template(text: &str) -> (NameTemplate, Variables) {
+        let mut vars = Variables::default();
+        let t = RawTemplate::parse(text).unwrap().resolve(&mut vars, &config).unwrap();
+        (t, vars)
+    }
+
+    #[test]
+    fn names_are_taken_or_refused() {
+        let cases = [
+            ("a.{l:layers}.b", "a.47.b", true),
+            ("a.{l:layers}.b", "a.48.b", false),
+            ("a.{l:layers}.b", "a.07.b", false),
+            ("a.{l:layers}.b", "a.0.b", true),
+            ("a.{l:layers}.b", "a..b", false),
+            ("a.{l:layers}.b", "a.1.bc", false),
+            ("a.{l}.b", "a.99999999999999999999999.b", false),
+            ("m.{k+layers:experts}.{r}", "m.48.x.y", true),
+            ("m.{k+layers:experts}.{r}", "m.47.x", false),
+            ("m.{k:absent=0}.{r}", "m.0.x", false),
+            ("{r}.weight", "x.weight", true),
+            ("{r}.weight", ".weight", false),
+            ("a.{r}.e{i}", "a.b.e12", true),
+        ];
+        for (text, name, taken) in cases {
+            let (t, vars) = template(text);
+            assert_eq!(t.bind(name, &vars).is_some(), taken, "`{text}` on `{name}`");
+        }
+    }
+
+    #[test]
+    fn bad_templates_are_refused() {
+        for text in
+            ["a{", "a}", "{r}.{r}", "{a}{b}", "{a}.{a}", "{}", "{a:}", "{r:layers}", "{a:k=x}"]
+        {
+            assert!(RawTemplate::parse(text).is_err(), "`{text}`");
+        }
+        let mut vars = Variables::default();
+        let missing = RawTemplate::parse("{l:absent}").unwrap().resolve(&mut vars, &config);
+        assert_eq!(
+            missing.unwrap_err().to_string(),
+            "config.json has no integer `absent`, which the mapping needs"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn what_a_template_writes_it_reads_back(
+            l in 0u64..48, e in 0u64..256, rest in "[a-z0-9._]{1,12}", which in 0usize..4,
+        ) {
+            let texts = [
+                "model.layers.{l:layers}.experts.{e:experts}.{r}",
+                "{r}.layers.{l:layers}.x.{e:experts}",
+                "x{l+experts:layers}-{e}.{r}.weight",
+                "layers.{l}.{r}.scale",
+            ];
+            let (t, vars) = template(texts[which]);
+            let mut b = Bindings { indices: Vec::new(), rest: Some(rest.as_str().into()) };
+            for (name, value) in [("l", l), ("e", e)] {
+                if let Some(var) = vars.find(name) {
+                    b = b.with(var, Some(value));
+                }
+            }
+            let name = t.format(&b, &vars).unwrap();
+            prop_assert_eq!(t.bind(&name, &vars), Some(b), "{}", name);
+        }
+    }
+}
