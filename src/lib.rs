@@ -8,4 +8,6 @@
 
 pub mod codec;
 pub mod mapping;
+pub mod source;
+pub mod tensor;
 pub mod tensor;
