@@ -8,6 +8,6 @@
 
 pub mod codec;
 pub mod mapping;
+pub mod plan;
 pub mod source;
-pub mod tensor;
 pub mod tensor;

@@ -1,0 +1,358 @@
+//! Builds a plan: source matrices, logical tensors, targets, dtypes, directories.
+
+use std::collections::HashSet;
+
+use regex::Regex;
+
+use super::assemble::{self, Dropped, Leftover, Target};
+use super::matrix::{Matrix, ScaleReading};
+use super::problems::{PlanError, Problem, Problems};
+use super::show::{Summary, SummaryParts};
+use super::slice::{self, ExpertParallel, ExpertShard};
+use super::{Body, Directory, Plan, Quantization, TensorId, TensorPlan, cover, sources};
+use crate::mapping::{Layout, LayoutName, Resolved, Taken};
+use crate::source::Checkpoint;
+use crate::tensor::{BoxMap, DType, Float, Shape};
+
+/// What the user asks of a view.
+#[derive(Clone, Debug)]
+pub struct PlanOptions {
+    /// Layout of the view; `None`: `native` of an hf checkpoint, `hf` of any other.
+    pub to: Option<LayoutName>,
+    /// What quantized and grouped tensors become.
+    pub dtype: Float,
+    /// How scales of fused shards are read.
+    pub scale_reading: ScaleReading,
+    /// What becomes of tensors that no rule names.
+    pub unmapped: Unmapped,
+    /// Only tensors whose names match one of these; all where there are none.
+    pub include: Vec<Regex>,
+    /// No tensors whose names match one of these.
+    pub exclude: Vec<Regex>,
+    /// Ranks that share the experts.
+    pub expert_parallel: Option<ExpertParallel>,
+    /// Ranks that share axis 1 of grouped tensors.
+    pub expert_shard: Option<ExpertShard>,
+}
+
+impl Default for PlanOptions {
+    fn default() -> PlanOptions {
+        PlanOptions {
+            to: None,
+            dtype: Float::BF16,
+            scale_reading: ScaleReading::default(),
+            unmapped: Unmapped::default(),
+            include: Vec::new(),
+            exclude: Vec::new(),
+            expert_parallel: None,
+            expert_shard: None,
+        }
+    }
+}
+
+/// What becomes of source tensors that no rule names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unmapped {
+    /// The mount is refused.
+    #[default]
+    Refuse,
+    /// They are shown under their own names, as they are.
+    Keep,
+    /// They are left out.
+    Drop,
+}
+
+impl Plan {
+    /// Plans the view of a checkpoint.
+    ///
+    /// # Errors
+    /// Whatever keeps a tensor of the view from being served, all of it at once.
+    pub fn build(
+        checkpoint: &Checkpoint,
+        mapping: &Resolved,
+        options: &PlanOptions,
+    ) -> Result<Plan, PlanError> {
+        let mut problems = Problems::default();
+        let grouped = sources::matrices(checkpoint, mapping, options.scale_reading, &mut problems)?;
+        let matrices = grouped.list;
+        let from = source_layout(&matrices, checkpoint, mapping)?;
+        let to = options.to.unwrap_or(match from {
+            LayoutName::Hf => LayoutName::Native,
+            LayoutName::Native | LayoutName::Transformers => LayoutName::Hf,
+        });
+        let (source, target) = (mapping.layout(from)?, mapping.layout(to)?);
+
+        let mut dropped = Dropped::new();
+        let mut leftovers: Vec<Leftover> = Vec::new();
+        let logical = match source {
+            None => assemble::from_published(&matrices, mapping, &mut problems),
+            Some(layout) => assemble::from_layout(
+                &matrices,
+                layout,
+                &mut dropped,
+                &mut leftovers,
+                &mut problems,
+            ),
+        };
+        let mut targets = match target {
+            None => assemble::to_published(logical, mapping, source.is_some(), &mut leftovers),
+            Some(layout) => {
+                assemble::to_layout(&logical, layout, &mut dropped, &mut leftovers, &mut problems)
+            }
+        };
+        let unmapped =
+            unmapped(&leftovers, &matrices, options.unmapped, &mut targets, &mut problems);
+        targets.retain(|t| selected(&t.name, options));
+        targets.sort_by_cached_key(|t| natural_key(&t.name));
+        for pair in targets.windows(2).filter(|w| w[0].name == w[1].name) {
+            problems.add(Problem::SameName, &pair[0].name);
+        }
+        problems.finish()?;
+        if targets.is_empty() {
+            return Err(PlanError::Empty("no tensor is left by --include and --exclude"));
+        }
+
+        let mut layer = Layers {
+            tensors: Vec::with_capacity(targets.len()),
+            matrices: &matrices,
+            dtype: options.dtype,
+            cast_floats: target.is_some_and(|l| l.cast_floats),
+            problems: Problems::default(),
+        };
+        let directories = layer.directories(&targets, to, options)?;
+        let Layers { tensors, problems, .. } = layer;
+        problems.finish()?;
+        let quantized = matrices.iter().any(|m| m.scales.is_some());
+        let parts = SummaryParts {
+            mapping,
+            from,
+            to,
+            dtype: options.dtype,
+            fused: (grouped.fused_pairs > 0 || options.scale_reading == ScaleReading::Automodel)
+                .then_some((options.scale_reading, grouped.fused_pairs)),
+            dropped,
+            unmapped,
+            checkpoint,
+        };
+        let summary = Summary::new(parts, &tensors, &directories);
+        let quantization = if quantized { Quantization::Remove } else { Quantization::Keep };
+        Ok(Plan { tensors, matrices, directories, quantization, summary })
+    }
+}
+
+/// Puts tensors into directories, sharing those that no cut changes.
+struct Layers<'a> {
+    tensors: Vec<TensorPlan>,
+    matrices: &'a [Matrix],
+    dtype: Float,
+    cast_floats: bool,
+    problems: Problems,
+}
+
+impl Layers<'_> {
+    fn directories(
+        &mut self,
+        targets: &[Target],
+        to: LayoutName,
+        options: &PlanOptions,
+    ) -> Result<Vec<Directory>, PlanError> {
+        let cuts = options.expert_parallel.is_some() || options.expert_shard.is_some();
+        if cuts && to == LayoutName::Hf {
+            let why = "--ep-size and --ep-shard-size cut grouped experts, which the layout `hf` \
+                       does not have; use --to native or --to transformers";
+            return Err(PlanError::Option(why.to_owned()));
+        }
+        let shard = |t: &Target, problems: &mut Problems| match options.expert_shard {
+            Some(shard) if t.expert_axis => Some(slice::axis_shard(t, shard, problems)),
+            Some(_) | None => None,
+        };
+        let (size, ranks) = match options.expert_parallel {
+            None => (1, vec![]),
+            Some(ExpertParallel { size, rank: Some(rank) }) => (size, vec![rank]),
+            Some(ExpertParallel { size, rank: None }) => (size, (0..size).collect()),
+        };
+        let at_root = options.expert_parallel.is_some_and(|ep| ep.rank.is_some());
+        let mut directories = Vec::with_capacity(ranks.len() + 1);
+        let mut whole: Vec<Option<TensorId>> = vec![None; targets.len()];
+        if !at_root {
+            for (slot, target) in whole.iter_mut().zip(targets) {
+                let sharded = shard(target, &mut self.problems);
+                *slot = Some(self.add(sharded.as_ref().unwrap_or(target))?);
+            }
+            let tensors = whole.iter().copied().flatten().collect();
+            directories.push(Directory { name: String::new(), tensors });
+        }
+        for rank in ranks {
+            let mut tensors = Vec::with_capacity(targets.len());
+            for (slot, target) in whole.iter_mut().zip(targets) {
+                tensors.push(match (target.expert_axis, *slot) {
+                    (true, _) => {
+                        let cut = slice::expert_slice(target, size, rank, &mut self.problems);
+                        let sharded = shard(&cut, &mut self.problems);
+                        self.add(sharded.as_ref().unwrap_or(&cut))?
+                    }
+                    (false, Some(id)) => id,
+                    (false, None) => *slot.insert(self.add(target)?),
+                });
+            }
+            let name = if at_root { String::new() } else { slice::directory_name(rank, size) };
+            directories.push(Directory { name, tensors });
+        }
+        Ok(directories)
+    }
+
+    fn add(&mut self, target: &Target) -> Result<TensorId, PlanError> {
+        let id = u32::try_from(self.tensors.len()).map_err(|_| PlanError::TooMany)?;
+        let dtype = self.dtype_of(target);
+        let shape = Shape::new(target.shape.as_slice());
+        if shape.bytes(dtype).is_none() {
+            self.problems.explain(Problem::Size, &target.name, format!("{shape} {dtype}"));
+        } else if !cover::covers(&shape, &target.fragments) {
+            self.problems.explain(
+                Problem::RuleShape,
+                &target.name,
+                "its parts leave gaps or overlap",
+            );
+        }
+        let body = match cover::verbatim_runs(&shape, dtype, &target.fragments, self.matrices) {
+            Some(runs) => Body::Verbatim(runs),
+            None => Body::Computed(cover::computed(&shape, dtype, target.fragments.clone())),
+        };
+        self.tensors.push(TensorPlan { name: target.name.as_str().into(), dtype, shape, body });
+        Ok(TensorId(id))
+    }
+
+    fn dtype_of(&mut self, target: &Target) -> DType {
+        let mut dtypes = target.fragments.iter().map(|f| {
+            let m = &self.matrices[f.matrix.index()];
+            (m.dtype, m.scales.is_some())
+        });
+        let Some((first, _)) = dtypes.clone().next() else { return self.dtype.dtype() };
+        let quantized = dtypes.clone().any(|(_, q)| q);
+        let floats = dtypes.clone().all(|(d, q)| q || d.as_float().is_some());
+        if self.cast_floats && floats {
+            return if self.dtype == Float::F32 { DType::BF16 } else { self.dtype.dtype() };
+        }
+        if quantized || (target.grouped && floats) {
+            return self.dtype.dtype();
+        }
+        if let Some((other, _)) = dtypes.find(|(d, _)| *d != first) {
+            let what = format!("{first} and {other}");
+            self.problems.explain(Problem::RuleDtype, &target.name, what);
+        }
+        first
+    }
+}
+
+/// Which layout the source is in: the one whose renaming and grouping rules take most of its
+/// names, `hf` where none does.
+fn source_layout(
+    matrices: &[Matrix],
+    checkpoint: &Checkpoint,
+    mapping: &Resolved,
+) -> Result<LayoutName, PlanError> {
+    let speaks = |taken: Option<Taken<'_>>| match taken {
+        Some(Taken::Map { rule, .. }) => !rule.is_identity(),
+        Some(Taken::Drop { .. }) | None => false,
+    };
+    let count = |takes: &dyn Fn(&str) -> bool| matrices.iter().filter(|m| takes(&m.name)).count();
+    let as_hf = |layout: &Layout, name: &str| {
+        let canonical = mapping.canonical(name);
+        speaks(layout.take_hf(canonical.as_deref().unwrap_or(name)))
+    };
+    let hf = count(&|name| mapping.layouts().any(|l| as_hf(l, name)));
+    let mut best = (LayoutName::Hf, hf);
+    for layout in mapping.layouts() {
+        let n = count(&|name| speaks(layout.take_to(name)));
+        if n > best.1 {
+            best = (layout.name, n);
+        }
+    }
+    let quantized = matrices.iter().any(|m| m.scales.is_some());
+    let named = matrices.iter().any(|m| mapping.layouts().any(|l| l.take_hf(&m.name).is_some()));
+    if best.1 == 0 && !quantized && !named {
+        return Err(PlanError::UnknownLayout {
+            model: mapping.name.clone(),
+            tensors: checkpoint.tensors().len(),
+        });
+    }
+    Ok(best.0)
+}
+
+/// What is done with matrices that no rule names, and how many there are.
+fn unmapped(
+    leftovers: &[Leftover],
+    matrices: &[Matrix],
+    what: Unmapped,
+    targets: &mut Vec<Target>,
+    problems: &mut Problems,
+) -> Option<(Unmapped, u64)> {
+    let distinct: HashSet<_> = leftovers.iter().copied().collect();
+    let mut ids: Vec<_> = distinct.into_iter().collect();
+    ids.sort();
+    for &id in &ids {
+        let matrix = &matrices[id.index()];
+        match what {
+            Unmapped::Refuse => problems.add(Problem::NoRule, &matrix.name),
+            Unmapped::Drop => {}
+            Unmapped::Keep => targets.push(Target {
+                name: matrix.name.to_string(),
+                shape: matrix.shape.dims().to_vec(),
+                fragments: vec![super::Fragment {
+                    map: BoxMap::identity(matrix.shape.dims()),
+                    matrix: id,
+                }],
+                grouped: false,
+                expert_axis: false,
+            }),
+        }
+    }
+    let n = u64::try_from(ids.len()).expect("ids have 32 bits");
+    (n > 0).then_some((what, n))
+}
+
+fn selected(name: &str, options: &PlanOptions) -> bool {
+    let starts = |re: &Regex| re.find(name).is_some_and(|m| m.start() == 0);
+    let included = options.include.is_empty() || options.include.iter().any(starts);
+    included && !options.exclude.iter().any(starts)
+}
+
+/// Sorts `layers.2` before `layers.10`.
+fn natural_key(name: &str) -> Vec<(u64, String)> {
+    let mut key = Vec::new();
+    let mut left = name;
+    while !left.is_empty() {
+        let text = left.find(|c: char| c.is_ascii_digit()).unwrap_or(left.len());
+        let (word, rest) = left.split_at(text);
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let (number, rest) = rest.split_at(digits);
+        key.push((0, word.to_owned()));
+        if !number.is_empty() {
+            key.push((number.parse().unwrap_or(u64::MAX), String::new()));
+        }
+        left = rest;
+    }
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_sort_by_their_numbers() {
+        let mut names = ["layers.10.a", "layers.2.b", "layers.2.a", "layers.1.a", "embed"];
+        names.sort_by_cached_key(|n| natural_key(n));
+        assert_eq!(names, ["embed", "layers.1.a", "layers.2.a", "layers.2.b", "layers.10.a"]);
+    }
+
+    #[test]
+    fn filters_match_from_the_start() {
+        let re = |t| vec![Regex::new(t).unwrap()];
+        let options = |include, exclude| PlanOptions { include, exclude, ..PlanOptions::default() };
+        assert!(selected("model.mtp.x", &options(vec![], re("mtp"))));
+        assert!(!selected("model.mtp.x", &options(vec![], re(".*mtp"))));
+        assert!(selected("model.x", &options(re("model"), vec![])));
+        assert!(!selected("lm_head.x", &options(re("model"), vec![])));
+    }
+}

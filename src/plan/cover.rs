@@ -1,0 +1,123 @@
+//! Checks on a finished tensor: complete cover, and whether its bytes are the source's own.
+
+use super::{Computed, Fragment, Grid, Matrix, Run};
+use crate::tensor::{BoxMap, DType, Shape};
+
+/// Whether the fragments cover a tensor of this shape, each element once.
+pub fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
+    let within = |f: &Fragment| {
+        f.map.target.len() == shape.rank()
+            && (0..shape.rank()).all(|a| f.map.target_span(a).1 < shape.dims()[a])
+    };
+    let total: u64 = fragments.iter().map(|f| f.map.elements()).sum();
+    if Some(total) != shape.elements() || !fragments.iter().all(within) {
+        return false;
+    }
+    if shape.rank() == 0 || total == 0 {
+        return fragments.len() == usize::from(total > 0);
+    }
+    // Fragments come in the order of their targets; only those whose first axes meet can overlap.
+    let mut open: Vec<&Fragment> = Vec::new();
+    for f in fragments {
+        let (first, _) = f.map.target_span(0);
+        open.retain(|o| o.map.target_span(0).1 >= first);
+        if open.iter().any(|o| o.map.overlaps(&f.map)) {
+            return false;
+        }
+        open.push(f);
+    }
+    true
+}
+
+/// The source runs that are the tensor's bytes, where it is made of plain matrices of its own
+/// dtype, all contiguous on both sides.
+pub fn verbatim_runs(
+    shape: &Shape,
+    dtype: DType,
+    fragments: &[Fragment],
+    matrices: &[Matrix],
+) -> Option<Vec<Run>> {
+    let bits = u64::from(dtype.bits());
+    let bytes = |elements: u64| {
+        let bits = elements.checked_mul(bits)?;
+        bits.is_multiple_of(8).then_some(bits / 8)
+    };
+    let strides = shape.strides();
+    let mut runs: Vec<Run> = Vec::with_capacity(fragments.len());
+    for f in fragments {
+        let matrix = &matrices[f.matrix.index()];
+        if matrix.scales.is_some() || matrix.dtype != dtype {
+            return None;
+        }
+        let (at, from) = contiguous(&f.map, &strides, &matrix.shape.strides())?;
+        let run = Run {
+            at: bytes(at)?,
+            bytes: bytes(f.map.elements())?,
+            source: matrix.payload,
+            offset: bytes(from)?,
+        };
+        match runs.last_mut() {
+            Some(last) if last.at + last.bytes != run.at => return None,
+            Some(last) if last.source == run.source && last.offset + last.bytes == run.offset => {
+                last.bytes += run.bytes;
+            }
+            Some(_) | None => runs.push(run),
+        }
+    }
+    let whole = runs.first().is_none_or(|r| r.at == 0);
+    let end = runs.last().map_or(0, |r| r.at + r.bytes);
+    (whole && Some(end) == shape.bytes(dtype)).then_some(runs)
+}
+
+/// First elements on both sides, where the map is one contiguous run on both.
+fn contiguous(map: &BoxMap, target: &[u64], source: &[u64]) -> Option<(u64, u64)> {
+    let mut moves = vec![(0, 0); map.extent.len()];
+    let (mut at, mut from) = (0, 0);
+    for (axis, stride) in map.target.iter().zip(target) {
+        at += axis.start * stride;
+        if let Some(k) = axis.along {
+            moves[usize::from(k)].0 = axis.step * stride;
+        }
+    }
+    for (axis, stride) in map.source.iter().zip(source) {
+        from += axis.start * stride;
+        if let Some(k) = axis.along {
+            moves[usize::from(k)].1 = axis.step * stride;
+        }
+    }
+    let mut axes: Vec<_> = moves.into_iter().zip(&map.extent).collect();
+    axes.sort();
+    let mut expected = 1;
+    for ((t, s), extent) in axes {
+        if t != expected || s != expected {
+            return None;
+        }
+        expected *= extent;
+    }
+    Some((at, from))
+}
+
+/// A computed tensor, its fragments in order and found by plane.
+pub fn computed(shape: &Shape, dtype: DType, fragments: Vec<Fragment>) -> Computed {
+    let grid = Grid::new(shape, u64::from(dtype.bits() / 8));
+    let position = |i: usize| u32::try_from(i).expect("the planner bounds the fragments");
+    // One fragment lies in one plane where every outer axis stands still.
+    let outer = shape.rank().saturating_sub(2);
+    let single = |f: &Fragment| f.map.target[..outer].iter().all(|a| a.along.is_none());
+    let mut planes = Vec::new();
+    if outer > 0 && fragments.len() > 1 && fragments.iter().all(single) {
+        let strides = Shape::new(&shape.dims()[..outer]).strides();
+        let plane_of = |f: &Fragment| -> u64 {
+            f.map.target[..outer].iter().zip(&strides).map(|(a, s)| a.start * s).sum()
+        };
+        let mut next = 0;
+        for plane in 0..grid.planes {
+            let start = next;
+            while next < fragments.len() && plane_of(&fragments[next]) == plane {
+                next += 1;
+            }
+            planes.push(position(start)..position(next));
+        }
+    }
+    Computed { grid, fragments, planes }
+}

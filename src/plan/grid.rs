@@ -1,0 +1,117 @@
+//! How a computed tensor is cut into chunks: the unit of decoding, caching and single flight.
+//!
+//! ```text
+//! [E, H, 2I]   plane = one index of the outer axes, row = one index of the last but one
+//! +---- plane 0 ----+---- plane 1 ----+ …
+//! | chunk 0 | 1 | 2 | chunk 3 | 4 | 5 |      a chunk never crosses a plane
+//! ```
+
+use crate::tensor::Shape;
+
+/// Bytes that a chunk is meant to have: large enough to make its bookkeeping free, small enough to
+/// stay in a core's L2 cache beside its source.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Rows of a chunk are a multiple of this where a plane has more: the block of every scheme with
+/// blocks of rows or columns, so that a chunk's edges fall on block edges.
+const ROW_MULTIPLE: u64 = 128;
+
+/// The chunks of a computed tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Planes of the tensor: the product of all axes but the last two.
+    pub planes: u64,
+    /// Rows of a plane.
+    pub rows: u64,
+    /// Bytes of a row.
+    pub row_bytes: u64,
+    /// Rows of a chunk; the last chunk of a plane may have fewer.
+    pub chunk_rows: u64,
+}
+
+/// Where a chunk lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkBox {
+    /// Plane that it lies in.
+    pub plane: u64,
+    /// First row within the plane.
+    pub row: u64,
+    /// Number of rows.
+    pub rows: u64,
+}
+
+impl Grid {
+    /// The grid of a tensor with elements of `element` bytes.
+    ///
+    /// A 1-D tensor is one plane whose rows are its elements, a 0-d tensor one row.
+    pub fn new(shape: &Shape, element: u64) -> Grid {
+        let dims = shape.dims();
+        let (planes, rows, cols) = match dims {
+            [] => (1, 1, 1),
+            [n] => (1, *n, 1),
+            [outer @ .., rows, cols] => (outer.iter().product(), *rows, *cols),
+        };
+        let row_bytes = cols * element;
+        let wanted = (CHUNK_BYTES / row_bytes.max(1)).max(1);
+        let chunk_rows = wanted.next_multiple_of(ROW_MULTIPLE).min(rows).max(1);
+        Grid { planes, rows, row_bytes, chunk_rows }
+    }
+
+    /// Chunks of a plane.
+    pub fn chunks_per_plane(&self) -> u64 {
+        self.rows.div_ceil(self.chunk_rows)
+    }
+
+    /// Number of chunks.
+    pub fn chunks(&self) -> u64 {
+        self.planes * self.chunks_per_plane()
+    }
+
+    /// The chunk that holds the byte at `at` of the tensor.
+    pub fn chunk_at(&self, at: u64) -> u64 {
+        let plane_bytes = self.rows * self.row_bytes;
+        let within = at % plane_bytes;
+        (at / plane_bytes) * self.chunks_per_plane() + within / (self.chunk_rows * self.row_bytes)
+    }
+
+    /// Where a chunk lies.
+    pub fn chunk_box(&self, chunk: u64) -> ChunkBox {
+        let per_plane = self.chunks_per_plane();
+        let row = (chunk % per_plane) * self.chunk_rows;
+        ChunkBox { plane: chunk / per_plane, row, rows: self.chunk_rows.min(self.rows - row) }
+    }
+
+    /// First byte of a chunk within the tensor, and its bytes.
+    pub fn extent(&self, chunk: u64) -> (u64, u64) {
+        let b = self.chunk_box(chunk);
+        ((b.plane * self.rows + b.row) * self.row_bytes, b.rows * self.row_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_the_tensor_in_order() {
+        for dims in [vec![], vec![7], vec![5, 3], vec![3, 300, 4096], vec![2, 3, 129, 65536]] {
+            let shape = Shape::new(dims);
+            let grid = Grid::new(&shape, 2);
+            let mut at = 0;
+            for chunk in 0..grid.chunks() {
+                let (start, bytes) = grid.extent(chunk);
+                assert_eq!(start, at, "{shape}");
+                assert_eq!((grid.chunk_at(at), grid.chunk_at(at + bytes - 1)), (chunk, chunk));
+                at += bytes;
+            }
+            assert_eq!(at, shape.elements().unwrap() * 2, "{shape}");
+        }
+    }
+
+    #[test]
+    fn rows_of_a_chunk_fall_on_blocks() {
+        // MiMo's gate_and_up_projs: 8 KiB rows, 128 of them make 1 MiB.
+        let grid = Grid::new(&Shape::from([256, 4096, 4096]), 2);
+        assert_eq!((grid.chunk_rows, grid.chunks()), (128, 256 * 32));
+    }
+}

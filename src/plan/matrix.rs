@@ -1,0 +1,169 @@
+//! A matrix of the checkpoint as the planner sees it: payload, scales, and which scale serves
+//! which row.
+
+use std::ops::Range;
+
+use crate::codec::{Code, ScaleCode};
+use crate::source::SourceId;
+use crate::tensor::{DType, Shape};
+
+/// A tensor of the checkpoint with its quantization taken together: a plain tensor, or payload,
+/// scale and shape tensors of one decoded matrix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Matrix {
+    /// Name in the checkpoint, without the suffixes of its parts.
+    pub name: Box<str>,
+    /// The tensor that holds the elements or their codes.
+    pub payload: SourceId,
+    /// Element type of the payload.
+    pub dtype: DType,
+    /// Extents of the decoded matrix.
+    pub shape: Shape,
+    /// Scales, where the matrix is quantized.
+    pub scales: Option<MatrixScales>,
+    /// A tensor that holds the decoded extents, checked when the matrix is first decoded.
+    pub shape_tensor: Option<SourceId>,
+}
+
+impl Matrix {
+    /// A tensor that is as it is.
+    pub fn plain(name: Box<str>, payload: SourceId, dtype: DType, shape: Shape) -> Matrix {
+        Matrix { name, payload, dtype, shape, scales: None, shape_tensor: None }
+    }
+
+    /// Columns: the last axis. Rows are all other axes together.
+    pub fn cols(&self) -> u64 {
+        self.shape.dims().last().copied().unwrap_or(1)
+    }
+}
+
+/// Scales of a quantized matrix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MatrixScales {
+    /// How the payload codes an element.
+    pub code: Code,
+    /// How a scale is coded.
+    pub scale: ScaleCode,
+    /// Rows and columns of the matrix that one scale serves.
+    pub block: [u64; 2],
+    /// Scales in a row of the scale tensor.
+    pub cols: u64,
+    /// Which scale rows serve which matrix rows; in order, without gaps.
+    pub bands: Vec<Band>,
+}
+
+/// Rows of a matrix whose scales lie in one run of scale rows.
+///
+/// Row `r` of the band has the scale row `row + (r - rows.start + skip) / block[0]`. More than one
+/// band is needed where the grid starts anew (stacked experts) or where a block reaches over the
+/// boundary of two tensors that were quantized as one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Band {
+    /// Rows of the matrix, all axes but the last taken together.
+    pub rows: Range<u64>,
+    /// The scale tensor.
+    pub scale: SourceId,
+    /// Scale row of the band's first row.
+    pub row: u64,
+    /// Rows of the first block that lie before the band.
+    pub skip: u64,
+}
+
+/// How scales of matrices that were quantized as fused shards are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleReading {
+    /// Blocks run over the fused rows of each shard, as the checkpoint was made.
+    #[default]
+    Fused,
+    /// Blocks run over each tensor alone, surplus scale rows are ignored: what Automodel 0.7.0 does.
+    Automodel,
+}
+
+/// Bands of a pair of matrices that were quantized as shards of their fused rows, first the
+/// bands of the first matrix.
+///
+/// `rows` and `scale_rows` are those of the two tensors. Within each of `t` shards the rows of the
+/// first tensor come before those of the second, and blocks of `block` rows run over both; the
+/// first tensor's scale rows are those of its own last, shared block and before. `t` is the
+/// smallest number that explains both counts.
+///
+/// `None` where no number of shards does.
+pub fn fused_bands(
+    rows: [u64; 2],
+    scale_rows: [u64; 2],
+    scales: [SourceId; 2],
+    block: u64,
+) -> Option<(u64, [Vec<Band>; 2])> {
+    let explains = |t: u64| {
+        (0..2).all(|i| {
+            rows[i].is_multiple_of(t) && t * (rows[i] / t).div_ceil(block) == scale_rows[i]
+        })
+    };
+    let shards = (1..=rows[0].min(rows[1])).find(|&t| explains(t))?;
+    // One shard is a plain grid on each tensor: nothing was fused.
+    if shards == 1 {
+        let plain = |i: usize| vec![Band { rows: 0..rows[i], scale: scales[i], row: 0, skip: 0 }];
+        return Some((1, [plain(0), plain(1)]));
+    }
+    let (first, second) = (rows[0] / shards, rows[1] / shards);
+    let (first_blocks, second_blocks) = (scale_rows[0] / shards, scale_rows[1] / shards);
+    // Rows of the second tensor that lie in the first tensor's last block.
+    let shared = (first_blocks * block - first).min(second);
+    let mut bands = [Vec::new(), Vec::new()];
+    for s in 0..shards {
+        let row = s * first_blocks;
+        bands[0].push(Band { rows: s * first..(s + 1) * first, scale: scales[0], row, skip: 0 });
+        let start = s * second;
+        if shared > 0 {
+            bands[1].push(Band {
+                rows: start..start + shared,
+                scale: scales[0],
+                row: row + first_blocks - 1,
+                skip: first % block,
+            });
+        }
+        if shared < second {
+            bands[1].push(Band {
+                rows: start + shared..start + second,
+                scale: scales[1],
+                row: s * second_blocks,
+                skip: 0,
+            });
+        }
+    }
+    Some((shards, bands))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const K: SourceId = SourceId(0);
+    const V: SourceId = SourceId(1);
+
+    #[test]
+    fn a_block_reaches_from_k_into_v() {
+        // MiMo's full-attention layers: 4 heads of 192 K rows and 128 V rows.
+        let (shards, [k, v]) = fused_bands([768, 512], [8, 4], [K, V], 128).unwrap();
+        assert_eq!(shards, 4);
+        assert_eq!(k[1], Band { rows: 192..384, scale: K, row: 2, skip: 0 });
+        assert_eq!(v[2], Band { rows: 128..192, scale: K, row: 3, skip: 64 });
+        assert_eq!(v[3], Band { rows: 192..256, scale: V, row: 1, skip: 0 });
+    }
+
+    #[test]
+    fn counts_that_agree_are_a_plain_grid() {
+        // Its sliding layers: 8 heads, 1536 rows are 12 blocks.
+        let (shards, [k, v]) = fused_bands([1536, 1024], [12, 8], [K, V], 128).unwrap();
+        assert_eq!(shards, 1);
+        assert_eq!(k, [Band { rows: 0..1536, scale: K, row: 0, skip: 0 }]);
+        assert_eq!(v, [Band { rows: 0..1024, scale: V, row: 0, skip: 0 }]);
+    }
+
+    #[test]
+    fn unexplained_counts_are_refused() {
+        assert_eq!(fused_bands([768, 512], [7, 4], [K, V], 128), None);
+        assert_eq!(fused_bands([768, 512], [8, 5], [K, V], 128), None);
+    }
+}

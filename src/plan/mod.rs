@@ -1,0 +1,174 @@
+//! The plan of a view: for every tensor that it shows, where its bytes come from.
+//!
+//! A plan is built once, at mount, from a checkpoint's headers and a mapping; whatever can be
+//! refused is refused here. It is immutable and holds no bytes; `read` carries it out.
+
+mod assemble;
+mod build;
+mod cover;
+mod grid;
+mod matrix;
+mod problems;
+mod show;
+mod slice;
+mod sources;
+
+use std::ops::Range;
+
+pub use build::{PlanOptions, Unmapped};
+pub use grid::Grid;
+pub use matrix::{Band, Matrix, MatrixScales, ScaleReading};
+pub use problems::{PlanError, Problem, Problems};
+pub use show::Summary;
+pub use slice::{ExpertParallel, ExpertShard};
+
+use crate::source::SourceId;
+use crate::tensor::{BoxMap, DType, Shape};
+
+/// Position of a tensor in [`Plan::tensors`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TensorId(pub u32);
+
+impl TensorId {
+    /// The position as an index.
+    pub fn index(self) -> usize {
+        usize::try_from(self.0).expect("a usize has at least 32 bits")
+    }
+}
+
+/// Position of a matrix in [`Plan::matrices`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MatrixId(pub u32);
+
+impl MatrixId {
+    /// The position as an index.
+    pub fn index(self) -> usize {
+        usize::try_from(self.0).expect("a usize has at least 32 bits")
+    }
+}
+
+/// Everything that a view shows.
+#[derive(Debug)]
+pub struct Plan {
+    /// Every tensor of every directory, in the order in which shards hold them.
+    pub tensors: Vec<TensorPlan>,
+    /// What the tensors are computed from.
+    pub matrices: Vec<Matrix>,
+    /// The checkpoints that the view offers; the first is the root.
+    pub directories: Vec<Directory>,
+    /// What becomes of `quantization_config` in config.json.
+    pub quantization: Quantization,
+    /// What the mount reports.
+    pub summary: Summary,
+}
+
+impl Plan {
+    /// The plan of a tensor.
+    pub fn tensor(&self, id: TensorId) -> &TensorPlan {
+        &self.tensors[id.index()]
+    }
+
+    /// A matrix that tensors are computed from.
+    pub fn matrix(&self, id: MatrixId) -> &Matrix {
+        &self.matrices[id.index()]
+    }
+}
+
+/// One checkpoint within the view: the whole model, or an expert-parallel rank's part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Directory {
+    /// Name below the root; empty for the root itself.
+    pub name: String,
+    /// Its tensors, in the order in which shards hold them.
+    pub tensors: Vec<TensorId>,
+}
+
+/// What becomes of `quantization_config` in the view's config.json.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Quantization {
+    /// The view's tensors are as the source's: config.json stays as it is.
+    Keep,
+    /// No tensor is quantized any more: the key goes, at the top level and in `text_config`.
+    Remove,
+    /// The view is quantized as this value says.
+    Replace(serde_json::Value),
+}
+
+/// A tensor of the view.
+#[derive(Debug)]
+pub struct TensorPlan {
+    /// Name in the view.
+    pub name: Box<str>,
+    /// Element type in the view.
+    pub dtype: DType,
+    /// Extents in the view.
+    pub shape: Shape,
+    /// Where its bytes come from.
+    pub body: Body,
+}
+
+impl TensorPlan {
+    /// Bytes of the tensor.
+    pub fn bytes(&self) -> u64 {
+        self.shape.bytes(self.dtype).expect("the planner checked the size")
+    }
+
+    /// Whether every byte is a byte of the source.
+    pub fn is_verbatim(&self) -> bool {
+        matches!(self.body, Body::Verbatim(_))
+    }
+}
+
+/// Where a tensor's bytes come from.
+#[derive(Debug)]
+pub enum Body {
+    /// Runs of source bytes, one behind the other.
+    Verbatim(Vec<Run>),
+    /// Fragments that are decoded, cast or moved.
+    Computed(Computed),
+}
+
+/// A run of bytes that a source tensor holds as the view shows them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// First byte within the view's tensor.
+    pub at: u64,
+    /// Number of bytes.
+    pub bytes: u64,
+    /// The source tensor.
+    pub source: SourceId,
+    /// First byte within the source tensor.
+    pub offset: u64,
+}
+
+/// A tensor that is computed in chunks of whole rows.
+#[derive(Debug)]
+pub struct Computed {
+    /// How it is cut into chunks.
+    pub grid: Grid,
+    /// Disjoint fragments that cover it, in the order of their targets.
+    pub fragments: Vec<Fragment>,
+    /// For each plane, the positions of the fragments that reach into it; empty where all
+    /// fragments do.
+    planes: Vec<Range<u32>>,
+}
+
+impl Computed {
+    /// Fragments that may reach into a plane of the grid.
+    pub fn fragments_of(&self, plane: u64) -> &[Fragment] {
+        let wide = |i: u32| usize::try_from(i).expect("a usize has at least 32 bits");
+        match usize::try_from(plane).ok().and_then(|p| self.planes.get(p)) {
+            Some(range) => &self.fragments[wide(range.start)..wide(range.end)],
+            None => &self.fragments,
+        }
+    }
+}
+
+/// A box of the view's tensor and the box of a matrix that it comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fragment {
+    /// Target: the view's tensor. Source: the matrix.
+    pub map: BoxMap,
+    /// The matrix.
+    pub matrix: MatrixId,
+}

@@ -1,0 +1,178 @@
+//! What a plan refuses: every problem of a checkpoint at once, with counts and first names.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::mapping::MappingError;
+use crate::source::ConfigError;
+
+/// Names that a message lists before it only counts.
+const LISTED: usize = 5;
+
+/// A kind of refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Problem {
+    /// A source tensor that no rule of the mapping takes.
+    NoRule,
+    /// A tensor that a rule needs beside one that is there.
+    MissingPart,
+    /// A quantized payload whose scale is not there.
+    MissingScale,
+    /// A scale whose payload is not there, or is not quantized.
+    MissingPayload,
+    /// A payload that holds no matrix.
+    PayloadShape,
+    /// A scale of a shape that the payload's shape does not explain.
+    ScaleShape,
+    /// A scale of a dtype that the scheme does not have.
+    ScaleDtype,
+    /// A `weight_shape` tensor that cannot hold two extents.
+    ShapeTensor,
+    /// Tensors of a rule whose shapes do not fit together.
+    RuleShape,
+    /// Tensors of a rule whose dtypes differ where they are not cast.
+    RuleDtype,
+    /// Two source tensors that land on one name.
+    SameName,
+    /// A tensor too large for 64-bit arithmetic, or cut within a byte.
+    Size,
+    /// A tensor that an expert-parallel cut does not divide.
+    Indivisible,
+}
+
+impl Problem {
+    fn heading(self, one: bool) -> &'static str {
+        match (self, one) {
+            (Problem::NoRule, true) => {
+                "tensor that no rule of the mapping takes (--unmapped keep|drop to go on)"
+            }
+            (Problem::NoRule, false) => {
+                "tensors that no rule of the mapping takes (--unmapped keep|drop to go on)"
+            }
+            (Problem::MissingPart, true) => "missing tensor",
+            (Problem::MissingPart, false) => "missing tensors",
+            (Problem::MissingScale, true) => "missing scale",
+            (Problem::MissingScale, false) => "missing scales",
+            (Problem::MissingPayload, true) => "scale without its quantized payload",
+            (Problem::MissingPayload, false) => "scales without their quantized payloads",
+            (Problem::PayloadShape, true) => "payload of an impossible shape",
+            (Problem::PayloadShape, false) => "payloads of impossible shapes",
+            (Problem::ScaleShape, true) => "scale of an impossible shape",
+            (Problem::ScaleShape, false) => "scales of impossible shapes",
+            (Problem::ScaleDtype, true) => "scale of an impossible dtype",
+            (Problem::ScaleDtype, false) => "scales of impossible dtypes",
+            (Problem::ShapeTensor, true) => "shape tensor that holds no two integers",
+            (Problem::ShapeTensor, false) => "shape tensors that hold no two integers",
+            (Problem::RuleShape, true) => "tensor whose shape does not fit its rule",
+            (Problem::RuleShape, false) => "tensors whose shapes do not fit their rules",
+            (Problem::RuleDtype, true) => "tensor made of parts of different dtypes",
+            (Problem::RuleDtype, false) => "tensors made of parts of different dtypes",
+            (Problem::SameName, true) => "name that two tensors land on",
+            (Problem::SameName, false) => "names that two tensors land on",
+            (Problem::Size, true) => "tensor of an impossible size",
+            (Problem::Size, false) => "tensors of impossible sizes",
+            (Problem::Indivisible, true) => "tensor that the expert-parallel cut does not divide",
+            (Problem::Indivisible, false) => "tensors that the expert-parallel cut does not divide",
+        }
+    }
+}
+
+/// Problems as they are found; [`Problems::finish`] turns them into an error.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Problems(BTreeMap<Problem, Vec<String>>);
+
+impl Problems {
+    /// Notes that `name` has the problem.
+    pub fn add(&mut self, problem: Problem, name: &str) {
+        self.0.entry(problem).or_default().push(format!("`{name}`"));
+    }
+
+    /// Notes that `name` has the problem, and what exactly.
+    pub fn explain(&mut self, problem: Problem, name: &str, what: impl fmt::Display) {
+        self.0.entry(problem).or_default().push(format!("`{name}` ({what})"));
+    }
+
+    /// Whether this problem was noted.
+    pub fn has(&self, problem: Problem) -> bool {
+        self.0.contains_key(&problem)
+    }
+
+    /// Nothing, where no problem was noted.
+    ///
+    /// # Errors
+    /// All that was noted.
+    pub fn finish(self) -> Result<(), PlanError> {
+        if self.0.is_empty() { Ok(()) } else { Err(PlanError::Refused(self)) }
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (problem, names)) in self.0.iter().enumerate() {
+            if i > 0 {
+                f.write_str("; ")?;
+            }
+            let n = names.len();
+            write!(f, "{n} {}: {}", problem.heading(n == 1), names[..n.min(LISTED)].join(", "))?;
+            if n > LISTED {
+                write!(f, " and {} more", n - LISTED)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why no view can be made of a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The mapping does not fit the checkpoint's config, or lacks the layout.
+    #[error(transparent)]
+    Mapping(#[from] MappingError),
+    /// config.json holds something of another type.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Tensors that cannot be served.
+    #[error("{0}")]
+    Refused(Problems),
+    /// The names fit no layout of the mapping.
+    #[error(
+        "the checkpoint's names fit no layout of `{model}`: none of its {tensors} tensors is one \
+         that the mapping renames or groups"
+    )]
+    UnknownLayout {
+        /// The mapping.
+        model: String,
+        /// Tensors of the checkpoint.
+        tensors: usize,
+    },
+    /// Nothing is left to show.
+    #[error("the view is empty: {0}")]
+    Empty(&'static str),
+    /// An option that does not fit the view.
+    #[error("{0}")]
+    Option(String),
+    /// More tensors than a plan can number.
+    #[error("the view has more tensors than 32 bits can number")]
+    TooMany,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_are_counted_and_five_are_named() {
+        let mut problems = Problems::default();
+        for i in 0..7 {
+            problems.add(Problem::MissingScale, &format!("w{i}.scale"));
+        }
+        problems.explain(Problem::ScaleShape, "x", "expected [2, 2], got [1]");
+        assert_eq!(
+            problems.to_string(),
+            "7 missing scales: `w0.scale`, `w1.scale`, `w2.scale`, `w3.scale`, `w4.scale` and 2 \
+             more; 1 scale of an impossible shape: `x` (expected [2, 2], got [1])"
+        );
+        assert!(Problems::default().finish().is_ok());
+        assert!(problems.finish().is_err());
+    }
+}

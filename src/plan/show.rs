@@ -1,0 +1,257 @@
+//! A plan in words, as JSON, and in one line.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde_json::{Value, json};
+
+use super::matrix::ScaleReading;
+use super::{Body, Directory, Plan, TensorPlan, Unmapped};
+use crate::mapping::{LayoutName, Resolved};
+use crate::source::Checkpoint;
+use crate::tensor::Float;
+
+/// What a mount reports of its plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// The mapping.
+    pub model: String,
+    /// Layout of the source.
+    pub from: LayoutName,
+    /// Layout of the view.
+    pub to: LayoutName,
+    /// What quantized and grouped tensors are in the view.
+    pub dtype: Float,
+    /// Source tensors, and their bytes.
+    pub source: (u64, u64),
+    /// Tensors of the root directory, and their bytes.
+    pub view: (u64, u64),
+    /// Verbatim tensors of the root directory, and their bytes.
+    pub verbatim: (u64, u64),
+    /// Expert-parallel directories beside the root.
+    pub ranks: u64,
+    /// How scales of fused shards are read, and the pairs that it concerns.
+    pub fused_scales: Option<(ScaleReading, u64)>,
+    /// Tensors left out by the mapping's rules, by reason.
+    pub dropped: BTreeMap<String, u64>,
+    /// Tensors that no rule names, kept or dropped.
+    pub unmapped: Option<(&'static str, u64)>,
+}
+
+/// What a summary is made of, beside the tensors.
+pub struct SummaryParts<'a> {
+    pub mapping: &'a Resolved,
+    pub from: LayoutName,
+    pub to: LayoutName,
+    pub dtype: Float,
+    pub fused: Option<(ScaleReading, u64)>,
+    pub dropped: BTreeMap<String, u64>,
+    pub unmapped: Option<(Unmapped, u64)>,
+    pub checkpoint: &'a Checkpoint,
+}
+
+fn count<T>(items: impl Iterator<Item = T>) -> u64 {
+    items.fold(0, |n, _| n + 1)
+}
+
+impl Summary {
+    pub(super) fn new(
+        parts: SummaryParts<'_>,
+        tensors: &[TensorPlan],
+        directories: &[Directory],
+    ) -> Summary {
+        let root: Vec<&TensorPlan> = directories
+            .first()
+            .map(|d| d.tensors.iter().map(|id| &tensors[id.index()]).collect())
+            .unwrap_or_default();
+        let totals = |keep: &dyn Fn(&TensorPlan) -> bool| {
+            let kept = root.iter().filter(|t| keep(t));
+            (count(kept.clone()), kept.map(|t| t.bytes()).sum())
+        };
+        let source = parts.checkpoint.tensors();
+        let unmapped = parts.unmapped.map(|(what, n)| {
+            let what = match what {
+                Unmapped::Refuse => "refused",
+                Unmapped::Keep => "kept",
+                Unmapped::Drop => "dropped",
+            };
+            (what, n)
+        });
+        Summary {
+            model: parts.mapping.name.clone(),
+            from: parts.from,
+            to: parts.to,
+            dtype: parts.dtype,
+            source: (count(source.iter()), source.iter().map(|t| t.bytes).sum()),
+            view: totals(&|_| true),
+            verbatim: totals(&TensorPlan::is_verbatim),
+            ranks: count(directories.iter().skip(1)),
+            fused_scales: parts.fused,
+            dropped: parts.dropped,
+            unmapped,
+        }
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Summary { model, from, to, .. } = self;
+        let (n, bytes) = self.view;
+        write!(f, "{model}, {from} -> {to}: {n} tensors, {}", Bytes(bytes))?;
+        let (verbatim, verbatim_bytes) = self.verbatim;
+        write!(f, " ({verbatim} verbatim, {})", Bytes(verbatim_bytes))?;
+        if self.ranks > 0 {
+            write!(f, "; {} expert-parallel directories", self.ranks)?;
+        }
+        if let Some((reading, pairs)) = self.fused_scales {
+            match reading {
+                ScaleReading::Fused => write!(f, "; K/V scales fused in {pairs} layers")?,
+                ScaleReading::Automodel => write!(f, "; K/V scales read as Automodel does")?,
+            }
+        }
+        for (reason, n) in &self.dropped {
+            write!(f, "; {n} tensors left out: {reason}")?;
+        }
+        if let Some((what, n)) = self.unmapped {
+            write!(f, "; {n} tensors without a rule {what}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A number of bytes in binary units.
+pub(super) struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+        let mut unit = 0;
+        while unit + 1 < UNITS.len() && self.0 >> (10 * (unit + 1)) > 0 {
+            unit += 1;
+        }
+        if unit == 0 {
+            return write!(f, "{} B", self.0);
+        }
+        // One decimal, rounded down: integers keep this exact.
+        let tenths = (u128::from(self.0) * 10) >> (10 * unit);
+        write!(f, "{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+    }
+}
+
+impl Plan {
+    /// How a tensor's bytes come about, in a few words.
+    fn how(&self, tensor: &TensorPlan) -> String {
+        match &tensor.body {
+            Body::Verbatim(runs) if runs.len() == 1 => "verbatim".to_owned(),
+            Body::Verbatim(runs) => format!("verbatim, {} runs", runs.len()),
+            Body::Computed(computed) => {
+                let mut kinds: Vec<String> = Vec::new();
+                for f in &computed.fragments {
+                    let m = self.matrix(f.matrix);
+                    let kind = match &m.scales {
+                        None if m.dtype == tensor.dtype => "copied".to_owned(),
+                        None => format!("cast from {}", m.dtype),
+                        Some(s) => {
+                            format!("decoded from {:?} {}x{}", s.code, s.block[0], s.block[1])
+                        }
+                    };
+                    let last = f.map.source.last().and_then(|a| a.along);
+                    let turned =
+                        last.is_some() && f.map.target.last().and_then(|a| a.along) != last;
+                    let kind = if turned { format!("{kind}, transposed") } else { kind };
+                    if !kinds.contains(&kind) {
+                        kinds.push(kind);
+                    }
+                }
+                let n = computed.fragments.len();
+                let fragments = if n == 1 { String::new() } else { format!(", {n} fragments") };
+                format!("{}{fragments}", kinds.join("; "))
+            }
+        }
+    }
+
+    /// Names of the matrices that a tensor is made of: the first, and how many there are.
+    fn made_of(&self, tensor: &TensorPlan) -> (String, usize) {
+        let mut names: Vec<&str> = match &tensor.body {
+            Body::Verbatim(runs) => {
+                let of = |r: &super::Run| {
+                    let at = self.matrices.partition_point(|m| m.payload < r.source);
+                    &*self.matrices[at].name
+                };
+                runs.iter().map(of).collect()
+            }
+            Body::Computed(c) => c.fragments.iter().map(|f| &*self.matrix(f.matrix).name).collect(),
+        };
+        names.sort_unstable();
+        names.dedup();
+        (names.first().map(|n| (*n).to_owned()).unwrap_or_default(), names.len())
+    }
+
+    /// The plan as JSON: the summary, and every tensor of the root with what it is made of.
+    pub fn to_json(&self) -> Value {
+        let s = &self.summary;
+        let tensors: Vec<Value> = self
+            .root()
+            .map(|t| {
+                let (first, n) = self.made_of(t);
+                json!({
+                    "name": &*t.name,
+                    "dtype": t.dtype.name(),
+                    "shape": t.shape.dims(),
+                    "bytes": t.bytes(),
+                    "verbatim": t.is_verbatim(),
+                    "from": first,
+                    "sources": n,
+                    "how": self.how(t),
+                })
+            })
+            .collect();
+        let pair = |(n, bytes): (u64, u64)| json!({ "tensors": n, "bytes": bytes });
+        json!({
+            "model": s.model,
+            "from": s.from,
+            "to": s.to,
+            "dtype": s.dtype.dtype().name(),
+            "source": pair(s.source),
+            "view": pair(s.view),
+            "verbatim": pair(s.verbatim),
+            "directories": self.directories.iter().map(|d| &d.name).collect::<Vec<_>>(),
+            "kv_scales": s.fused_scales.map(|(reading, pairs)| json!({ "reading": reading, "fused_pairs": pairs })),
+            "dropped": s.dropped,
+            "unmapped": s.unmapped.map(|(what, n)| json!({ "action": what, "tensors": n })),
+            "tensors": tensors,
+        })
+    }
+
+    fn root(&self) -> impl Iterator<Item = &TensorPlan> {
+        self.directories
+            .first()
+            .into_iter()
+            .flat_map(|d| d.tensors.iter().map(|id| self.tensor(*id)))
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for t in self.root() {
+            let (first, n) = self.made_of(t);
+            let more = if n > 1 { format!(" and {} more", n - 1) } else { String::new() };
+            let shape = t.shape.to_string();
+            writeln!(f, "{} {} {shape}\n    {} <- {first}{more}", t.name, t.dtype, self.how(t))?;
+        }
+        write!(f, "{}", self.summary)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_shown_in_binary_units() {
+        let cases = [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")];
+        for (n, text) in cases {
+            assert_eq!(Bytes(n).to_string(), text);
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Expert-parallel cuts of grouped tensors.
+
+use super::Fragment;
+use super::assemble::Target;
+use super::problems::{Problem, Problems};
+
+/// Ranks that share the experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertParallel {
+    /// Number of ranks.
+    pub size: u64,
+    /// The rank whose view stands at the root; all ranks have directories where there is none.
+    pub rank: Option<u64>,
+}
+
+/// Ranks that share axis 1 of every grouped tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertShard {
+    /// Number of ranks.
+    pub size: u64,
+    /// The rank that is shown.
+    pub rank: u64,
+}
+
+/// First expert and number of experts of a rank, of `experts` over `size` ranks.
+///
+/// The first `experts % size` ranks hold one more (Automodel's formula).
+pub fn experts_of(experts: u64, size: u64, rank: u64) -> (u64, u64) {
+    let (each, more) = (experts / size, experts % size);
+    if rank < more { (rank * (each + 1), each + 1) } else { (rank * each + more, each) }
+}
+
+/// Name of a rank's directory.
+pub fn directory_name(rank: u64, size: u64) -> String {
+    format!("ep-{rank:04}-of-{size:04}")
+}
+
+/// A rank's experts of a grouped tensor.
+pub fn expert_slice(target: &Target, size: u64, rank: u64, problems: &mut Problems) -> Target {
+    let (start, count) = experts_of(target.shape[0], size, rank);
+    if count == 0 {
+        let what = format!("{} experts over {size} ranks", target.shape[0]);
+        problems.explain(Problem::Indivisible, &target.name, what);
+    }
+    cut(target, 0, start, count)
+}
+
+/// A rank's even share of axis 1 of a grouped tensor.
+pub fn axis_shard(target: &Target, shard: ExpertShard, problems: &mut Problems) -> Target {
+    let extent = target.shape.get(1).copied().unwrap_or(0);
+    if extent == 0 || !extent.is_multiple_of(shard.size) {
+        let what = format!("axis 1 of {:?} into {} parts", target.shape, shard.size);
+        problems.explain(Problem::Indivisible, &target.name, what);
+        return cut(target, 0, 0, 0);
+    }
+    let count = extent / shard.size;
+    cut(target, 1, shard.rank * count, count)
+}
+
+fn cut(target: &Target, axis: usize, start: u64, count: u64) -> Target {
+    let mut origin = vec![0; target.shape.len()];
+    let mut shape = target.shape.clone();
+    origin[axis] = start;
+    shape[axis] = count;
+    let fragments = if count == 0 {
+        Vec::new()
+    } else {
+        let slice = |f: &Fragment| {
+            let map = f.map.within(&origin, &shape)?.relative_to(&origin);
+            Some(Fragment { map, matrix: f.matrix })
+        };
+        target.fragments.iter().filter_map(slice).collect()
+    };
+    Target { name: target.name.clone(), shape, fragments, ..*target }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_ranks_hold_one_more() {
+        let shares = |n, size| (0..size).map(|r| experts_of(n, size, r)).collect::<Vec<_>>();
+        assert_eq!(shares(10, 4), [(0, 3), (3, 3), (6, 2), (8, 2)]);
+        assert_eq!(shares(8, 2), [(0, 4), (4, 4)]);
+        assert_eq!(shares(1, 2), [(0, 1), (1, 0)]);
+    }
+}
