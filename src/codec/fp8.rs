@@ -1,0 +1,103 @@
+//! FP8 E4M3FN: sign, 4 exponent bits of bias 7, 3 fraction bits (OCP OFP8 1.0).
+//!
+//! No infinities; 0x7F and 0xFF are NaN; the largest number is 448, the smallest 2^-9.
+
+use super::float::{Half, halves};
+
+/// The largest number.
+pub(super) const MAX: f32 = 448.0;
+
+/// The number of every code.
+const VALUES: [f32; 256] = {
+    let mut values = [0.0; 256];
+    let mut code = 0;
+    while code < 256 {
+        values[code] = value(code as u8);
+        code += 1;
+    }
+    values
+};
+
+/// The number of a code, without a branch or a look-up, so that loops over it vectorise.
+#[inline(always)]
+const fn value(code: u8) -> f32 {
+    let magnitude = code as u32 & 0x7f;
+    // The same fraction under an exponent of bias 127.
+    let normal = (magnitude << 20) + ((127 - 7) << 23);
+    let subnormal = (magnitude as f32 * 0.001953125).to_bits();
+    let bits = if magnitude < 8 { subnormal } else { normal };
+    let bits = if magnitude == 0x7f { 0x7fc0_0000 } else { bits };
+    f32::from_bits(bits | (code as u32 & 0x80) << 24)
+}
+
+/// Numbers of codes. Exact.
+#[inline(always)]
+pub(super) fn unpack(bytes: &[u8], out: &mut [f32]) {
+    for (out, &byte) in out.iter_mut().zip(bytes) {
+        *out = value(byte);
+    }
+}
+
+/// What every code becomes under one scale: bits of `round(value * scale)`.
+pub(super) fn table(to: Half, scale: f32) -> [u16; 256] {
+    let mut table = [0; 256];
+    halves(to, &VALUES.map(|v| v * scale), &mut table);
+    table
+}
+
+/// Codes nearest to `x / scale`, ties to even, saturating at 448; NaN becomes 0x7F.
+#[inline(always)]
+pub(super) fn pack(values: &[f32], scale: f32, out: &mut [u8]) {
+    for (out, &x) in out.iter_mut().zip(values) {
+        *out = nearest(x / scale);
+    }
+}
+
+/// The code nearest to `x`.
+#[inline(always)]
+fn nearest(x: f32) -> u8 {
+    let magnitude = (x.to_bits() & 0x7fff_ffff).min(MAX.to_bits());
+    // Drops 20 fraction bits; a carry steps the exponent, which is the rounding.
+    let normal = (magnitude + 0x7_ffff + (magnitude >> 20 & 1)) >> 20;
+    let normal = normal.wrapping_sub((127 - 7) << 3);
+    // 2^14 has units of 2^-9 in its last place: the sum is rounded to a multiple of them.
+    let subnormal = (f32::from_bits(magnitude) + 16384.0).to_bits() - 16384f32.to_bits();
+    let code = if magnitude < 0.015625f32.to_bits() { subnormal } else { normal };
+    let code = code | x.to_bits() >> 24 & 0x80;
+    (if x.is_nan() { 0x7f } else { code }) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::reference;
+
+    #[test]
+    fn every_code_is_its_definition() {
+        for code in 0..=255u8 {
+            let (ours, defined) = (VALUES[usize::from(code)], reference::e4m3_to_f32(code));
+            assert!(ours.to_bits() == defined.to_bits() || ours.is_nan() && defined.is_nan());
+        }
+        assert_eq!(VALUES[0x7e], MAX);
+        assert_eq!(VALUES[0x01], 2f32.powi(-9));
+        assert!(VALUES[0x7f].is_nan() && VALUES[0xff].is_nan());
+    }
+
+    #[test]
+    fn nearest_is_nearest_around_every_code_and_every_midpoint() {
+        let mut points: Vec<f32> = vec![0.0, f32::MIN_POSITIVE, 1e-45, 464.0, 1e30, f32::INFINITY];
+        for code in 0..0x7e {
+            let (low, high) = (VALUES[code], VALUES[code + 1]);
+            points.extend([low, high, (low + high) / 2.0]);
+        }
+        for point in points {
+            for x in [point, point.next_up(), point.next_down()] {
+                for x in [x, -x] {
+                    assert_eq!(nearest(x), reference::e4m3_from_f32(x), "{x:e}");
+                }
+            }
+        }
+        assert_eq!(nearest(f32::NAN), 0x7f);
+        assert_eq!(nearest(-f32::NAN), 0x7f);
+    }
+}

@@ -1,0 +1,179 @@
+//! Codes of 4 bits, two to a byte, the even column in the low nibble: FP4 E2M1 and INT4.
+//!
+//! The two differ in their sixteen numbers alone. Eight nibbles of INT4 are one little-endian
+//! int32 word of compressed-tensors `pack-quantized`: nibble `j` of word `c` is column `8c + j`,
+//! and that is the order of the bytes too.
+
+/// The 4-bit codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Nibble {
+    /// Sign, 2 exponent bits of bias 1, 1 fraction bit (OCP MX 1.0).
+    E2M1,
+    /// The code minus 8.
+    Int4,
+}
+
+impl Nibble {
+    /// The number of every code.
+    #[cfg(test)]
+    pub(super) fn values(self) -> &'static [f32; 16] {
+        match self {
+            Nibble::E2M1 => &[
+                0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0,
+                -6.0,
+            ],
+            Nibble::Int4 => &[
+                -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0,
+                7.0,
+            ],
+        }
+    }
+
+    /// Numbers of the codes of columns `first..first + out.len()`, byte 0 holding column 0.
+    #[inline(always)]
+    pub(super) fn unpack(self, bytes: &[u8], first: usize, out: &mut [f32]) {
+        if out.is_empty() {
+            return;
+        }
+        let bytes = &bytes[first / 2..];
+        let (head, rest) = out.split_at_mut(first % 2);
+        for out in head {
+            *out = self.value(bytes[0] >> 4);
+        }
+        let bytes = &bytes[first % 2..];
+        let (pairs, last) = rest.as_chunks_mut::<2>();
+        for (pair, &byte) in pairs.iter_mut().zip(bytes) {
+            *pair = [self.value(byte & 15), self.value(byte >> 4)];
+        }
+        for out in last {
+            *out = self.value(bytes[pairs.len()] & 15);
+        }
+    }
+
+    /// Codes of `x / scale`, one to a byte: nearest, ties to even, saturating.
+    ///
+    /// A NaN becomes 6 in E2M1 (as PTX's `cvt.satfinite` has it) and 0 in INT4: neither has one.
+    #[inline(always)]
+    pub(super) fn nearest(self, values: &[f32], scale: f32, out: &mut [u8]) {
+        match self {
+            Nibble::E2M1 => {
+                for (out, &x) in out.iter_mut().zip(values) {
+                    *out = e2m1_nearest(x / scale);
+                }
+            }
+            Nibble::Int4 => {
+                for (out, &x) in out.iter_mut().zip(values) {
+                    *out = int4_nearest(x / scale);
+                }
+            }
+        }
+    }
+
+    /// The number of a code, computed so that loops over it vectorise.
+    #[inline(always)]
+    fn value(self, code: u8) -> f32 {
+        let code = u32::from(code);
+        match self {
+            Nibble::E2M1 => {
+                let magnitude = code & 7;
+                // The same fraction under an exponent of bias 127; 0 and 0.5 are subnormal.
+                let normal = (magnitude << 22) + ((127 - 1) << 23);
+                let subnormal = (magnitude as f32 * 0.5).to_bits();
+                let bits = if magnitude < 2 { subnormal } else { normal };
+                f32::from_bits(bits | (code & 8) << 28)
+            }
+            Nibble::Int4 => (code as i32 - 8) as f32,
+        }
+    }
+}
+
+/// Codes, one to a byte, two to a byte; the last high nibble of an odd count is 0.
+#[inline(always)]
+pub(super) fn pack(codes: &[u8], out: &mut [u8]) {
+    let (pairs, last) = codes.as_chunks::<2>();
+    for (out, pair) in out.iter_mut().zip(pairs) {
+        *out = pair[0] | pair[1] << 4;
+    }
+    for &code in last {
+        out[pairs.len()] = code;
+    }
+}
+
+#[inline(always)]
+fn e2m1_nearest(x: f32) -> u8 {
+    let magnitude = (x.to_bits() & 0x7fff_ffff).min(6f32.to_bits());
+    // Drops 22 fraction bits; a carry steps the exponent, which is the rounding.
+    let normal = (magnitude + 0x1f_ffff + (magnitude >> 22 & 1)) >> 22;
+    let normal = normal.wrapping_sub((127 - 1) << 1);
+    // 2^22 has units of 0.5 in its last place: the sum is rounded to a multiple of them.
+    let subnormal = (f32::from_bits(magnitude) + 4194304.0).to_bits() - 4194304f32.to_bits();
+    let code = if magnitude < 1f32.to_bits() { subnormal } else { normal };
+    let code = code | x.to_bits() >> 28 & 8;
+    (if x.is_nan() { 7 } else { code }) as u8
+}
+
+#[inline(always)]
+fn int4_nearest(x: f32) -> u8 {
+    let x = if x.is_nan() { 0.0 } else { x };
+    // 1.5 * 2^23 has units of 1 in its last place: the sum is rounded to an integer, ties to even.
+    // The bounds are integers, so clamping before rounding is clamping after it.
+    let rounded = x.clamp(-8.0, 7.0) + 12582912.0;
+    (rounded.to_bits() as u8).wrapping_add(8) & 15
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::reference;
+
+    #[test]
+    fn every_code_is_its_definition() {
+        for code in 0..16u8 {
+            for (nibble, defined) in [
+                (Nibble::E2M1, reference::e2m1_to_f32(code)),
+                (Nibble::Int4, reference::int4_to_f32(code)),
+            ] {
+                let bits = nibble.values()[usize::from(code)].to_bits();
+                assert_eq!(bits, defined.to_bits(), "{nibble:?} {code}");
+                assert_eq!(nibble.value(code).to_bits(), bits, "{nibble:?} {code}");
+            }
+        }
+    }
+
+    #[test]
+    fn nearest_is_nearest_around_every_quarter() {
+        let mut points = vec![1e-45, f32::MIN_POSITIVE, 1e9, f32::MAX, f32::INFINITY];
+        points.extend((0..64).map(|i: u16| f32::from(i) / 4.0));
+        for point in points {
+            for x in [point, point.next_up(), point.next_down()] {
+                for x in [x, -x] {
+                    assert_eq!(e2m1_nearest(x), reference::e2m1_from_f32(x), "{x:e}");
+                    assert_eq!(int4_nearest(x), reference::int4_from_f32(x), "{x:e}");
+                }
+            }
+        }
+        for nan in [f32::NAN, -f32::NAN] {
+            assert_eq!((e2m1_nearest(nan), int4_nearest(nan)), (7, 8));
+        }
+    }
+
+    #[test]
+    fn unpacking_starts_at_any_column() {
+        let bytes = [0x21, 0x43, 0x65];
+        for first in 0..6 {
+            for len in 0..=6 - first {
+                let mut out = vec![0.0; len];
+                Nibble::Int4.unpack(&bytes, first, &mut out);
+                let expected: Vec<f32> = (first..first + len).map(|c| c as f32 - 7.0).collect();
+                assert_eq!(out, expected, "{first} {len}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_odd_count_ends_in_a_zero_nibble() {
+        let mut out = [0xff; 3];
+        pack(&[1, 2, 3], &mut out);
+        assert_eq!(out, [0x21, 0x03, 0xff]);
+    }
+}

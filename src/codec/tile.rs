@@ -1,0 +1,210 @@
+//! What is decoded: codes, the scales that serve them, and boxes of a stored matrix.
+
+use crate::tensor::Float;
+
+/// How one element of a stored matrix is coded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// FP8 E4M3FN (OCP OFP8 1.0): bias 7, no infinities, 0x7F and 0xFF are NaN, largest 448.
+    E4M3,
+    /// FP4 E2M1 (OCP MX 1.0): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, -0.0 among them.
+    E2M1,
+    /// Unsigned nibble minus 8, -8 to 7 (compressed-tensors `pack-quantized`).
+    Int4,
+    /// bfloat16, little-endian.
+    BF16,
+    /// IEEE 754 binary16, little-endian.
+    F16,
+    /// IEEE 754 binary32, little-endian.
+    F32,
+}
+
+impl Code {
+    /// Bits of one element. Codes of 4 bits lie two to a byte, the even column in the low nibble.
+    pub fn bits(self) -> u32 {
+        match self {
+            Code::E2M1 | Code::Int4 => 4,
+            Code::E4M3 => 8,
+            Code::BF16 | Code::F16 => 16,
+            Code::F32 => 32,
+        }
+    }
+
+    /// The float type that the code is, or `None` for a quantized code.
+    pub fn as_float(self) -> Option<Float> {
+        match self {
+            Code::E4M3 | Code::E2M1 | Code::Int4 => None,
+            Code::BF16 => Some(Float::BF16),
+            Code::F16 => Some(Float::F16),
+            Code::F32 => Some(Float::F32),
+        }
+    }
+
+    /// Bytes that `cols` neighbouring elements of a row take, from an even column on.
+    pub fn row_bytes(self, cols: usize) -> usize {
+        match self {
+            Code::E2M1 | Code::Int4 => cols.div_ceil(2),
+            Code::E4M3 => cols,
+            Code::BF16 | Code::F16 => 2 * cols,
+            Code::F32 => 4 * cols,
+        }
+    }
+}
+
+/// Which scale serves which element of a tile.
+///
+/// Element `(r, c)` has
+/// `values[((r + phase[0]) / block[0]) * stride + (c + phase[1]) / block[1]]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Scales<'a> {
+    /// Scales as numbers, row-major, `stride` from row to row.
+    pub values: &'a [f32],
+    /// Scales from one row of scales to the next.
+    pub stride: usize,
+    /// Rows and columns of elements that share a scale; both above 0.
+    pub block: [usize; 2],
+    /// Rows and columns by which the tile's first element lies behind the origin of `values`.
+    pub phase: [usize; 2],
+}
+
+impl Scales<'_> {
+    /// The scale 1 for every element.
+    pub(super) const ONE: Scales<'static> =
+        Scales { values: &[1.0], stride: 0, block: [usize::MAX; 2], phase: [0; 2] };
+
+    /// The scale of element `(row, col)`.
+    ///
+    /// # Panics
+    /// Where `values` is too short, or a block extent is 0.
+    pub fn at(&self, row: usize, col: usize) -> f32 {
+        let row = (row + self.phase[0]) / self.block[0];
+        self.values[row * self.stride + (col + self.phase[1]) / self.block[1]]
+    }
+
+    /// The same scales for a tile that starts at `(row, col)` of this one.
+    pub(super) fn from(self, row: usize, col: usize) -> Self {
+        Scales { phase: [self.phase[0] + row, self.phase[1] + col], ..self }
+    }
+
+    /// Runs of `rows` rows that share their scales; a run's index is the row in `values`.
+    pub(super) fn row_runs(&self, rows: usize) -> Runs {
+        Runs::new(rows, self.block[0], self.phase[0])
+    }
+
+    /// Runs of `cols` columns that share a scale; a run's index is the column in `values`.
+    pub(super) fn col_runs(&self, cols: usize) -> Runs {
+        Runs::new(cols, self.block[1], self.phase[1])
+    }
+}
+
+/// A 2-D box of a stored matrix, in the matrix's own orientation.
+#[derive(Clone, Copy, Debug)]
+pub struct Tile<'a> {
+    /// How the elements are coded.
+    pub code: Code,
+    /// The rows, `stride` bytes apart. Codes of 4 bits start at an even column of the matrix.
+    pub bytes: &'a [u8],
+    /// Bytes from one row to the next.
+    pub stride: usize,
+    /// Rows of the box.
+    pub rows: usize,
+    /// Columns of the box, in elements.
+    pub cols: usize,
+    /// The scales, or `None` where the codes are the numbers themselves.
+    pub scales: Option<Scales<'a>>,
+}
+
+impl<'a> Tile<'a> {
+    /// Bytes of row `row`.
+    pub(super) fn row(&self, row: usize) -> &'a [u8] {
+        &self.bytes[row * self.stride..][..self.code.row_bytes(self.cols)]
+    }
+
+    /// The box of `rows` by `cols` at `(row, col)`; `col` is even for codes of 4 bits.
+    pub(super) fn cut(&self, row: usize, rows: usize, col: usize, cols: usize) -> Tile<'a> {
+        Tile {
+            bytes: &self.bytes[row * self.stride + self.code.row_bytes(col)..],
+            rows,
+            cols,
+            scales: self.scales.map(|s| s.from(row, col)),
+            ..*self
+        }
+    }
+}
+
+/// Which way a box is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Orientation {
+    /// Element `(r, c)` of the box is element `(r, c)` of the output.
+    Straight,
+    /// Element `(r, c)` of the box is element `(c, r)` of the output.
+    Transposed,
+}
+
+/// Neighbouring rows or columns that lie in one scale block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// First row or column of the tile.
+    pub start: usize,
+    /// Rows or columns; above 0.
+    pub len: usize,
+    /// Index of the scale block.
+    pub index: usize,
+}
+
+/// The runs of an axis, in order.
+pub(super) struct Runs {
+    next: Run,
+    end: usize,
+    block: usize,
+}
+
+impl Runs {
+    fn new(end: usize, block: usize, phase: usize) -> Runs {
+        let next = Run { start: 0, len: block - phase % block, index: phase / block };
+        Runs { next, end, block }
+    }
+}
+
+impl Iterator for Runs {
+    type Item = Run;
+
+    fn next(&mut self) -> Option<Run> {
+        let left = self.end - self.next.start;
+        if left == 0 {
+            return None;
+        }
+        let run = Run { len: self.next.len.min(left), ..self.next };
+        self.next = Run { start: run.start + run.len, len: self.block, index: run.index + 1 };
+        Some(run)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_follow_the_phase() {
+        let scales = Scales { values: &[], stride: 0, block: [4, 3], phase: [6, 0] };
+        let rows: Vec<_> = scales.row_runs(7).map(|r| (r.start, r.len, r.index)).collect();
+        assert_eq!(rows, [(0, 2, 1), (2, 4, 2), (6, 1, 3)]);
+        let cols: Vec<_> = scales.col_runs(3).map(|r| (r.start, r.len, r.index)).collect();
+        assert_eq!(cols, [(0, 3, 0)]);
+        assert_eq!(scales.col_runs(0).count(), 0);
+    }
+
+    #[test]
+    fn rows_of_nibbles_end_in_half_a_byte() {
+        for (code, cols, bytes) in [
+            (Code::E2M1, 5, 3),
+            (Code::Int4, 4, 2),
+            (Code::E4M3, 5, 5),
+            (Code::BF16, 5, 10),
+            (Code::F16, 0, 0),
+            (Code::F32, 5, 20),
+        ] {
+            assert_eq!(code.row_bytes(cols), bytes, "{code:?} {cols}");
+        }
+    }
+}
