@@ -9,5 +9,6 @@
 pub mod codec;
 pub mod mapping;
 pub mod plan;
+pub mod read;
 pub mod source;
 pub mod tensor;

@@ -14,7 +14,7 @@ pub fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
         return false;
     }
     if shape.rank() == 0 || total == 0 {
-        return fragments.len() == usize::from(total > 0);
+        return total == 0 || fragments.len() == 1;
     }
     // Fragments come in the order of their targets; only those whose first axes meet can overlap.
     let mut open: Vec<&Fragment> = Vec::new();

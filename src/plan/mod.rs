@@ -16,7 +16,7 @@ mod sources;
 use std::ops::Range;
 
 pub use build::{PlanOptions, Unmapped};
-pub use grid::Grid;
+pub use grid::{ChunkBox, Grid};
 pub use matrix::{Band, Matrix, MatrixScales, ScaleReading};
 pub use problems::{PlanError, Problem, Problems};
 pub use show::Summary;

@@ -1,0 +1,292 @@
+//! Decodes one chunk of a computed tensor: every fragment that reaches into it, into place.
+
+use std::cell::RefCell;
+
+use super::counters::{Counters, add};
+use super::placement::{Placement, Span, placements};
+use crate::codec::{Code, Orientation, Scales, Tile, copy2d, decode, scale_to_f32};
+use crate::plan::{ChunkBox, Computed, Matrix, MatrixScales};
+use crate::source::{Checkpoint, ReadError, SourceId};
+use crate::tensor::{DType, Float, Shape};
+
+/// Buffers that a thread keeps from chunk to chunk.
+#[derive(Default)]
+struct Scratch {
+    payload: Vec<u8>,
+    scale_bytes: Vec<u8>,
+    scales: Vec<f32>,
+    decoded: Vec<u8>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// A file position or count as a length in memory: boxes of a chunk fit in memory.
+fn len(n: u64) -> usize {
+    usize::try_from(n).expect("a box of a chunk fits in memory")
+}
+
+/// What a chunk is decoded from and counted in.
+pub struct ChunkReader<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub counters: &'a Counters,
+}
+
+impl ChunkReader<'_> {
+    /// Fills `out` with the chunk at `chunk` of a tensor.
+    ///
+    /// # Errors
+    /// What the source fails with.
+    pub fn fill<'m>(
+        &self,
+        computed: &Computed,
+        matrix_of: impl Fn(crate::plan::MatrixId) -> &'m Matrix,
+        shape: &Shape,
+        dtype: DType,
+        chunk: ChunkBox,
+        out: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let element = len(u64::from(dtype.bits() / 8));
+        let row_bytes = len(computed.grid.row_bytes);
+        SCRATCH.with_borrow_mut(|scratch| {
+            for fragment in computed.fragments_of(chunk.plane) {
+                let matrix = matrix_of(fragment.matrix);
+                for p in placements(fragment, matrix, shape, chunk) {
+                    let mut place = Place { out, row_bytes, element, dtype };
+                    self.place(matrix, &p, &mut place, scratch)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn place(
+        &self,
+        matrix: &Matrix,
+        p: &Placement,
+        place: &mut Place<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<(), ReadError> {
+        let dense_target = p.to_cols.step == 1 || p.to_cols.count == 1;
+        let nibbles = code_of(matrix).is_some_and(|c| c.bits() == 4);
+        let aligned = !nibbles || p.cols.start.is_multiple_of(2);
+        let dense_cols = p.cols.step == 1 || p.cols.count == 1;
+        if dense_target && aligned && dense_cols {
+            if p.rows.step == 1 || p.rows.count == 1 {
+                return self.block(matrix, p, place, scratch);
+            }
+            if !p.transposed {
+                // Rows apart in the matrix, columns together: one row at a time.
+                for i in 0..p.rows.count {
+                    let one = |s: Span| Span { start: s.start + i * s.step, step: 1, count: 1 };
+                    let row = Placement { rows: one(p.rows), to_rows: one(p.to_rows), ..*p };
+                    self.block(matrix, &row, place, scratch)?;
+                }
+                return Ok(());
+            }
+        }
+        self.scattered(matrix, p, place, scratch)
+    }
+
+    /// A box that is dense in the matrix and whose chunk columns are dense: decoded in place.
+    fn block(
+        &self,
+        matrix: &Matrix,
+        p: &Placement,
+        place: &mut Place<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<(), ReadError> {
+        let at = len(p.to_rows.start) * place.row_bytes + len(p.to_cols.start) * place.element;
+        let stride = place.row_bytes * len(p.to_rows.step);
+        let orientation =
+            if p.transposed { Orientation::Transposed } else { Orientation::Straight };
+        let out = Out { at, stride, orientation, element: place.element, dtype: place.dtype };
+        self.decode_box(matrix, p.rows, p.cols, &out, place.out, scratch)
+    }
+
+    /// Any box: the dense box around it is decoded aside, its elements are picked from there.
+    fn scattered(
+        &self,
+        matrix: &Matrix,
+        p: &Placement,
+        place: &mut Place<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<(), ReadError> {
+        let around = |s: Span, start: u64| Span {
+            start,
+            step: 1,
+            count: s.start + s.step * (s.count - 1) - start + 1,
+        };
+        // Nibbles start at an even column.
+        let rows = around(p.rows, p.rows.start);
+        let cols = around(p.cols, p.cols.start - p.cols.start % 2);
+        let element = place.element;
+        let stride = len(cols.count) * element;
+        let mut decoded = std::mem::take(&mut scratch.decoded);
+        decoded.resize(len(rows.count) * stride, 0);
+        let orientation = Orientation::Straight;
+        let out = Out { at: 0, stride, orientation, element, dtype: place.dtype };
+        let done = self.decode_box(matrix, rows, cols, &out, &mut decoded, scratch);
+        if done.is_ok() {
+            let first_col = p.cols.start - cols.start;
+            for r in 0..p.rows.count {
+                for c in 0..p.cols.count {
+                    let (i, j) = if p.transposed { (c, r) } else { (r, c) };
+                    let to = len(p.to_rows.start + i * p.to_rows.step) * place.row_bytes
+                        + len(p.to_cols.start + j * p.to_cols.step) * element;
+                    let from =
+                        len(r * p.rows.step) * stride + len(first_col + c * p.cols.step) * element;
+                    place.out[to..to + element].copy_from_slice(&decoded[from..from + element]);
+                }
+            }
+        }
+        scratch.decoded = decoded;
+        done
+    }
+
+    /// Reads and decodes a dense box of a matrix.
+    fn decode_box(
+        &self,
+        matrix: &Matrix,
+        rows: Span,
+        cols: Span,
+        out: &Out,
+        bytes: &mut [u8],
+        scratch: &mut Scratch,
+    ) -> Result<(), ReadError> {
+        let Scratch { payload, scale_bytes, scales, .. } = scratch;
+        let bits = match code_of(matrix) {
+            Some(code) => u64::from(code.bits()),
+            None => u64::from(matrix.dtype.bits()),
+        };
+        let row_bytes = matrix.cols() * bits / 8;
+        let width = len((cols.count * bits).div_ceil(8));
+        let height = len(rows.count);
+        payload.resize((width * height).max(payload.len()), 0);
+        let at = rows.start * row_bytes + cols.start * bits / 8;
+        self.read_rows(matrix.payload, at, width, row_bytes, height, payload)?;
+        let Some(quantized) = &matrix.scales else {
+            let to = &mut bytes[out.at..];
+            match (matrix.dtype.as_float(), out.float()) {
+                (Some(from), Some(float)) if from.dtype() != float.dtype() => {
+                    let code = code_of_float(from);
+                    let (rows, cols) = (height, len(cols.count));
+                    let tile =
+                        Tile { code, bytes: payload, stride: width, rows, cols, scales: None };
+                    decode(&tile, float, out.orientation, to, out.stride);
+                }
+                _ => {
+                    let cols = len(cols.count);
+                    copy2d(
+                        out.element,
+                        payload,
+                        width,
+                        height,
+                        cols,
+                        out.orientation,
+                        to,
+                        out.stride,
+                    );
+                }
+            }
+            return Ok(());
+        };
+        for band in &quantized.bands[first_band(quantized, rows.start)..] {
+            let start = rows.start.max(band.rows.start);
+            let end = (rows.start + rows.count).min(band.rows.end);
+            if start >= end {
+                break;
+            }
+            let block = quantized.block;
+            let into = start - band.rows.start + band.skip;
+            let scale_rows = (into / block[0], (into + (end - start) - 1) / block[0]);
+            let scale_cols = (cols.start / block[1], (cols.start + cols.count - 1) / block[1]);
+            let n_rows = len(scale_rows.1 - scale_rows.0 + 1);
+            let n_cols = len(scale_cols.1 - scale_cols.0 + 1);
+            let scale_width = quantized.scale.bytes();
+            scale_bytes.resize(n_rows * n_cols * scale_width, 0);
+            let scale_element = u64::try_from(scale_width).expect("a few bytes");
+            let at = ((band.row + scale_rows.0) * quantized.cols + scale_cols.0) * scale_element;
+            let stride = quantized.cols * scale_element;
+            self.read_rows(band.scale, at, n_cols * scale_width, stride, n_rows, scale_bytes)?;
+            scales.resize(n_rows * n_cols, 0.0);
+            scale_to_f32(quantized.scale, scale_bytes, scales);
+            let first = len(start - rows.start);
+            let tile = Tile {
+                code: quantized.code,
+                bytes: &payload[first * width..],
+                stride: width,
+                rows: len(end - start),
+                cols: len(cols.count),
+                scales: Some(Scales {
+                    values: scales,
+                    stride: n_cols,
+                    block: [len(block[0]), len(block[1])],
+                    phase: [len(into % block[0]), len(cols.start % block[1])],
+                }),
+            };
+            let to = match out.orientation {
+                Orientation::Straight => out.at + first * out.stride,
+                Orientation::Transposed => out.at + first * out.element,
+            };
+            let float = out.float().expect("the planner gives quantized tensors a float dtype");
+            decode(&tile, float, out.orientation, &mut bytes[to..], out.stride);
+        }
+        Ok(())
+    }
+
+    fn read_rows(
+        &self,
+        id: SourceId,
+        at: u64,
+        width: usize,
+        stride: u64,
+        rows: usize,
+        out: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let bytes = u64::try_from(width * rows).expect("a usize fits in 64 bits");
+        add(&self.counters.source_bytes, bytes);
+        self.checkpoint.read_rows(id, at, width, stride, rows, out, width)
+    }
+}
+
+/// A chunk's buffer.
+struct Place<'a> {
+    out: &'a mut [u8],
+    row_bytes: usize,
+    element: usize,
+    dtype: DType,
+}
+
+/// Where a dense box goes.
+struct Out {
+    at: usize,
+    stride: usize,
+    orientation: Orientation,
+    element: usize,
+    dtype: DType,
+}
+
+impl Out {
+    fn float(&self) -> Option<Float> {
+        self.dtype.as_float()
+    }
+}
+
+fn code_of(matrix: &Matrix) -> Option<Code> {
+    matrix.scales.as_ref().map(|s| s.code)
+}
+
+fn code_of_float(float: Float) -> Code {
+    match float {
+        Float::BF16 => Code::BF16,
+        Float::F16 => Code::F16,
+        Float::F32 => Code::F32,
+    }
+}
+
+/// The band that holds a row.
+fn first_band(scales: &MatrixScales, row: u64) -> usize {
+    scales.bands.partition_point(|b| b.rows.end <= row)
+}

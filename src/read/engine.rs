@@ -1,0 +1,210 @@
+//! The engine: a plan, the checkpoint that it reads, and a cache of decoded chunks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::ReadError;
+use super::cache::{ChunkCache, ChunkKey, Outcome};
+use super::chunk::ChunkReader;
+use super::counters::{CounterSnapshot, Counters, add};
+use super::placement::transposes;
+use crate::plan::{Body, Computed, MatrixId, Plan, Run, TensorId, TensorPlan};
+use crate::source::Checkpoint;
+
+/// What an engine may use.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// Bytes of decoded chunks that are kept, those being decoded included.
+    pub cache_bytes: u64,
+}
+
+/// Serves the bytes of a plan's tensors.
+pub struct Engine {
+    checkpoint: Arc<Checkpoint>,
+    plan: Arc<Plan>,
+    cache: ChunkCache<ReadError>,
+    counters: Counters,
+    /// For each matrix, whether something of it was read.
+    touched: Box<[AtomicBool]>,
+}
+
+impl Engine {
+    /// An engine with an empty cache. `plan` was built from `checkpoint`.
+    pub fn new(checkpoint: Arc<Checkpoint>, plan: Arc<Plan>, options: EngineOptions) -> Engine {
+        let touched = plan.matrices.iter().map(|_| AtomicBool::new(false)).collect();
+        let cache = ChunkCache::new(options.cache_bytes);
+        Engine { checkpoint, plan, cache, counters: Counters::default(), touched }
+    }
+
+    /// The plan that it serves.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The checkpoint that it reads.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// Its counters now.
+    pub fn counters(&self) -> CounterSnapshot {
+        self.counters.snapshot(self.cache.bytes(), self.cache.budget())
+    }
+
+    /// Reads bytes `at..at + out.len()` of a tensor of the view.
+    ///
+    /// # Errors
+    /// A read that leaves the tensor, and what the source fails with. What `out` holds then is not
+    /// defined.
+    pub fn read(&self, id: TensorId, at: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        let tensor = self.plan.tensor(id);
+        let bytes = u64::try_from(out.len()).expect("a usize fits in 64 bits");
+        let size = tensor.bytes();
+        add(&self.counters.reads, 1);
+        let done = if at.checked_add(bytes).is_none_or(|end| end > size) {
+            Err(ReadError::OutOfRange { tensor: tensor.name.clone(), at, bytes, size })
+        } else {
+            match &tensor.body {
+                Body::Verbatim(runs) => self.verbatim(tensor, runs, at, out),
+                Body::Computed(computed) => self.computed(id, tensor, computed, at, out),
+            }
+        };
+        match &done {
+            Ok(()) => add(&self.counters.served_bytes, bytes),
+            Err(_) => add(&self.counters.errors, 1),
+        }
+        done
+    }
+
+    fn verbatim(
+        &self,
+        tensor: &TensorPlan,
+        runs: &[Run],
+        at: u64,
+        out: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let mut at = at;
+        let mut left = out;
+        let first = runs.partition_point(|r| r.at + r.bytes <= at);
+        for run in &runs[first..] {
+            if left.is_empty() {
+                break;
+            }
+            let into = at - run.at;
+            let here = usize::try_from(run.bytes - into).map_or(left.len(), |n| n.min(left.len()));
+            let (now, later) = left.split_at_mut(here);
+            self.checkpoint
+                .read(run.source, run.offset + into, now)
+                .map_err(|source| failed(tensor, source))?;
+            let n = u64::try_from(here).expect("a usize fits in 64 bits");
+            add(&self.counters.verbatim_bytes, n);
+            add(&self.counters.source_bytes, n);
+            at += n;
+            left = later;
+        }
+        Ok(())
+    }
+
+    fn computed(
+        &self,
+        id: TensorId,
+        tensor: &TensorPlan,
+        computed: &Computed,
+        at: u64,
+        out: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let (mut at, mut left) = (at, out);
+        while !left.is_empty() {
+            let chunk = computed.grid.chunk_at(at);
+            let (start, bytes) = computed.grid.extent(chunk);
+            let length = usize::try_from(bytes).expect("a chunk fits in memory");
+            let key = ChunkKey { tensor: id.0, chunk };
+            let (decoded, outcome) =
+                self.cache.get(key, length, ReadError::Abandoned, |buffer| {
+                    self.decode(tensor, computed, chunk, buffer)
+                })?;
+            match outcome {
+                Outcome::Hit => add(&self.counters.chunk_hits, 1),
+                Outcome::Waited => add(&self.counters.chunk_waits, 1),
+                Outcome::Decoded => {
+                    add(&self.counters.chunk_misses, 1);
+                    add(&self.counters.decoded_bytes, bytes);
+                }
+            }
+            let into = usize::try_from(at - start).expect("within a chunk");
+            let here = (length - into).min(left.len());
+            let (now, later) = left.split_at_mut(here);
+            now.copy_from_slice(&decoded[into..into + here]);
+            at += u64::try_from(here).expect("a usize fits in 64 bits");
+            left = later;
+        }
+        Ok(())
+    }
+
+    fn decode(
+        &self,
+        tensor: &TensorPlan,
+        computed: &Computed,
+        chunk: u64,
+        out: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let chunk = computed.grid.chunk_box(chunk);
+        for fragment in computed.fragments_of(chunk.plane) {
+            if !self.touched[fragment.matrix.index()].load(Ordering::Acquire) {
+                self.touch(tensor, fragment.matrix, transposes(&fragment.map))?;
+            }
+        }
+        let reader = ChunkReader { checkpoint: &self.checkpoint, counters: &self.counters };
+        let matrix_of = |id: MatrixId| self.plan.matrix(id);
+        reader
+            .fill(computed, matrix_of, &tensor.shape, tensor.dtype, chunk, out)
+            .map_err(|source| failed(tensor, source))
+    }
+
+    /// Before the first decoding of a matrix: checks the extents that its shape tensor states, and
+    /// asks for its payload where it will be read in strips.
+    fn touch(&self, tensor: &TensorPlan, id: MatrixId, strips: bool) -> Result<(), ReadError> {
+        let matrix = self.plan.matrix(id);
+        if let Some(shape_tensor) = matrix.shape_tensor {
+            let got = self.stated_shape(shape_tensor).map_err(|source| failed(tensor, source))?;
+            let dims = matrix.shape.dims();
+            let same = dims.len() == 2 && (0..2).all(|i| u64::try_from(got[i]) == Ok(dims[i]));
+            if !same {
+                return Err(ReadError::StatedShape {
+                    tensor: tensor.name.clone(),
+                    matrix: matrix.name.clone(),
+                    expected: matrix.shape.to_string(),
+                    got,
+                });
+            }
+        }
+        if strips {
+            let payload = self.checkpoint.tensor(matrix.payload);
+            self.checkpoint.will_need(matrix.payload, 0, payload.bytes);
+        }
+        self.touched[id.index()].store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The two integers of a shape tensor, I32 or I64: the planner checked that.
+    fn stated_shape(
+        &self,
+        id: crate::source::SourceId,
+    ) -> Result<[i64; 2], crate::source::ReadError> {
+        let mut bytes = [0; 16];
+        let size = usize::try_from(self.checkpoint.tensor(id).bytes).map_or(16, |n| n.min(16));
+        self.checkpoint.read(id, 0, &mut bytes[..size])?;
+        let width = size / 2;
+        Ok([0, 1].map(|i| {
+            let number = &bytes[i * width..(i + 1) * width];
+            let negative = number.last().is_some_and(|b| b & 0x80 != 0);
+            let mut wide = [if negative { 0xFF } else { 0 }; 8];
+            wide[..width].copy_from_slice(number);
+            i64::from_le_bytes(wide)
+        }))
+    }
+}
+
+fn failed(tensor: &TensorPlan, source: crate::source::ReadError) -> ReadError {
+    ReadError::Source { tensor: tensor.name.clone(), source: Arc::new(source) }
+}
