@@ -6,6 +6,7 @@ multiplication and one rounding to the output dtype. The layouts are those of th
     FP8    payload F8_E4M3 [rows, cols], scale [ceil(rows/128), ceil(cols/128)], F32 or F8_E8M0
     FP4    payload I8 [rows, cols/2], two E2M1 codes a byte, low nibble first; scale F8_E8M0 [rows, cols/32]
     INT4   payload I32 [rows, cols/8], eight codes a word, low nibble first, zero point 8; scale BF16 [rows, cols/32]
+    MXFP4  FP4 of stacked experts, payload U8 [experts, rows, cols/32, 16], scale U8 [experts, rows, cols/32]
 
 This is a second opinion about the bytes, not the project's code: slow, and independent of it.
 """
@@ -120,3 +121,16 @@ def encode_int4(matrix):
 def decode_int4(payload, scale, dtype):
     values = unpack_nibbles(payload).float() - 8
     return (values * spread(scale.float(), (1, GROUP), *values.shape)).to(dtype)
+
+
+def encode_mxfp4(matrices):
+    """[E, rows, cols] -> blocks U8 [E, rows, cols/32, 16] and scales U8 [E, rows, cols/32], as gpt-oss publishes."""
+    payload, scale = zip(*map(encode_fp4, matrices))
+    scale = torch.stack(scale).view(torch.uint8)
+    return torch.stack(payload).view(torch.uint8).view(*scale.shape, GROUP // 2), scale
+
+
+def decode_mxfp4(blocks, scales, dtype):
+    """Inverse of `encode_mxfp4`, but [E, cols, rows]: the orientation that loaders give these experts."""
+    pairs = zip(blocks.flatten(-2), scales.view(torch.float8_e8m0fnu))
+    return torch.stack([decode_fp4(block, scale, dtype) for block, scale in pairs]).transpose(1, 2).contiguous()
