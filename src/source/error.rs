@@ -27,8 +27,9 @@ pub enum SourceError {
     /// Neither a path nor the name of a model in the local hub cache.
     #[error(
         "`{src}` is neither a directory nor a model in the local hub cache (looked for {}); \
-         nothing is downloaded: fetch it with `hf download {src}` or set HF_HUB_CACHE",
-        Paths(looked)
+         nothing is downloaded: {}set HF_HUB_CACHE where the cache is elsewhere",
+        Paths(looked),
+        fetch(src)
     )]
     NotFound {
         /// What was given.
@@ -344,6 +345,15 @@ impl fmt::Display for Paths<'_> {
             write!(f, "{}`{}`", if i == 0 { "" } else { ", " }, path.display())?;
         }
         Ok(())
+    }
+}
+
+/// How to fetch what may be the name of a model; a bare word is more often a mistyped directory.
+fn fetch(src: &str) -> String {
+    if src.contains('/') {
+        format!("fetch it with `hf download {src}`, or ")
+    } else {
+        String::new()
     }
 }
 

@@ -146,7 +146,13 @@ fn what_is_nowhere_says_where_it_was_looked_for() {
             "org/none",
             "`org/none` is neither a directory nor a model in the local hub cache (looked for \
              `org/none`, `/cache/models--org--none`); nothing is downloaded: fetch it with \
-             `hf download org/none` or set HF_HUB_CACHE",
+             `hf download org/none`, or set HF_HUB_CACHE where the cache is elsewhere",
+        ),
+        (
+            "none",
+            "`none` is neither a directory nor a model in the local hub cache (looked for \
+             `none`, `/cache/models--none`); nothing is downloaded: \
+             set HF_HUB_CACHE where the cache is elsewhere",
         ),
         ("/no/such/dir", "`/no/such/dir` does not exist: expected a checkpoint directory"),
         ("../x", "`../x` does not exist: expected a checkpoint directory"),
