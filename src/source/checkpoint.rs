@@ -17,10 +17,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use super::config::Config;
-use super::error::{Misplaced, Several, ShardError, ShardFailure, SourceError, StoredTwice};
+use super::error::{Misplaced, ShardError, ShardFailure, SourceError, StoredTwice};
 use super::files::{HostFile, host_files};
 use super::hub::partial_downloads;
 use super::index::{INDEX, Index};
+use super::several::Several;
 use super::shard::{LFS_SIGNATURE, Shard, is_partial, link_target};
 use crate::tensor::{DType, Shape};
 

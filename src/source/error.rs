@@ -7,6 +7,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::header::HeaderError;
+use super::several::Several;
 
 /// Why a directory is refused as a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -26,8 +27,9 @@ pub enum SourceError {
     /// Neither a path nor the name of a model in the local hub cache.
     #[error(
         "`{src}` is neither a directory nor a model in the local hub cache (looked for {}); \
-         nothing is downloaded: fetch it with `hf download {src}` or set HF_HUB_CACHE",
-        Paths(looked)
+         nothing is downloaded: {}set HF_HUB_CACHE where the cache is elsewhere",
+        Paths(looked),
+        fetch(src)
     )]
     NotFound {
         /// What was given.
@@ -133,7 +135,11 @@ pub enum SourceError {
         index: PathBuf,
     },
     /// Shards that are not there or not whole.
-    #[error("`{dir}`: {} of {total} shards cannot be used: {failures}{}", failures.count, advice(failures, *partial))]
+    #[error(
+        "`{dir}`: {} of {total} shards cannot be used: {failures}{}",
+        failures.count,
+        advice(failures, *partial)
+    )]
     Shards {
         /// The directory.
         dir: PathBuf,
@@ -212,7 +218,10 @@ pub enum ShardError {
         actual: u64,
     },
     /// The file ends before its data does.
-    #[error("truncated: expected {}{expected} bytes, got {actual}", if *at_least { "at least " } else { "" })]
+    #[error(
+        "truncated: expected {}{expected} bytes, got {actual}",
+        if *at_least { "at least " } else { "" }
+    )]
     Truncated {
         /// Size in bytes that the header asks for.
         expected: u64,
@@ -270,61 +279,6 @@ pub struct StoredTwice {
 impl fmt::Display for StoredTwice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "`{}` (`{}` and `{}`)", self.tensor, self.shards[0], self.shards[1])
-    }
-}
-
-/// How many things there are, and the first five of them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Several<T> {
-    /// Their number.
-    pub count: usize,
-    /// At most five of them.
-    pub first: Vec<T>,
-}
-
-impl<T> Several<T> {
-    const SHOWN: usize = 5;
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-}
-
-impl<T> Default for Several<T> {
-    fn default() -> Self {
-        Several { count: 0, first: Vec::new() }
-    }
-}
-
-impl<T> Extend<T> for Several<T> {
-    fn extend<I: IntoIterator<Item = T>>(&mut self, items: I) {
-        for item in items {
-            if self.first.len() < Self::SHOWN {
-                self.first.push(item);
-            }
-            self.count += 1;
-        }
-    }
-}
-
-impl<T> FromIterator<T> for Several<T> {
-    fn from_iter<I: IntoIterator<Item = T>>(items: I) -> Self {
-        let mut several = Several::default();
-        several.extend(items);
-        several
-    }
-}
-
-impl<T: fmt::Display> fmt::Display for Several<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, item) in self.first.iter().enumerate() {
-            write!(f, "{}{item}", if i == 0 { "" } else { "; " })?;
-        }
-        match self.count - self.first.len() {
-            0 => Ok(()),
-            more => write!(f, "; and {more} more"),
-        }
     }
 }
 
@@ -391,6 +345,15 @@ impl fmt::Display for Paths<'_> {
             write!(f, "{}`{}`", if i == 0 { "" } else { ", " }, path.display())?;
         }
         Ok(())
+    }
+}
+
+/// How to fetch what may be the name of a model; a bare word is more often a mistyped directory.
+fn fetch(src: &str) -> String {
+    if src.contains('/') {
+        format!("fetch it with `hf download {src}`, or ")
+    } else {
+        String::new()
     }
 }
 

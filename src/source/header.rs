@@ -46,8 +46,8 @@ pub enum HeaderError {
         /// Name of the tensor.
         tensor: Box<str>,
     },
-    /// Shape times dtype is not a number of bytes below 2^64.
-    #[error("tensor `{tensor}`: {dtype} {shape} is not a whole number of bytes below 2^64")]
+    /// Shape times dtype is not a number of bytes, or one of 2^61 or more.
+    #[error("tensor `{tensor}`: {dtype} {shape} is not a whole number of bytes below 2^61")]
     Shape {
         /// Name of the tensor.
         tensor: Box<str>,

@@ -7,7 +7,8 @@ use std::path::{Component, Path};
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
-use super::error::{Several, SourceError};
+use super::error::SourceError;
+use super::several::Several;
 use super::text::Text;
 
 /// File name of the index.

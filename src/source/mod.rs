@@ -12,6 +12,7 @@ mod files;
 mod header;
 mod hub;
 mod index;
+mod several;
 mod shard;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -21,11 +22,10 @@ mod text;
 
 pub use checkpoint::{Checkpoint, ShardId, SourceId, SourceTensor};
 pub use config::{Config, ConfigError};
-pub use error::{
-    Misplaced, ReadError, Several, ShardError, ShardFailure, SourceError, StoredTwice,
-};
+pub use error::{Misplaced, ReadError, ShardError, ShardFailure, SourceError, StoredTwice};
 pub use files::HostFile;
 pub use header::{HeaderError, LENGTH_BYTES, MAX_HEADER_BYTES};
 pub use hub::resolve;
 pub use index::INDEX;
+pub use several::Several;
 pub use shard::Shard;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::TempDir;
 
 use super::checkpoint::Checkpoint;
@@ -50,11 +50,6 @@ impl Dir {
         fs::create_dir_all(path.parent().expect("below the directory")).expect("writable");
         fs::write(path, bytes).expect("writable");
         self
-    }
-
-    /// With config.json.
-    pub(crate) fn config(self, config: &Value) -> Dir {
-        self.file("config.json", config.to_string())
     }
 
     /// With a shard.

@@ -1,0 +1,72 @@
+//! Many failures in one message: their number and the first five.
+
+use std::fmt;
+
+/// How many things there are, and the first five of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Several<T> {
+    /// Their number.
+    pub count: usize,
+    /// At most five of them.
+    pub first: Vec<T>,
+}
+
+impl<T> Several<T> {
+    const SHOWN: usize = 5;
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
+impl<T> Default for Several<T> {
+    fn default() -> Self {
+        Several { count: 0, first: Vec::new() }
+    }
+}
+
+impl<T> Extend<T> for Several<T> {
+    fn extend<I: IntoIterator<Item = T>>(&mut self, items: I) {
+        for item in items {
+            if self.first.len() < Self::SHOWN {
+                self.first.push(item);
+            }
+            self.count += 1;
+        }
+    }
+}
+
+impl<T> FromIterator<T> for Several<T> {
+    fn from_iter<I: IntoIterator<Item = T>>(items: I) -> Self {
+        let mut several = Several::default();
+        several.extend(items);
+        several
+    }
+}
+
+impl<T: fmt::Display> fmt::Display for Several<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, item) in self.first.iter().enumerate() {
+            write!(f, "{}{item}", if i == 0 { "" } else { "; " })?;
+        }
+        match self.count - self.first.len() {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn five_are_shown() {
+        let shown = |n: usize| (0..n).collect::<Several<usize>>().to_string();
+        assert_eq!(shown(0), "");
+        assert_eq!(shown(2), "0; 1");
+        assert_eq!(shown(5), "0; 1; 2; 3; 4");
+        assert_eq!(shown(8), "0; 1; 2; 3; 4; and 3 more");
+    }
+}
