@@ -11,7 +11,12 @@ use super::{MappingError, Op};
 use crate::codec::Scheme;
 
 /// The shipped mappings: file stem and text.
-const SHIPPED: [(&str, &str); 1] = [("mimo-v2-flash", include_str!("models/mimo-v2-flash.toml"))];
+const SHIPPED: [(&str, &str); 4] = [
+    ("deepseek-v4", include_str!("models/deepseek-v4.toml")),
+    ("kimi-k25-vl", include_str!("models/kimi-k25-vl.toml")),
+    ("mimo-v2-flash", include_str!("models/mimo-v2-flash.toml")),
+    ("qwen3-vl-moe", include_str!("models/qwen3-vl-moe.toml")),
+];
 
 /// One model's names and layouts, not yet tied to a config.json.
 #[derive(Debug)]
@@ -75,6 +80,8 @@ struct RawEncoding {
     block: [u64; 2],
     #[serde(default)]
     fused_shards: bool,
+    #[serde(default)]
+    transposed: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -95,6 +102,7 @@ struct RawRow {
     ops: Vec<RawOp>,
     #[serde(default)]
     grouped: bool,
+    hf_shape: Option<Vec<String>>,
     drop: Option<String>,
     scope: Option<RawScope>,
     #[serde(rename = "use")]
@@ -309,9 +317,8 @@ fn encoding(
     if [matrix.len(), payload.len(), scale.len()] != [expected; 3] {
         return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
     }
-    let block = raw.block;
-    let fused_shards = raw.fused_shards;
-    Ok(Encoding { scheme, matrix, payload, scale, shape, block, fused_shards, vars })
+    let RawEncoding { block, fused_shards, transposed, .. } = *raw;
+    Ok(Encoding { scheme, matrix, payload, scale, shape, block, fused_shards, transposed, vars })
 }
 
 fn resolved_row(
@@ -338,7 +345,8 @@ fn resolved_row(
     let text = names.map(String::as_str).next().unwrap_or("(without names)").to_owned();
     let fail = |why: &str| MappingError::rule(&text, why);
     if let Some(reason) = &raw.drop {
-        if !raw.ops.is_empty() || raw.grouped || hf.len() + to.len() != 1 {
+        if !raw.ops.is_empty() || raw.grouped || raw.hf_shape.is_some() || hf.len() + to.len() != 1
+        {
             return Err(fail("a rule that drops has one name and no operation"));
         }
         return Ok(Row::Drop {
@@ -392,7 +400,10 @@ fn resolved_row(
             "`concat`, `interleave` and `split` do not lead from its `hf` to its `to`",
         ));
     }
-    let rule = Rule { hf, to, vars, ops, stack, grouped: raw.grouped, text };
+    let extent = |key: &String| ConfigKey::parse(key)?.resolve(config);
+    let hf_shape =
+        raw.hf_shape.as_ref().map(|keys| keys.iter().map(extent).collect()).transpose()?;
+    let rule = Rule { hf, to, vars, ops, stack, hf_shape, grouped: raw.grouped, text };
     rule.check()?;
     Ok(Row::Map(rule))
 }

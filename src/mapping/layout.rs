@@ -112,6 +112,8 @@ pub struct Encoding {
     pub block: [u64; 2],
     /// Whether a scale can serve rows of both matrices of a pair.
     pub fused_shards: bool,
+    /// Whether the payload holds the matrix with its last two axes exchanged.
+    pub transposed: bool,
     /// Variables of the templates.
     pub vars: Variables,
 }
@@ -158,6 +160,8 @@ pub struct Rule {
     pub ops: Vec<Op>,
     /// The variable that is stacked, if any.
     pub stack: Option<Var>,
+    /// Extents of every part, where names alone do not tell the checkpoint from the layout.
+    pub hf_shape: Option<Vec<u64>>,
     /// Whether these are expert weights, which always have the output dtype.
     pub grouped: bool,
     pub(super) text: String,
@@ -184,6 +188,18 @@ impl Rule {
     /// Whether the rule leaves names and values as they are.
     pub fn is_identity(&self) -> bool {
         self.ops.is_empty() && self.hf == self.to
+    }
+
+    /// Whether a checkpoint tensor of this shape can be a part.
+    pub fn fits_part(&self, shape: &[u64]) -> bool {
+        self.hf_shape.as_ref().is_none_or(|expected| expected == shape)
+    }
+
+    /// Whether a layout tensor of this shape can be the `j`-th of the layout.
+    pub fn fits_layout(&self, j: usize, shape: &[u64]) -> bool {
+        let Some(part) = &self.hf_shape else { return true };
+        let tensors = self.assemble(&vec![part.clone(); self.hf.len()]);
+        tensors.is_ok_and(|tensors| tensors.get(j).is_some_and(|t| t.shape == shape))
     }
 
     /// Values of the stacked variable; one `None` where the rule does not stack.

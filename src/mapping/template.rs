@@ -14,32 +14,36 @@ use std::fmt;
 use super::MappingError;
 
 /// An integer of config.json by its (dotted) key, with the keys to try where it is absent and the
-/// value where none is there: `KEY`, `KEY|KEY`, `KEY=16`.
+/// value where none is there: `KEY`, `KEY|KEY`, `KEY=16`, and twice the integer: `2*KEY`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigKey {
+    factor: u64,
     keys: Vec<String>,
     default: Option<u64>,
 }
 
 impl ConfigKey {
-    /// Parses `KEY|KEY…=DEFAULT`.
+    /// Parses `FACTOR*KEY|KEY…=DEFAULT`, of which only a key must be there.
     ///
     /// # Errors
     /// Where the default is no integer or the key is empty.
     pub fn parse(text: &str) -> Result<ConfigKey, MappingError> {
-        let (key, default) = match text.split_once('=') {
-            None => (text, None),
-            Some((key, n)) => {
-                let n =
-                    n.parse().map_err(|_| MappingError::template(text, "no integer after `=`"))?;
-                (key, Some(n))
-            }
+        let integer = |n: &str| {
+            n.parse().map_err(|_| MappingError::template(text, format!("`{n}` is no integer")))
+        };
+        let (factor, rest) = match text.split_once('*') {
+            None => (1, text),
+            Some((n, rest)) => (integer(n)?, rest),
+        };
+        let (key, default) = match rest.split_once('=') {
+            None => (rest, None),
+            Some((key, n)) => (key, Some(integer(n)?)),
         };
         let keys: Vec<String> = key.split('|').map(str::to_owned).collect();
         if keys.iter().any(String::is_empty) {
             return Err(MappingError::template(text, "an empty config key"));
         }
-        Ok(ConfigKey { keys, default })
+        Ok(ConfigKey { factor, keys, default })
     }
 
     /// The integer that `config` gives.
@@ -51,6 +55,7 @@ impl ConfigKey {
             .iter()
             .find_map(|key| config(key))
             .or(self.default)
+            .map(|n| n.saturating_mul(self.factor))
             .ok_or_else(|| MappingError::MissingConfigKey { key: self.keys.join("` or `") })
     }
 }

@@ -52,8 +52,8 @@ pub fn from_published(
     let mut logical = LogicalTensors::new();
     for (i, matrix) in matrices.iter().enumerate() {
         let name = mapping.canonical(&matrix.name).unwrap_or_else(|| matrix.name.to_string());
-        let shape = matrix.shape.dims().to_vec();
-        let parts = vec![(id(i), BoxMap::identity(&shape))];
+        let shape = matrix.logical_dims();
+        let parts = vec![(id(i), matrix.logical_map())];
         match logical.entry(name) {
             Entry::Vacant(entry) => {
                 entry.insert(Logical { shape, parts });
@@ -189,7 +189,11 @@ fn group_targets(
                 continue;
             };
             let first = *shape.get_or_insert(&tensor.shape);
-            if *first != tensor.shape {
+            if !rule.fits_part(&tensor.shape) {
+                let what = format!("expected {:?}, got {:?}", rule.hf_shape, tensor.shape);
+                problems.explain(Problem::RuleShape, &part_name(), what);
+                complete = false;
+            } else if *first != tensor.shape {
                 let what = format!("expected {first:?} as the others, got {:?}", tensor.shape);
                 problems.explain(Problem::RuleShape, &part_name(), what);
                 complete = false;

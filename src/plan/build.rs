@@ -251,19 +251,28 @@ fn source_layout(
     checkpoint: &Checkpoint,
     mapping: &Resolved,
 ) -> Result<LayoutName, PlanError> {
-    let speaks = |taken: Option<Taken<'_>>| match taken {
-        Some(Taken::Map { rule, .. }) => !rule.is_identity(),
+    // A rule speaks for a side where the names of its sides differ or it has operations, and the
+    // tensor's shape is one of that side.
+    let count = |speaks: &dyn Fn(&Matrix) -> bool| matrices.iter().filter(|m| speaks(m)).count();
+    let as_hf = |layout: &Layout, m: &Matrix| {
+        let canonical = mapping.canonical(&m.name);
+        match layout.take_hf(canonical.as_deref().unwrap_or(&m.name)) {
+            Some(Taken::Map { rule, .. }) => {
+                !rule.is_identity() && rule.fits_part(&m.logical_dims())
+            }
+            Some(Taken::Drop { .. }) | None => false,
+        }
+    };
+    let as_layout = |layout: &Layout, m: &Matrix| match layout.take_to(&m.name) {
+        Some(Taken::Map { rule, part, .. }) => {
+            !rule.is_identity() && rule.fits_layout(part, m.shape.dims())
+        }
         Some(Taken::Drop { .. }) | None => false,
     };
-    let count = |takes: &dyn Fn(&str) -> bool| matrices.iter().filter(|m| takes(&m.name)).count();
-    let as_hf = |layout: &Layout, name: &str| {
-        let canonical = mapping.canonical(name);
-        speaks(layout.take_hf(canonical.as_deref().unwrap_or(name)))
-    };
-    let hf = count(&|name| mapping.layouts().any(|l| as_hf(l, name)));
+    let hf = count(&|m| mapping.layouts().any(|l| as_hf(l, m)));
     let mut best = (LayoutName::Hf, hf);
     for layout in mapping.layouts() {
-        let n = count(&|name| speaks(layout.take_to(name)));
+        let n = count(&|m| as_layout(layout, m));
         if n > best.1 {
             best = (layout.name, n);
         }

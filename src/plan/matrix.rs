@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::codec::{Code, ScaleCode};
 use crate::source::SourceId;
-use crate::tensor::{DType, Shape};
+use crate::tensor::{BoxMap, DType, Shape};
 
 /// A tensor of the checkpoint with its quantization taken together: a plain tensor, or payload,
 /// scale and shape tensors of one decoded matrix.
@@ -19,6 +19,8 @@ pub struct Matrix {
     pub dtype: DType,
     /// Extents of the decoded matrix.
     pub shape: Shape,
+    /// Whether the checkpoint's tensor is this matrix with its last two axes exchanged.
+    pub transposed: bool,
     /// Scales, where the matrix is quantized.
     pub scales: Option<MatrixScales>,
     /// A tensor that holds the decoded extents, checked when the matrix is first decoded.
@@ -28,7 +30,25 @@ pub struct Matrix {
 impl Matrix {
     /// A tensor that is as it is.
     pub fn plain(name: Box<str>, payload: SourceId, dtype: DType, shape: Shape) -> Matrix {
-        Matrix { name, payload, dtype, shape, scales: None, shape_tensor: None }
+        Matrix { name, payload, dtype, shape, transposed: false, scales: None, shape_tensor: None }
+    }
+
+    /// Extents of the checkpoint's tensor.
+    pub fn logical_dims(&self) -> Vec<u64> {
+        let mut dims = self.shape.dims().to_vec();
+        if let (true, [.., a, b]) = (self.transposed, dims.as_mut_slice()) {
+            std::mem::swap(a, b);
+        }
+        dims
+    }
+
+    /// The checkpoint's tensor (target) from the matrix (source), the whole of both.
+    pub fn logical_map(&self) -> BoxMap {
+        let mut map = BoxMap::identity(self.shape.dims());
+        if let (true, [.., a, b]) = (self.transposed, map.target.as_mut_slice()) {
+            std::mem::swap(a, b);
+        }
+        map
     }
 
     /// Columns: the last axis. Rows are all other axes together.

@@ -141,7 +141,7 @@ impl Grouping<'_> {
         };
         let bands = plain_bands(&q, &grid);
         let shape_tensor = self.shape_tensor(encoding, bindings);
-        self.add(encoding.scheme, q, &grid, bands, shape_tensor);
+        self.add(encoding, q, &grid, bands, shape_tensor);
     }
 
     fn shape_tensor(&mut self, encoding: &Encoding, bindings: &Bindings) -> Option<SourceId> {
@@ -204,20 +204,20 @@ impl Grouping<'_> {
         self.fused_pairs += u64::from(shards > 1);
         for (q, bands) in [(first, of_first), (second, of_second)] {
             let grid = ScaleGrid { block, plane_rows: q.shape.dims()[0], rows: 0, cols };
-            self.add(encoding.scheme, q, &grid, bands, None);
+            self.add(encoding, q, &grid, bands, None);
         }
     }
 
     fn add(
         &mut self,
-        scheme: Scheme,
+        encoding: &Encoding,
         q: Quantized,
         grid: &ScaleGrid,
         bands: Vec<Band>,
         shape_tensor: Option<SourceId>,
     ) {
         let scales = MatrixScales {
-            code: scheme.code(),
+            code: encoding.scheme.code(),
             scale: q.scale_code,
             block: grid.block,
             cols: grid.cols,
@@ -229,6 +229,7 @@ impl Grouping<'_> {
             payload: q.payload,
             dtype,
             shape: q.shape,
+            transposed: encoding.transposed,
             scales: Some(scales),
             shape_tensor,
         });

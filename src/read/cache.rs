@@ -285,9 +285,7 @@ mod tests {
             // Whoever came in time was told; whoever came late decoded anew.
             assert!(waited.is_ok() || waited.is_err_and(|e| e == "abandoned"));
         });
-        assert_eq!(
-            outcome(&cache, 1),
-            if cache.bytes() > 0 { Outcome::Hit } else { Outcome::Decoded }
-        );
+        let kept = if cache.bytes() > 0 { Outcome::Hit } else { Outcome::Decoded };
+        assert_eq!(outcome(&cache, 1), kept);
     }
 }

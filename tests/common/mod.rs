@@ -1,0 +1,104 @@
+//! What the integration tests share: golden checkpoints, engines over them, tensors of files.
+
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mount_ckpt::mapping::Mapping;
+use mount_ckpt::plan::{Plan, PlanOptions, TensorId};
+use mount_ckpt::read::{Engine, EngineOptions};
+use mount_ckpt::source::Checkpoint;
+
+/// dtype name, shape and bytes.
+pub type Tensor = (String, Vec<usize>, Vec<u8>);
+
+/// A folder of `tests/golden`.
+pub fn golden(model: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(model)
+}
+
+/// All tensors of a safetensors file.
+pub fn tensors_of(path: &Path) -> BTreeMap<String, Tensor> {
+    let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    file.iter()
+        .map(|(name, view)| {
+            let tensor =
+                (format!("{:?}", view.dtype()), view.shape().to_vec(), view.data().to_vec());
+            (name.to_owned(), tensor)
+        })
+        .collect()
+}
+
+/// An engine over a checkpoint, by the shipped mapping `model`.
+pub fn engine(model: &str, dir: &Path, options: &PlanOptions) -> Engine {
+    let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
+    let mapping = Mapping::named(model).unwrap();
+    let mapping = mapping.resolve(&|key| checkpoint.config().int(key).ok()).unwrap();
+    let plan = Plan::build(&checkpoint, &mapping, options).unwrap_or_else(|e| panic!("{e}"));
+    Engine::new(checkpoint, Arc::new(plan), EngineOptions { cache_bytes: 64 << 20 })
+}
+
+/// All tensors of the root, read whole.
+pub fn tensors_of_engine(engine: &Engine) -> BTreeMap<String, Tensor> {
+    let read = |id: &TensorId| {
+        let t = engine.plan().tensor(*id);
+        let mut bytes = vec![0; usize::try_from(t.bytes()).unwrap()];
+        engine.read(*id, 0, &mut bytes).unwrap();
+        let shape = t.shape.dims().iter().map(|&d| usize::try_from(d).unwrap()).collect();
+        let dtype: safetensors::Dtype =
+            serde_json::from_value(serde_json::Value::from(t.dtype.name())).unwrap();
+        (t.name.to_string(), (format!("{dtype:?}"), shape, bytes))
+    };
+    engine.plan().directories[0].tensors.iter().map(read).collect()
+}
+
+/// Whether an element differs; NaN equals NaN, and zeros of both signs are equal where asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Zeros {
+    Signed,
+    Equal,
+}
+
+/// Refuses the first difference in names, dtypes, shapes or bits.
+pub fn assert_same(
+    got: &BTreeMap<String, Tensor>,
+    expected: &BTreeMap<String, Tensor>,
+    zeros: Zeros,
+) {
+    let names = |m: &BTreeMap<String, Tensor>| m.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(got), names(expected));
+    for (name, (dtype, shape, bytes)) in expected {
+        let (got_dtype, got_shape, got_bytes) = &got[name];
+        assert_eq!((got_dtype, got_shape), (dtype, shape), "{name}");
+        assert_eq!(got_bytes.len(), bytes.len(), "{name}");
+        let width = match dtype.as_str() {
+            "BF16" | "F16" => 2,
+            "F32" => 4,
+            _ => 1,
+        };
+        let canonical = |b: &[u8]| -> u32 {
+            let bits = match b {
+                [a] => return u32::from(*a),
+                [a, b] => u32::from(u16::from_le_bytes([*a, *b])),
+                [a, b, c, d] => u32::from_le_bytes([*a, *b, *c, *d]),
+                _ => unreachable!("widths are 1, 2 and 4"),
+            };
+            let (exponent, sign) = match dtype.as_str() {
+                "BF16" => (0x7F80, 0x8000),
+                "F16" => (0x7C00, 0x8000),
+                _ => (0x7F80_0000, 0x8000_0000),
+            };
+            if bits & (sign - 1) > exponent {
+                return exponent + 1;
+            }
+            if zeros == Zeros::Equal && bits == sign { 0 } else { bits }
+        };
+        let pairs = got_bytes.chunks(width).zip(bytes.chunks(width)).enumerate();
+        for (i, (g, e)) in pairs {
+            assert_eq!(canonical(g), canonical(e), "`{name}` differs at element {i} of {shape:?}");
+        }
+    }
+}
