@@ -4,7 +4,7 @@
 //! A matrix is seen as rows of its last axis: `[experts, out, in]` has `experts * out` rows.
 
 use super::{Code, ScaleCode};
-use crate::tensor::{DType, Shape};
+use crate::tensor::{DType, Float, Shape};
 
 /// How a quantized matrix is stored as payload and scale tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -80,12 +80,11 @@ impl Scheme {
 
     /// How scales of this dtype are coded, where the scheme takes them.
     pub fn scale_code(self, dtype: DType) -> Option<ScaleCode> {
-        let floats = match dtype {
-            DType::F32 => Some(ScaleCode::F32),
-            DType::BF16 => Some(ScaleCode::BF16),
-            DType::F16 => Some(ScaleCode::F16),
-            _ => None,
-        };
+        let floats = dtype.as_float().map(|float| match float {
+            Float::F32 => ScaleCode::F32,
+            Float::BF16 => ScaleCode::BF16,
+            Float::F16 => ScaleCode::F16,
+        });
         let powers = (dtype == DType::F8E8M0).then_some(ScaleCode::E8M0);
         match self {
             Scheme::Fp8 | Scheme::Fp4 => floats.or(powers),
@@ -181,7 +180,8 @@ mod tests {
 
     #[test]
     fn payload_shapes_give_matrix_shapes() {
-        let cases: [(Scheme, DType, &[u64], Option<&[u64]>); 7] = [
+        type Case<'a> = (Scheme, DType, &'a [u64], Option<&'a [u64]>);
+        let cases: [Case<'_>; 7] = [
             (Scheme::Fp8, DType::F8E4M3, &[144, 160], Some(&[144, 160])),
             (Scheme::Fp4, DType::I8, &[96, 80], Some(&[96, 160])),
             (Scheme::Fp4, DType::F4, &[96, 160], Some(&[96, 160])),

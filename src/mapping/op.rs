@@ -353,7 +353,8 @@ mod tests {
 
     #[test]
     fn shapes_that_do_not_fit_are_refused() {
-        let cases: [(&[Op], &[Vec<u64>], &str); 4] = [
+        type Case<'a> = (&'a [Op], &'a [Vec<u64>], &'a str);
+        let cases: [Case<'_>; 4] = [
             (&[Op::Transpose], &[vec![4]], "needs an axis 1, but the shape is [4]"),
             (
                 &[Op::Concat { axis: 0 }],

@@ -72,7 +72,8 @@ pub fn from_layout(
     leftovers: &mut Vec<Leftover>,
     problems: &mut Problems,
 ) -> LogicalTensors {
-    let mut groups: BTreeMap<(usize, Bindings), (&Rule, Vec<Option<MatrixId>>)> = BTreeMap::new();
+    type Slots = Vec<Option<MatrixId>>;
+    let mut groups: BTreeMap<(usize, Bindings), (&Rule, Slots)> = BTreeMap::new();
     for (i, matrix) in matrices.iter().enumerate() {
         match layout.take_to(&matrix.name) {
             Some(Taken::Map { row, rule, part, bindings }) => {
