@@ -4,7 +4,7 @@
 use super::matrix::{Band, Matrix, MatrixScales, ScaleReading, fused_bands};
 use super::problems::{PlanError, Problem, Problems};
 use crate::codec::{ScaleGrid, Scheme};
-use crate::mapping::{Bindings, Encoding, Resolved};
+use crate::mapping::{Bindings, Encoding, Resolved, Taken};
 use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Shape};
 
@@ -213,11 +213,11 @@ impl Grouping<'_> {
         encoding: &Encoding,
         q: Quantized,
         grid: &ScaleGrid,
-        bands: Vec<Band>,
+        bands: Vec<Band<SourceId>>,
         shape_tensor: Option<SourceId>,
     ) {
         let scales = MatrixScales {
-            code: encoding.scheme.code(),
+            scheme: encoding.scheme,
             scale: q.scale_code,
             block: grid.block,
             cols: grid.cols,
@@ -231,6 +231,7 @@ impl Grouping<'_> {
             shape: q.shape,
             transposed: encoding.transposed,
             scales: Some(scales),
+            own_scale: Some(q.scale),
             shape_tensor,
         });
     }
@@ -251,11 +252,8 @@ impl Grouping<'_> {
                 continue;
             }
             let tensor = self.checkpoint.tensor(id);
-            let orphan = mapping.encodings.iter().any(|e| {
-                let part = e.scale.iter().chain(&e.shape);
-                part.zip(e.payload.iter().cycle())
-                    .any(|(t, _)| t.bind(&tensor.name, &e.vars).is_some())
-            });
+            let orphan =
+                is_a_part(mapping, &tensor.name) && !renamed_by_a_layout(mapping, &tensor.name);
             if orphan {
                 self.problems.add(Problem::MissingPayload, &tensor.name);
                 continue;
@@ -266,12 +264,29 @@ impl Grouping<'_> {
     }
 }
 
+/// Whether a name is one of scales or shapes.
+fn is_a_part(mapping: &Resolved, name: &str) -> bool {
+    mapping.encodings.iter().any(|e| {
+        let mut parts = e.scale.iter().chain(&e.shape);
+        parts.any(|t| t.bind(name, &e.vars).is_some())
+    })
+}
+
+/// Whether a layout gives a tensor this name, where the checkpoint has another for it: then it is
+/// what the layout says, whatever it looks like.
+fn renamed_by_a_layout(mapping: &Resolved, name: &str) -> bool {
+    mapping.layouts().any(|layout| match layout.take_to(name) {
+        Some(Taken::Map { rule, .. }) => !rule.is_identity(),
+        Some(Taken::Drop { .. }) | None => false,
+    })
+}
+
 /// Whether a tensor of this dtype under a payload's name can be nothing but a payload.
 fn is_only_a_payload(encoding: &Encoding, tensor: &SourceTensor) -> bool {
     encoding.scheme == Scheme::Fp8 && tensor.dtype == DType::F8E4M3
 }
 
-fn plain_bands(q: &Quantized, grid: &ScaleGrid) -> Vec<Band> {
+fn plain_bands(q: &Quantized, grid: &ScaleGrid) -> Vec<Band<SourceId>> {
     let all_rows: u64 = q.shape.dims()[..q.shape.rank() - 1].iter().product();
     let planes = all_rows.checked_div(grid.plane_rows).unwrap_or(0);
     if grid.block[0] == 1 {
