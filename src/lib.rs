@@ -7,8 +7,10 @@
 #![warn(missing_docs)]
 
 pub mod codec;
+pub mod fuse;
 pub mod mapping;
 pub mod plan;
 pub mod read;
 pub mod source;
 pub mod tensor;
+pub mod view;
