@@ -25,12 +25,15 @@ pub(super) fn rewritten(
                 return None;
             }
         }
-        Quantization::Replace(value) => {
-            let nested =
-                text(&mut config).and_then(|text| text.get_mut(KEY)).map(|v| *v = value.clone());
-            if nested.is_none() || config.contains_key(KEY) {
-                config.insert(KEY.to_owned(), value.clone());
-            }
+        Quantization::Replace(new) => {
+            let place = match &new.within {
+                Some(name) => config.get_mut(name).and_then(Value::as_object_mut),
+                None => Some(&mut config),
+            };
+            match place {
+                Some(object) => object.insert(KEY.to_owned(), new.value.clone()),
+                None => config.insert(KEY.to_owned(), new.value.clone()),
+            };
         }
     }
     let mut bytes = serde_json::to_vec_pretty(&config).expect("a JSON value can be written");
@@ -47,10 +50,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::mapping::QuantizationConfig;
 
     #[test]
     fn quantization_config_is_kept_removed_or_replaced_in_place() {
-        let new = || Quantization::Replace(json!({"q": 2}));
+        let new = |within: Option<&str>| {
+            let within = within.map(str::to_owned);
+            let value = json!({"q": 2});
+            Quantization::Replace(QuantizationConfig { within, unquantized: None, value })
+        };
         let cases = [
             (r#"{"b":1,"quantization_config":{"q":1},"a":2}"#, Quantization::Keep, None),
             (
@@ -66,25 +74,23 @@ mod tests {
             (r#"{"b":1,"text_config":{"a":2}}"#, Quantization::Remove, None),
             (
                 r#"{"b":1,"quantization_config":{"q":1},"a":2}"#,
-                new(),
+                new(None),
                 Some(r#"{"b":1,"quantization_config":{"q":2},"a":2}"#),
             ),
             (
                 r#"{"text_config":{"quantization_config":null,"a":2},"y":[]}"#,
-                new(),
+                new(Some("text_config")),
                 Some(r#"{"text_config":{"quantization_config":{"q":2},"a":2},"y":[]}"#),
             ),
             (
-                r#"{"text_config":{"quantization_config":1},"quantization_config":1,"y":0}"#,
-                new(),
-                Some(
-                    r#"{"text_config":{"quantization_config":{"q":2}},"quantization_config":{"q":2},"y":0}"#,
-                ),
+                r#"{"text_config":{"a":2},"y":0}"#,
+                new(Some("text_config")),
+                Some(r#"{"text_config":{"a":2,"quantization_config":{"q":2}},"y":0}"#),
             ),
             (
-                r#"{"text_config":{"a":2}}"#,
-                new(),
-                Some(r#"{"text_config":{"a":2},"quantization_config":{"q":2}}"#),
+                r#"{"a":2}"#,
+                new(Some("text_config")),
+                Some(r#"{"a":2,"quantization_config":{"q":2}}"#),
             ),
         ];
         for (source, quantization, expected) in cases {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::mapping::LayoutName;
 use crate::plan::{
-    Body, Directory, Matrix, Plan, Quantization, Run, Summary, TensorId, TensorPlan,
+    Body, Directory, Matrix, Origin, Plan, Quantization, Run, Summary, TensorId, TensorPlan,
 };
 use crate::read::{Engine, EngineOptions};
 use crate::source::testing::Dir;
@@ -61,7 +61,13 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
         name: tensor.name.clone(),
         dtype: tensor.dtype,
         shape: tensor.shape.clone(),
-        body: Body::Verbatim(vec![Run { at: 0, bytes: tensor.bytes, source, offset: 0 }]),
+        body: Body::Verbatim(vec![Run {
+            at: 0,
+            bytes: tensor.bytes,
+            origin: Origin::Source,
+            source,
+            offset: 0,
+        }]),
     };
     let matrix = |(id, tensor): (_, &SourceTensor)| {
         Matrix::plain(tensor.name.clone(), id, tensor.dtype, tensor.shape.clone())
@@ -74,6 +80,8 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
         tensors: checkpoint.iter().map(verbatim).collect(),
         matrices: checkpoint.iter().map(matrix).collect(),
         directories: vec![directory("", 0..7), directory("ep-0000-of-0001", 0..3)],
+        quantized: Vec::new(),
+        original: None,
         quantization: Quantization::Remove,
         summary: Summary {
             model: "toy".to_owned(),
