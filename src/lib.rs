@@ -12,3 +12,4 @@ pub mod plan;
 pub mod read;
 pub mod source;
 pub mod tensor;
+pub mod view;
