@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 pub mod codec;
+pub mod daemon;
 pub mod fuse;
 pub mod mapping;
 pub mod plan;
