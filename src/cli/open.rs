@@ -1,14 +1,16 @@
 //! From a checkpoint's name to its view: the one place where the command line meets the rooms that
 //! do the work.
 
-use super::request::{EngineOptions, KernelOptions, PlanOptions};
+use super::choices::{FloatChoice, KvScalesChoice, LayoutChoice, UnmappedChoice};
+use super::request::{EngineOptions, KernelOptions, MappingChoice, PlanOptions};
 use crate::fuse::MountOptions;
-use crate::mapping;
-use crate::plan::{Plan, TensorId};
-use crate::read::Engine;
+use crate::mapping::{self, LayoutName, Mapping, ModelName};
+use crate::plan::{self, ExpertParallel, ExpertShard, Plan, ScaleReading, TensorId, Unmapped};
+use crate::read::{self, Engine};
 use crate::source::{self, Checkpoint};
+use crate::tensor::Float;
 use crate::view::{Ino, Kind, View, ViewOptions};
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,7 +20,7 @@ pub struct Planned {
     /// The checkpoint.
     pub checkpoint: Arc<Checkpoint>,
     /// What the view is.
-    pub plan: Plan,
+    pub plan: Arc<Plan>,
 }
 
 /// The checkpoint directory that `src` names, absolute and without symlinks in it.
@@ -38,10 +40,58 @@ pub fn locate(src: &Path) -> anyhow::Result<PathBuf> {
 ///
 /// # Errors
 /// Where the checkpoint is damaged, or no such view of it can be.
-pub fn plan(source: &Path, _options: &PlanOptions) -> anyhow::Result<Planned> {
+pub fn plan(source: &Path, options: &PlanOptions) -> anyhow::Result<Planned> {
+    ensure!(
+        options.quantize.is_none(),
+        "`--quantize checkpoint` is not served by this version: leave it out for plain floats"
+    );
     let checkpoint = Arc::new(Checkpoint::open(source)?);
-    let plan = Plan::build(&checkpoint)?;
+    let config = checkpoint.config();
+    let mapping = match &options.mapping {
+        MappingChoice::Auto => {
+            let types: Vec<String> =
+                config.model_types().into_iter().map(ToOwned::to_owned).collect();
+            Mapping::for_model_types(&types)?
+        }
+        MappingChoice::Named(name) => Mapping::named(name)?,
+        MappingChoice::File(file) => Mapping::load(file)?,
+    };
+    let mapping = mapping.resolve(&|key| config.int(key).ok())?;
+    let plan = Arc::new(Plan::build(&checkpoint, &mapping, &plan_options(options))?);
     Ok(Planned { checkpoint, plan })
+}
+
+fn plan_options(options: &PlanOptions) -> plan::PlanOptions {
+    plan::PlanOptions {
+        to: options.to.map(|to| match to {
+            LayoutChoice::Native => LayoutName::Native,
+            LayoutChoice::Transformers => LayoutName::Transformers,
+            LayoutChoice::Hf => LayoutName::Hf,
+        }),
+        dtype: match options.dtype {
+            FloatChoice::Bf16 => Float::BF16,
+            FloatChoice::F16 => Float::F16,
+            FloatChoice::F32 => Float::F32,
+        },
+        scale_reading: match options.kv_scales {
+            KvScalesChoice::Fused => ScaleReading::Fused,
+            KvScalesChoice::Automodel => ScaleReading::Automodel,
+        },
+        unmapped: match options.unmapped {
+            UnmappedChoice::Refuse => Unmapped::Refuse,
+            UnmappedChoice::Keep => Unmapped::Keep,
+            UnmappedChoice::Drop => Unmapped::Drop,
+        },
+        include: options.include.clone(),
+        exclude: options.exclude.clone(),
+        expert_parallel: options.expert_parallel.map(|ranks| ExpertParallel {
+            size: ranks.size.into(),
+            rank: ranks.rank.map(u64::from),
+        }),
+        expert_shard: options
+            .expert_shard
+            .map(|shard| ExpertShard { size: shard.size.into(), rank: shard.rank.into() }),
+    }
 }
 
 /// Opens the checkpoint that `src` names, as [`plan`] does.
@@ -55,7 +105,8 @@ pub fn locate_and_plan(src: &Path, options: &PlanOptions) -> anyhow::Result<Plan
 impl Planned {
     /// What computes the view.
     pub fn engine(self, options: &EngineOptions) -> (Arc<Engine>, Arc<Checkpoint>) {
-        let engine = Engine::new(self.plan, self.checkpoint.clone(), options.cache_size);
+        let options = read::EngineOptions { cache_bytes: options.cache_size };
+        let engine = Engine::new(self.checkpoint.clone(), self.plan, options);
         (Arc::new(engine), self.checkpoint)
     }
 }
@@ -206,26 +257,7 @@ pub fn read_file(
     Ok(())
 }
 
-/// A mapping, as `models` lists it.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct ModelRow {
-    /// What `--model` calls it.
-    pub name: String,
-    /// The `model_type`s of config.json that it is for.
-    pub model_types: Vec<String>,
-    /// The layouts it knows.
-    pub layouts: Vec<String>,
-}
-
 /// The built-in mappings.
-pub fn models() -> Vec<ModelRow> {
-    let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
-    mapping::models()
-        .into_iter()
-        .map(|model| ModelRow {
-            name: model.name.to_owned(),
-            model_types: owned(model.model_types),
-            layouts: owned(model.layouts),
-        })
-        .collect()
+pub fn models() -> Vec<ModelName> {
+    mapping::shipped()
 }
