@@ -59,7 +59,10 @@ impl Place {
 
     fn foreground(&self) -> Child {
         let child = self.mount(&["-f"]).stderr(Stdio::piped()).spawn().unwrap();
-        wait_for("the mount", || self.at().join("config.json").exists());
+        // Not when the mount can be seen: its process may still be looking at it.
+        wait_for("mount", || {
+            fs::read_to_string(self.log()).unwrap_or_default().contains("mounted `")
+        });
         child
     }
 
