@@ -94,10 +94,10 @@ fn plan_options(options: &PlanOptions) -> plan::PlanOptions {
     }
 }
 
-/// Opens the checkpoint that `src` names, as [`plan`] does.
+/// Opens the checkpoint that `src` names, as [`plan()`] does.
 ///
 /// # Errors
-/// As [`plan`], and where there is no such checkpoint.
+/// As [`plan()`], and where there is no such checkpoint.
 pub fn locate_and_plan(src: &Path, options: &PlanOptions) -> anyhow::Result<Planned> {
     plan(&locate(src)?, options)
 }
