@@ -6,7 +6,9 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod codec;
+pub mod daemon;
 pub mod fuse;
 pub mod mapping;
 pub mod plan;

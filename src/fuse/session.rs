@@ -2,14 +2,15 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::mem;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use fuser::{Config, MountOption, Session, SessionACL};
+use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{major, minor};
@@ -163,12 +164,14 @@ fn fusermount(at: &Path, lazy: bool) -> io::Result<()> {
 pub fn mount(view: Arc<View>, at: &Path, options: &MountOptions) -> io::Result<Mounted> {
     let at = fs::canonicalize(at)?;
     let filesystem = Filesystem::new(view, options.direct_io);
-    let session = Session::new(filesystem, &at, &config(options))?;
+    let session = Session::new(filesystem, &at, &config(options))?.spawn()?;
+    let threads = keep_mounted(session);
     let end = Arc::new(End::default());
     let reached = Arc::clone(&end);
-    thread::Builder::new()
-        .name("fuse-session".to_owned())
-        .spawn(move || reached.reach(session.run()))?;
+    thread::Builder::new().name("fuse-session".to_owned()).spawn(move || {
+        let panicked = |_| Err(io::Error::other("a session thread panicked"));
+        reached.reach(threads.join().unwrap_or_else(panicked));
+    })?;
     let mounted = Mounted { at, end };
     if options.read_ahead > 0
         && let Err(e) = set_read_ahead(&mounted.at, options.read_ahead)
@@ -176,6 +179,15 @@ pub fn mount(view: Arc<View>, at: &Path, options: &MountOptions) -> io::Result<M
         tracing::debug!("kernel read-ahead of `{}` stays as it is: {e}", mounted.at.display());
     }
     Ok(mounted)
+}
+
+/// The session's threads, without what fuser does when it drops a session: it unmounts whatever is
+/// at the mount point by then, which may be the next mount. (It asks the device whether its own is
+/// still up, and takes every answer for yes.) [`Mounted`] unmounts; nothing else has to.
+fn keep_mounted(mut session: BackgroundSession) -> JoinHandle<io::Result<()>> {
+    let threads = mem::replace(&mut session.guard, thread::spawn(|| Ok(())));
+    mem::forget(session);
+    threads
 }
 
 fn config(options: &MountOptions) -> Config {
