@@ -31,13 +31,16 @@ pub fn fp8_scale(amax: f32) -> f32 {
     if scale == 0.0 { 1.0 } else { scale }
 }
 
-/// E8M0 scale of an FP8 block: the smallest power of two that is at least `amax / 448`.
+/// E8M0 scale of an FP8 block: the smallest power of two under which `amax` is coded within half a
+/// step, `amax / scale <= 464` (448 and half of the step of 32 above 256).
 ///
-/// This is `scale_fmt: "ue8m0"` of DeepSeek's configurations. The stored byte is the exponent plus
+/// This is `scale_fmt: "ue8m0"` of DeepSeek's configurations. A bound of 448 would code what lies
+/// between it and 464 no better, and would not be stable: 225 scales is coded as 224, which the
+/// next encoding would scale by half. The stored byte is the exponent plus
 /// 127: 127 (the scale 1) for an all-zero block, 255 for a NaN, 254 for infinity.
 pub fn fp8_exponent(amax: f32) -> u8 {
-    // 448 = 1.75 * 2^8.
-    if amax == 0.0 { 127 } else { power_at_least(amax, 0x60_0000, 8) }
+    // 464 = 1.8125 * 2^8.
+    if amax == 0.0 { 127 } else { power_at_least(amax, 0x68_0000, 8) }
 }
 
 /// E8M0 scale of an FP4 group: the smallest power of two that is at least `amax / 6`.
@@ -183,7 +186,7 @@ mod tests {
                     if amax <= 0.0 || amax.is_infinite() {
                         continue;
                     }
-                    for (byte, largest) in [(fp4_exponent(amax), 6.0), (fp8_exponent(amax), 448.0)]
+                    for (byte, largest) in [(fp4_exponent(amax), 6.0), (fp8_exponent(amax), 464.0)]
                     {
                         let holds = |byte: i32| f64::from(amax) <= largest * 2f64.powi(byte - 127);
                         let byte = i32::from(byte);
@@ -200,7 +203,7 @@ mod tests {
         assert_eq!((fp4_exponent(0.0), fp8_exponent(0.0), fp8_scale(0.0)), (0, 127, 1.0));
         assert_eq!((fp4_exponent(f32::INFINITY), fp8_exponent(f32::INFINITY)), (254, 254));
         assert_eq!((fp4_exponent(f32::NAN), fp8_exponent(f32::NAN)), (255, 255));
-        assert_eq!((fp4_exponent(6.0), fp8_exponent(448.0)), (127, 127));
+        assert_eq!((fp4_exponent(6.0), fp8_exponent(464.0)), (127, 127));
         assert_eq!(fp8_scale(f32::from_bits(1)), 1.0);
         assert_eq!((int4_scale(0.0), int4_scale(7.0)), (1e-10, 1.0));
         assert!(int4_scale(f32::NAN).is_nan() && fp8_scale(f32::NAN).is_nan());

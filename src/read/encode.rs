@@ -121,6 +121,8 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
                 original.read(id, at, &mut scratch.stored)?;
                 scratch.scales.resize(n, 0.0);
                 scale_to_f32(code, &scratch.stored, &mut scratch.scales);
+                // Under a scale of 0 every code is a zero, but 0 / 0 would be a NaN.
+                scratch.scales.iter_mut().filter(|s| **s == 0.0).for_each(|s| *s = 1.0);
                 Ok(())
             }
         }
