@@ -98,15 +98,30 @@ struct RawLayout {
 struct RawRow {
     hf: Option<OneOrMany<String>>,
     to: Option<OneOrMany<String>>,
+    same: Option<OneOrMany<String>>,
     #[serde(default)]
     ops: Vec<RawOp>,
     #[serde(default)]
     grouped: bool,
+    #[serde(default)]
+    expert_axis: bool,
     hf_shape: Option<Vec<String>>,
     drop: Option<String>,
     scope: Option<RawScope>,
     #[serde(rename = "use")]
     set: Option<String>,
+}
+
+impl RawRow {
+    /// The names that the file writes, in the order of their keys.
+    fn names(&self) -> impl Iterator<Item = &String> {
+        [&self.hf, &self.to, &self.same].into_iter().flatten().flat_map(OneOrMany::as_slice)
+    }
+
+    /// Whether it says something of values, which only a rule with names can.
+    fn speaks_of_values(&self) -> bool {
+        !self.ops.is_empty() || self.grouped || self.expert_axis || self.hf_shape.is_some()
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -266,19 +281,21 @@ impl Mapping {
     ) -> Result<Layout, MappingError> {
         let mut rows = Vec::new();
         for row in &raw.rule {
+            let bare =
+                row.names().next().is_none() && !row.speaks_of_values() && row.drop.is_none();
             match (&row.scope, &row.set) {
-                (None, None) => rows.push(resolved_row(row, None, config)?),
-                (Some(scope), Some(set)) if row.hf.is_none() && row.to.is_none() => {
+                (None, None) => rows.extend(resolved_rows(row, None, config)?),
+                (Some(scope), Some(set)) if bare => {
                     let rules = self.raw.set.get(set).ok_or_else(|| {
                         MappingError::rule(&scope.hf, format!("no set `{set}` in the file"))
                     })?;
                     for rule in rules {
-                        rows.push(resolved_row(rule, Some(scope), config)?);
+                        rows.extend(resolved_rows(rule, Some(scope), config)?);
                     }
                 }
                 (Some(_), _) | (_, Some(_)) => {
                     let rule = row.scope.as_ref().map_or("use", |s| &s.hf);
-                    let why = "`scope` and `use` stand together, without `hf` and `to`";
+                    let why = "`scope` and `use` stand together and alone";
                     return Err(MappingError::rule(rule, why));
                 }
             }
@@ -321,6 +338,25 @@ fn encoding(
     Ok(Encoding { scheme, matrix, payload, scale, shape, block, fused_shards, transposed, vars })
 }
 
+/// The rows that a rule stands for: one, or one for each name that stays the same.
+fn resolved_rows(
+    raw: &RawRow,
+    scope: Option<&RawScope>,
+    config: &dyn Fn(&str) -> Option<u64>,
+) -> Result<Vec<Row>, MappingError> {
+    let Some(same) = &raw.same else { return Ok(vec![resolved_row(raw, scope, config)?]) };
+    if raw.hf.is_some() || raw.to.is_some() || raw.drop.is_some() {
+        let text = raw.names().next().map_or("(without names)", String::as_str);
+        return Err(MappingError::rule(text, "`same` stands without `hf`, `to` and `drop`"));
+    }
+    let one = |name: &String| {
+        let name = Some(OneOrMany::One(name.clone()));
+        let row = RawRow { hf: name.clone(), to: name, same: None, ..raw.clone() };
+        resolved_row(&row, scope, config)
+    };
+    same.as_slice().iter().map(one).collect()
+}
+
 fn resolved_row(
     raw: &RawRow,
     scope: Option<&RawScope>,
@@ -341,12 +377,10 @@ fn resolved_row(
     };
     let hf = side(&raw.hf, scope.map(|s| s.hf.as_str()))?;
     let to = side(&raw.to, scope.map(|s| s.to.as_str()))?;
-    let names = [&raw.hf, &raw.to].into_iter().flatten().flat_map(OneOrMany::as_slice);
-    let text = names.map(String::as_str).next().unwrap_or("(without names)").to_owned();
+    let text = raw.names().next().map_or("(without names)", String::as_str).to_owned();
     let fail = |why: &str| MappingError::rule(&text, why);
     if let Some(reason) = &raw.drop {
-        if !raw.ops.is_empty() || raw.grouped || raw.hf_shape.is_some() || hf.len() + to.len() != 1
-        {
+        if raw.speaks_of_values() || hf.len() + to.len() != 1 {
             return Err(fail("a rule that drops has one name and no operation"));
         }
         return Ok(Row::Drop {
@@ -403,7 +437,8 @@ fn resolved_row(
     let extent = |key: &String| ConfigKey::parse(key)?.resolve(config);
     let hf_shape =
         raw.hf_shape.as_ref().map(|keys| keys.iter().map(extent).collect()).transpose()?;
-    let rule = Rule { hf, to, vars, ops, stack, hf_shape, grouped: raw.grouped, text };
+    let (grouped, expert_axis) = (raw.grouped, raw.grouped || raw.expert_axis);
+    let rule = Rule { hf, to, vars, ops, stack, hf_shape, grouped, expert_axis, text };
     rule.check()?;
     Ok(Row::Map(rule))
 }
@@ -450,6 +485,15 @@ mod tests {
                 "rule `a.`: no set `layer` in the file",
             ),
             (
+                rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}\ngrouped = true"),
+                "rule `a.`: `scope` and `use` stand together and alone",
+            ),
+            (rule("same = 'a'\nto = 'b'"), "rule `b`: `same` stands without `hf`, `to` and `drop`"),
+            (
+                rule("same = ['a.{r}', 'a.b']"),
+                "rule `a.b`: can never match, an earlier rule takes all its names",
+            ),
+            (
                 rule("hf = 'a'\nto = 'b'\ndrop = 'no'"),
                 "rule `a`: a rule that drops has one name and no operation",
             ),
@@ -461,6 +505,37 @@ mod tests {
         }
         let err = Mapping::parse("x", "name = 'x'\ntitel = 'X'").unwrap_err().to_string();
         assert!(err.contains("unknown field `titel`"), "{err}");
+    }
+
+    #[test]
+    fn names_that_stay_are_rules_of_their_own() {
+        let text = "name = 'x'\ntitle = 'X'
+            set.layer = [{ same = ['n.w', 'b'], expert-axis = true }]
+            [[native.rule]]
+            scope = { hf = 'layers.{l:two}.', to = 'model.layers.{l}.' }
+            use = 'layer'
+            [[native.rule]]
+            same = 'head.{r}'
+            grouped = true";
+        let config = |key: &str| (key == "two").then_some(2);
+        let native = Mapping::parse("x", text).unwrap().resolve(&config).unwrap().native.unwrap();
+        let cases = [
+            ("layers.1.n.w", Some(("model.layers.1.n.w", false, true))),
+            ("layers.0.b", Some(("model.layers.0.b", false, true))),
+            ("head.weight", Some(("head.weight", true, true))),
+            ("layers.1.n.v", None),
+            ("layers.2.b", None),
+        ];
+        for (hf, expected) in cases {
+            let got = match native.take_hf(hf) {
+                Some(Taken::Map { rule, bindings, .. }) => {
+                    let name = rule.to[0].format(&bindings, &rule.vars).unwrap();
+                    Some((name, rule.grouped, rule.expert_axis))
+                }
+                Some(Taken::Drop { .. }) | None => None,
+            };
+            assert_eq!(got.as_ref().map(|(n, g, e)| (n.as_str(), *g, *e)), expected, "{hf}");
+        }
     }
 
     #[test]

@@ -164,6 +164,8 @@ pub struct Rule {
     pub hf_shape: Option<Vec<u64>>,
     /// Whether these are expert weights, which always have the output dtype.
     pub grouped: bool,
+    /// Whether the layout's first axis counts experts.
+    pub expert_axis: bool,
     pub(super) text: String,
 }
 

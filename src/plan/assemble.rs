@@ -222,7 +222,7 @@ fn group_targets(
             .collect();
         Target {
             name: target_name(j),
-            expert_axis: rule.grouped && !tensor.shape.is_empty(),
+            expert_axis: rule.expert_axis && !tensor.shape.is_empty(),
             shape: tensor.shape,
             fragments: fragments_of(fragments),
             grouped: rule.grouped,
