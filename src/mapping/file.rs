@@ -11,10 +11,15 @@ use super::{MappingError, Op};
 use crate::codec::Scheme;
 
 /// The shipped mappings: file stem and text.
-const SHIPPED: [(&str, &str); 4] = [
+const SHIPPED: [(&str, &str); 9] = [
+    ("deepseek-v3", include_str!("models/deepseek-v3.toml")),
     ("deepseek-v4", include_str!("models/deepseek-v4.toml")),
+    ("glm4-moe", include_str!("models/glm4-moe.toml")),
+    ("gpt-oss", include_str!("models/gpt-oss.toml")),
     ("kimi-k25-vl", include_str!("models/kimi-k25-vl.toml")),
     ("mimo-v2-flash", include_str!("models/mimo-v2-flash.toml")),
+    ("minimax-m2", include_str!("models/minimax-m2.toml")),
+    ("qwen3-moe", include_str!("models/qwen3-moe.toml")),
     ("qwen3-vl-moe", include_str!("models/qwen3-vl-moe.toml")),
 ];
 
@@ -536,6 +541,22 @@ mod tests {
             };
             assert_eq!(got.as_ref().map(|(n, g, e)| (n.as_str(), *g, *e)), expected, "{hf}");
         }
+    }
+
+    #[test]
+    fn the_outermost_known_model_type_decides() {
+        let chosen = |types: &[&str]| {
+            let types: Vec<String> = types.iter().map(|t| (*t).to_owned()).collect();
+            Mapping::for_model_types(&types).unwrap().list().name
+        };
+        assert_eq!(chosen(&["kimi_k25", "kimi_k2"]), "kimi-k25-vl");
+        assert_eq!(chosen(&["kimi_k2"]), "deepseek-v3");
+        assert_eq!(chosen(&["wrapped", "gpt_oss"]), "gpt-oss");
+        let mut types: Vec<_> = shipped().into_iter().flat_map(|m| m.model_types).collect();
+        let all = types.len();
+        types.sort();
+        types.dedup();
+        assert_eq!(types.len(), all, "one mapping for a model type");
     }
 
     #[test]
