@@ -306,6 +306,18 @@ impl Layout {
         })
     }
 
+    /// Whether a rule names a tensor of either side without `{r}`: more certain of what it is than
+    /// any template that takes names by their ends.
+    pub fn writes_out(&self, name: &str) -> bool {
+        self.rows.iter().any(|row| match row {
+            Row::Map(rule) => {
+                let mut names = rule.hf.iter().chain(&rule.to).filter(|t| !t.has_rest());
+                names.any(|t| t.bind(name, &rule.vars).is_some())
+            }
+            Row::Drop { .. } => false,
+        })
+    }
+
     /// Refuses a rule all of whose checkpoint names an earlier rule takes.
     pub(super) fn refuse_unreachable(&self) -> Result<(), MappingError> {
         // Samples of what a rule takes: the ends of each index's range, and a rest that no

@@ -251,11 +251,10 @@ impl Grouping<'_> {
                 continue;
             }
             let tensor = self.checkpoint.tensor(id);
-            let orphan = mapping.encodings.iter().any(|e| {
-                let part = e.scale.iter().chain(&e.shape);
-                part.zip(e.payload.iter().cycle())
-                    .any(|(t, _)| t.bind(&tensor.name, &e.vars).is_some())
+            let scale = mapping.encodings.iter().any(|e| {
+                e.scale.iter().chain(&e.shape).any(|t| t.bind(&tensor.name, &e.vars).is_some())
             });
+            let orphan = scale && !mapping.layouts().any(|l| l.writes_out(&tensor.name));
             if orphan {
                 self.problems.add(Problem::MissingPayload, &tensor.name);
                 continue;
