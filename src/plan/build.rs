@@ -12,7 +12,7 @@ use super::slice::{self, ExpertParallel, ExpertShard};
 use super::{Body, Directory, Plan, Quantization, TensorId, TensorPlan, cover, sources};
 use crate::mapping::{Layout, LayoutName, Resolved, Taken};
 use crate::source::Checkpoint;
-use crate::tensor::{BoxMap, DType, Float, Shape};
+use crate::tensor::{DType, Float, Shape};
 
 /// What the user asks of a view.
 #[derive(Clone, Debug)]
@@ -135,7 +135,9 @@ impl Plan {
             checkpoint,
         };
         let summary = Summary::new(parts, &tensors, &directories);
-        let quantization = if quantized { Quantization::Remove } else { Quantization::Keep };
+        // A grouped layout is never quantized: config.json may be the published one all the same.
+        let remove = quantized || from != LayoutName::Hf;
+        let quantization = if remove { Quantization::Remove } else { Quantization::Keep };
         Ok(Plan { tensors, matrices, directories, quantization, summary })
     }
 }
@@ -265,7 +267,7 @@ fn source_layout(
     };
     let as_layout = |layout: &Layout, m: &Matrix| match layout.take_to(&m.name) {
         Some(Taken::Map { rule, part, .. }) => {
-            !rule.is_identity() && rule.fits_layout(part, m.shape.dims())
+            !rule.is_identity() && rule.fits_layout(part, &m.logical_dims())
         }
         Some(Taken::Drop { .. }) | None => false,
     };
@@ -306,11 +308,8 @@ fn unmapped(
             Unmapped::Drop => {}
             Unmapped::Keep => targets.push(Target {
                 name: matrix.name.to_string(),
-                shape: matrix.shape.dims().to_vec(),
-                fragments: vec![super::Fragment {
-                    map: BoxMap::identity(matrix.shape.dims()),
-                    matrix: id,
-                }],
+                shape: matrix.logical_dims(),
+                fragments: vec![super::Fragment { map: matrix.logical_map(), matrix: id }],
                 grouped: false,
                 expert_axis: false,
             }),
