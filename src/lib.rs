@@ -6,9 +6,13 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod codec;
+pub mod daemon;
+pub mod fuse;
 pub mod mapping;
 pub mod plan;
 pub mod read;
 pub mod source;
 pub mod tensor;
+pub mod view;

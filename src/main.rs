@@ -1,3 +1,7 @@
 //! The `mount-ckpt` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mount_ckpt::cli::main(std::env::args_os())
+}

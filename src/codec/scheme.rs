@@ -3,7 +3,7 @@
 //!
 //! A matrix is seen as rows of its last axis: `[experts, out, in]` has `experts * out` rows.
 
-use super::{Code, ScaleCode};
+use super::{Code, ScaleCode, fp4_exponent, fp8_exponent, fp8_scale, int4_scale, scale_to_f32};
 use crate::tensor::{DType, Float, Shape};
 
 /// How a quantized matrix is stored as payload and scale tensors.
@@ -90,6 +90,60 @@ impl Scheme {
             Scheme::Fp8 | Scheme::Fp4 => floats.or(powers),
             Scheme::Int4 => floats,
             Scheme::Mxfp4 => powers.or((dtype == DType::U8).then_some(ScaleCode::E8M0)),
+        }
+    }
+
+    /// Dtype of the payloads that published checkpoints hold.
+    pub fn payload_dtype(self) -> DType {
+        match self {
+            Scheme::Fp8 => DType::F8E4M3,
+            Scheme::Fp4 => DType::I8,
+            Scheme::Int4 => DType::I32,
+            Scheme::Mxfp4 => DType::U8,
+        }
+    }
+
+    /// Dtype of the scales that published checkpoints hold, where a mapping says nothing else.
+    pub fn scale_dtype(self) -> DType {
+        match self {
+            Scheme::Fp8 => DType::F32,
+            Scheme::Fp4 => DType::F8E8M0,
+            Scheme::Int4 => DType::BF16,
+            Scheme::Mxfp4 => DType::U8,
+        }
+    }
+
+    /// Shape of the payload that holds a matrix; `None` where its columns do not fill it.
+    pub fn payload_shape(self, dtype: DType, matrix: &Shape) -> Option<Shape> {
+        let (&cols, rows) = matrix.dims().split_last()?;
+        let narrowed = |factor: u64, tail: &[u64]| {
+            let mut dims = rows.to_vec();
+            dims.push(cols.is_multiple_of(factor).then_some(cols / factor)?);
+            dims.extend(tail);
+            Some(Shape::new(dims))
+        };
+        match self {
+            Scheme::Fp8 => Some(matrix.clone()),
+            Scheme::Fp4 if dtype == DType::F4 => Some(matrix.clone()),
+            Scheme::Fp4 => narrowed(2, &[]),
+            Scheme::Int4 => narrowed(8, &[]),
+            Scheme::Mxfp4 => narrowed(32, &[16]),
+        }
+    }
+
+    /// The scale that codes of a block with this largest magnitude are made with; stored as
+    /// `code`, which rounds it where it cannot hold it.
+    pub fn scale_of(self, code: ScaleCode, amax: f32) -> f32 {
+        let power = |byte: u8| {
+            let mut value = [0.0];
+            scale_to_f32(ScaleCode::E8M0, &[byte], &mut value);
+            value[0]
+        };
+        match (self, code) {
+            (Scheme::Fp8, ScaleCode::E8M0) => power(fp8_exponent(amax)),
+            (Scheme::Fp8, ScaleCode::F32 | ScaleCode::BF16 | ScaleCode::F16) => fp8_scale(amax),
+            (Scheme::Fp4 | Scheme::Mxfp4, _) => power(fp4_exponent(amax)),
+            (Scheme::Int4, _) => int4_scale(amax),
         }
     }
 
@@ -193,6 +247,10 @@ mod tests {
         for (scheme, dtype, payload, expected) in cases {
             let got = scheme.matrix_shape(dtype, &shape(payload));
             assert_eq!(got, expected.map(shape), "{scheme:?} {payload:?}");
+            if let Some(matrix) = got {
+                let back = scheme.payload_shape(dtype, &matrix);
+                assert_eq!(back, Some(shape(payload)), "{scheme:?} {matrix}");
+            }
         }
     }
 

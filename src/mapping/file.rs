@@ -5,10 +5,13 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::layout::{Alias, Encoding, Layout, LayoutName, Resolved, Row, Rule};
+use super::layout::{
+    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, WayBack,
+};
 use super::template::{ConfigKey, RawTemplate, Variables};
 use super::{MappingError, Op};
 use crate::codec::Scheme;
+use crate::tensor::DType;
 
 /// The shipped mappings: file stem and text.
 const SHIPPED: [(&str, &str); 9] = [
@@ -63,6 +66,7 @@ struct RawMapping {
     encoding: Vec<RawEncoding>,
     native: Option<RawLayout>,
     transformers: Option<RawLayout>,
+    quantization: Option<RawQuantization>,
     #[serde(default)]
     set: BTreeMap<String, Vec<RawRow>>,
 }
@@ -87,6 +91,26 @@ struct RawEncoding {
     fused_shards: bool,
     #[serde(default)]
     transposed: bool,
+    #[serde(default)]
+    quantizes: Vec<String>,
+    scale_dtype: Option<String>,
+    shards: Option<String>,
+    when: Option<RawWhen>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawWhen {
+    key: String,
+    is: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawQuantization {
+    within: Option<String>,
+    unquantized: Option<String>,
+    value: serde_json::Value,
 }
 
 #[derive(Debug, Deserialize)]
@@ -275,6 +299,11 @@ impl Mapping {
             encodings,
             native: layout(LayoutName::Native, &raw.native)?,
             transformers: layout(LayoutName::Transformers, &raw.transformers)?,
+            quantization: raw.quantization.clone().map(|q| QuantizationConfig {
+                within: q.within,
+                unquantized: q.unquantized,
+                value: q.value,
+            }),
         })
     }
 
@@ -339,8 +368,47 @@ fn encoding(
     if [matrix.len(), payload.len(), scale.len()] != [expected; 3] {
         return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
     }
+    let back = way_back(raw, scheme, &first, config)?;
     let RawEncoding { block, fused_shards, transposed, .. } = *raw;
-    Ok(Encoding { scheme, matrix, payload, scale, shape, block, fused_shards, transposed, vars })
+    Ok(Encoding {
+        scheme,
+        matrix,
+        payload,
+        scale,
+        shape,
+        block,
+        fused_shards,
+        transposed,
+        back,
+        vars,
+    })
+}
+
+fn way_back(
+    raw: &RawEncoding,
+    scheme: Scheme,
+    rule: &str,
+    config: &dyn Fn(&str) -> Option<u64>,
+) -> Result<WayBack, MappingError> {
+    let fail = |why: &str| MappingError::rule(rule, why);
+    let resolved = |text: &String| {
+        let mut vars = Variables::default();
+        Ok((RawTemplate::parse(text)?.resolve(&mut vars, config)?, vars))
+    };
+    let quantizes = raw.quantizes.iter().map(resolved).collect::<Result<Vec<_>, MappingError>>()?;
+    let scale_dtype = match &raw.scale_dtype {
+        Some(name) => DType::parse(name)
+            .filter(|d| scheme.scale_code(*d).is_some())
+            .ok_or_else(|| fail("`scale-dtype` is none that the scheme has"))?,
+        None => scheme.scale_dtype(),
+    };
+    let shards =
+        raw.shards.as_ref().map(|key| ConfigKey::parse(key)?.resolve(config)).transpose()?;
+    if raw.fused_shards && !quantizes.is_empty() && shards.is_none() {
+        return Err(fail("the way back of fused shards needs their number, `shards`"));
+    }
+    let when = raw.when.as_ref().map(|w| (w.key.clone(), w.is.clone()));
+    Ok(WayBack { when, quantizes, scale_dtype, shards })
 }
 
 /// The rows that a rule stands for: one, or one for each name that stays the same.

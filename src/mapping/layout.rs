@@ -6,6 +6,7 @@ use super::op::{Assembled, OpError, assemble, disassembled_shape};
 use super::template::{Bindings, NameTemplate, Var, Variables};
 use super::{MappingError, Op};
 use crate::codec::Scheme;
+use crate::tensor::DType;
 
 /// The layouts that a model can be in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
@@ -51,6 +52,19 @@ pub struct Resolved {
     pub native: Option<Layout>,
     /// The in-memory layout of transformers.
     pub transformers: Option<Layout>,
+    /// What config.json of a published checkpoint says of its quantization.
+    pub quantization: Option<QuantizationConfig>,
+}
+
+/// `quantization_config` of a published checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizationConfig {
+    /// The object of config.json that holds it; the top level where there is none.
+    pub within: Option<String>,
+    /// The key of its value that lists the modules that are not quantized, where it has one.
+    pub unquantized: Option<String>,
+    /// Its value.
+    pub value: serde_json::Value,
 }
 
 impl Resolved {
@@ -114,8 +128,30 @@ pub struct Encoding {
     pub fused_shards: bool,
     /// Whether the payload holds the matrix with its last two axes exchanged.
     pub transposed: bool,
+    /// What it says of the way back to the published checkpoint.
+    pub back: WayBack,
     /// Variables of the templates.
     pub vars: Variables,
+}
+
+/// Which matrices published checkpoints hold in an encoding.
+#[derive(Debug)]
+pub struct WayBack {
+    /// A key of config.json and the text that it must have for the encoding to be used.
+    pub when: Option<(String, String)>,
+    /// Names of the matrices, each with its own variables.
+    pub quantizes: Vec<(NameTemplate, Variables)>,
+    /// Dtype of the scales.
+    pub scale_dtype: DType,
+    /// Shards of a fused pair.
+    pub shards: Option<u64>,
+}
+
+impl WayBack {
+    /// Whether published checkpoints hold the matrix `name` in this encoding.
+    pub fn takes(&self, name: &str) -> bool {
+        self.quantizes.iter().any(|(template, vars)| template.bind(name, vars).is_some())
+    }
 }
 
 /// A line of a layout's table.

@@ -10,7 +10,9 @@ mod op;
 mod template;
 
 pub use file::{Mapping, ModelName, shipped};
-pub use layout::{Alias, Encoding, Layout, LayoutName, Resolved, Row, Rule, Taken};
+pub use layout::{
+    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, Taken, WayBack,
+};
 pub use op::{Assembled, Op, OpError, Piece, assemble, disassembled_shape};
 pub use template::{Bindings, ConfigKey, NameTemplate, RawTemplate, Var, Variables};
 

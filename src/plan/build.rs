@@ -1,17 +1,19 @@
 //! Builds a plan: source matrices, logical tensors, targets, dtypes, directories.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 use regex::Regex;
 
 use super::assemble::{self, Dropped, Leftover, Target};
 use super::matrix::{Matrix, ScaleReading};
 use super::problems::{PlanError, Problem, Problems};
+use super::quantize::{self, FacetTensor, Facets};
 use super::show::{Summary, SummaryParts};
 use super::slice::{self, ExpertParallel, ExpertShard};
-use super::{Body, Directory, Plan, Quantization, TensorId, TensorPlan, cover, sources};
-use crate::mapping::{Layout, LayoutName, Resolved, Taken};
-use crate::source::Checkpoint;
+use super::{Body, Directory, Plan, Quantization, Quantized, TensorId, TensorPlan, cover, sources};
+use crate::mapping::{Layout, LayoutName, QuantizationConfig, Resolved, Taken};
+use crate::source::{Checkpoint, Config};
 use crate::tensor::{DType, Float, Shape};
 
 /// What the user asks of a view.
@@ -33,6 +35,17 @@ pub struct PlanOptions {
     pub expert_parallel: Option<ExpertParallel>,
     /// Ranks that share axis 1 of grouped tensors.
     pub expert_shard: Option<ExpertShard>,
+    /// With layout `hf`: quantize as the model's checkpoints are; `None` leaves numbers as they are.
+    pub quantize: Option<Quantize>,
+}
+
+/// How matrices are quantized on the way back.
+#[derive(Clone, Debug, Default)]
+pub struct Quantize {
+    /// Scales come from this checkpoint, and so does which matrices are quantized.
+    pub original: Option<Arc<Checkpoint>>,
+    /// What INT4 scales are stored as; BF16 where nothing is said.
+    pub scale_dtype: Option<Float>,
 }
 
 impl Default for PlanOptions {
@@ -46,6 +59,7 @@ impl Default for PlanOptions {
             exclude: Vec::new(),
             expert_parallel: None,
             expert_shard: None,
+            quantize: None,
         }
     }
 }
@@ -102,13 +116,14 @@ impl Plan {
         };
         let unmapped =
             unmapped(&leftovers, &matrices, options.unmapped, &mut targets, &mut problems);
+        let facets = facets(checkpoint, mapping, options, to, &mut targets, &mut problems)?;
         targets.retain(|t| selected(&t.name, options));
         targets.sort_by_cached_key(|t| natural_key(&t.name));
         for pair in targets.windows(2).filter(|w| w[0].name == w[1].name) {
             problems.add(Problem::SameName, &pair[0].name);
         }
         problems.finish()?;
-        if targets.is_empty() {
+        if targets.is_empty() && facets.tensors.is_empty() {
             return Err(PlanError::Empty("no tensor is left by --include and --exclude"));
         }
 
@@ -117,12 +132,22 @@ impl Plan {
             matrices: &matrices,
             dtype: options.dtype,
             cast_floats: target.is_some_and(|l| l.cast_floats),
+            plain_dtypes: &facets.plain_dtypes,
             problems: Problems::default(),
         };
-        let directories = layer.directories(&targets, to, options)?;
+        let mut directories = layer.directories(&targets, to, options)?;
+        layer.add_facets(facets.tensors, options, &mut directories)?;
         let Layers { tensors, problems, .. } = layer;
         problems.finish()?;
-        let quantized = matrices.iter().any(|m| m.scales.is_some());
+        let quantization = quantization(
+            checkpoint,
+            mapping,
+            options,
+            from,
+            &matrices,
+            &targets,
+            &facets.quantized,
+        )?;
         let parts = SummaryParts {
             mapping,
             from,
@@ -135,10 +160,9 @@ impl Plan {
             checkpoint,
         };
         let summary = Summary::new(parts, &tensors, &directories);
-        // A grouped layout is never quantized: config.json may be the published one all the same.
-        let remove = quantized || from != LayoutName::Hf;
-        let quantization = if remove { Quantization::Remove } else { Quantization::Keep };
-        Ok(Plan { tensors, matrices, directories, quantization, summary })
+        let original = options.quantize.as_ref().and_then(|q| q.original.clone());
+        let quantized = facets.quantized;
+        Ok(Plan { tensors, matrices, quantized, original, directories, quantization, summary })
     }
 }
 
@@ -148,6 +172,7 @@ struct Layers<'a> {
     matrices: &'a [Matrix],
     dtype: Float,
     cast_floats: bool,
+    plain_dtypes: &'a BTreeMap<String, DType>,
     problems: Problems,
 }
 
@@ -203,6 +228,35 @@ impl Layers<'_> {
         Ok(directories)
     }
 
+    /// Adds facets to the root, in the order of all names.
+    fn add_facets(
+        &mut self,
+        facets: Vec<FacetTensor>,
+        options: &PlanOptions,
+        directories: &mut [Directory],
+    ) -> Result<(), PlanError> {
+        let Some(root) = directories.first_mut().filter(|_| !facets.is_empty()) else {
+            return Ok(());
+        };
+        for facet in facets.into_iter().filter(|f| selected(&f.name, options)) {
+            let id = u32::try_from(self.tensors.len()).map_err(|_| PlanError::TooMany)?;
+            let FacetTensor { name, dtype, shape, body } = facet;
+            if shape.bytes(dtype).is_none() {
+                self.problems.explain(Problem::Size, &name, format!("{shape} {dtype}"));
+            }
+            self.tensors.push(TensorPlan { name: name.into(), dtype, shape, body });
+            root.tensors.push(TensorId(id));
+        }
+        root.tensors.sort_by_cached_key(|id| natural_key(&self.tensors[id.index()].name));
+        for pair in root.tensors.windows(2) {
+            let [a, b] = [pair[0], pair[1]].map(|id| &self.tensors[id.index()].name);
+            if a == b {
+                self.problems.add(Problem::SameName, a);
+            }
+        }
+        Ok(())
+    }
+
     fn add(&mut self, target: &Target) -> Result<TensorId, PlanError> {
         let id = u32::try_from(self.tensors.len()).map_err(|_| PlanError::TooMany)?;
         let dtype = self.dtype_of(target);
@@ -235,6 +289,11 @@ impl Layers<'_> {
         if self.cast_floats && floats {
             return if self.dtype == Float::F32 { DType::BF16 } else { self.dtype.dtype() };
         }
+        if let (Some(original), true) = (self.plain_dtypes.get(&target.name), floats)
+            && original.as_float().is_some()
+        {
+            return *original;
+        }
         if quantized || (target.grouped && floats) {
             return self.dtype.dtype();
         }
@@ -244,6 +303,86 @@ impl Layers<'_> {
         }
         first
     }
+}
+
+/// The facets of all targets that are quantized on the way back; they are taken from `targets`.
+fn facets(
+    checkpoint: &Checkpoint,
+    mapping: &Resolved,
+    options: &PlanOptions,
+    to: LayoutName,
+    targets: &mut Vec<Target>,
+    problems: &mut Problems,
+) -> Result<Facets, PlanError> {
+    let Some(quantize) = &options.quantize else { return Ok(Facets::default()) };
+    if to != LayoutName::Hf {
+        let why = format!("--quantize is for the layout `hf`; the view's is `{to}`");
+        return Err(PlanError::Option(why));
+    }
+    match &quantize.original {
+        Some(original) => {
+            let reading = options.scale_reading;
+            quantize::by_original(original, mapping, reading, targets, problems)
+        }
+        None => {
+            let text = |key: &str| checkpoint.config().string(key).ok().map(str::to_owned);
+            let scale_dtype = quantize.scale_dtype;
+            Ok(quantize::by_mapping(mapping, &text, scale_dtype, targets, problems))
+        }
+    }
+}
+
+/// What becomes of `quantization_config`.
+fn quantization(
+    checkpoint: &Checkpoint,
+    mapping: &Resolved,
+    options: &PlanOptions,
+    from: LayoutName,
+    matrices: &[Matrix],
+    targets: &[Target],
+    quantized: &[Quantized],
+) -> Result<Quantization, PlanError> {
+    if quantized.is_empty() {
+        // A grouped layout is never quantized: its config.json may be the published one all the same.
+        let was = from != LayoutName::Hf || matrices.iter().any(|m| m.scales.is_some());
+        return Ok(if was { Quantization::Remove } else { Quantization::Keep });
+    }
+    let original = options.quantize.as_ref().and_then(|q| q.original.as_deref());
+    if let Some(config) = original.and_then(|o| quantization_of(o.config())) {
+        return Ok(Quantization::Replace(config));
+    }
+    if quantization_of(checkpoint.config()).is_some() {
+        return Ok(Quantization::Keep);
+    }
+    let Some(mut config) = mapping.quantization.clone() else {
+        return Err(PlanError::Option(format!(
+            "the mapping `{}` does not say what `quantization_config` is; take it from a \
+             checkpoint with --scales-from",
+            mapping.name
+        )));
+    };
+    if let (Some(key), Some(value)) = (&config.unquantized, config.value.as_object_mut()) {
+        value.insert(key.clone(), unquantized_modules(targets).into());
+    }
+    Ok(Quantization::Replace(config))
+}
+
+/// Modules whose weight matrices are not quantized.
+fn unquantized_modules(targets: &[Target]) -> Vec<String> {
+    let matrices = targets.iter().filter(|t| t.shape.len() == 2);
+    matrices.filter_map(|t| t.name.strip_suffix(".weight")).map(str::to_owned).collect()
+}
+
+/// `quantization_config` of a checkpoint, and where it stands.
+fn quantization_of(config: &Config) -> Option<QuantizationConfig> {
+    const KEY: &str = "quantization_config";
+    if let Some(value) = config.top().get(KEY) {
+        return Some(QuantizationConfig { within: None, unquantized: None, value: value.clone() });
+    }
+    config.top().iter().find_map(|(name, object)| {
+        let value = object.as_object()?.get(KEY)?.clone();
+        Some(QuantizationConfig { within: Some(name.clone()), unquantized: None, value })
+    })
 }
 
 /// Which layout the source is in: the one whose renaming and grouping rules take most of its

@@ -1,6 +1,6 @@
 //! Checks on a finished tensor: complete cover, and whether its bytes are the source's own.
 
-use super::{Computed, Fragment, Grid, Matrix, Run};
+use super::{Computed, Fragment, Grid, Matrix, Origin, Run};
 use crate::tensor::{BoxMap, DType, Shape};
 
 /// Whether the fragments cover a tensor of this shape, each element once.
@@ -53,6 +53,7 @@ pub fn verbatim_runs(
         let run = Run {
             at: bytes(at)?,
             bytes: bytes(f.map.elements())?,
+            origin: Origin::Source,
             source: matrix.payload,
             offset: bytes(from)?,
         };

@@ -51,7 +51,11 @@ impl Grid {
             [n] => (1, *n, 1),
             [outer @ .., rows, cols] => (outer.iter().product(), *rows, *cols),
         };
-        let row_bytes = cols * element;
+        Grid::of(planes, rows, cols * element)
+    }
+
+    /// The grid of `planes` planes of `rows` rows of `row_bytes` bytes.
+    pub fn of(planes: u64, rows: u64, row_bytes: u64) -> Grid {
         let wanted = (CHUNK_BYTES / row_bytes.max(1)).max(1);
         let chunk_rows = wanted.next_multiple_of(ROW_MULTIPLE).min(rows).max(1);
         Grid { planes, rows, row_bytes, chunk_rows }

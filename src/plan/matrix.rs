@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::codec::{Code, ScaleCode};
+use crate::codec::{Code, ScaleCode, Scheme};
 use crate::source::SourceId;
 use crate::tensor::{BoxMap, DType, Shape};
 
@@ -23,6 +23,8 @@ pub struct Matrix {
     pub transposed: bool,
     /// Scales, where the matrix is quantized.
     pub scales: Option<MatrixScales>,
+    /// The matrix's own scale tensor; bands may lie in another matrix's too.
+    pub own_scale: Option<SourceId>,
     /// A tensor that holds the decoded extents, checked when the matrix is first decoded.
     pub shape_tensor: Option<SourceId>,
 }
@@ -30,7 +32,16 @@ pub struct Matrix {
 impl Matrix {
     /// A tensor that is as it is.
     pub fn plain(name: Box<str>, payload: SourceId, dtype: DType, shape: Shape) -> Matrix {
-        Matrix { name, payload, dtype, shape, transposed: false, scales: None, shape_tensor: None }
+        Matrix {
+            name,
+            payload,
+            dtype,
+            shape,
+            transposed: false,
+            scales: None,
+            own_scale: None,
+            shape_tensor: None,
+        }
     }
 
     /// Extents of the checkpoint's tensor.
@@ -60,8 +71,8 @@ impl Matrix {
 /// Scales of a quantized matrix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MatrixScales {
-    /// How the payload codes an element.
-    pub code: Code,
+    /// How the matrix is quantized.
+    pub scheme: Scheme,
     /// How a scale is coded.
     pub scale: ScaleCode,
     /// Rows and columns of the matrix that one scale serves.
@@ -69,7 +80,14 @@ pub struct MatrixScales {
     /// Scales in a row of the scale tensor.
     pub cols: u64,
     /// Which scale rows serve which matrix rows; in order, without gaps.
-    pub bands: Vec<Band>,
+    pub bands: Vec<Band<SourceId>>,
+}
+
+impl MatrixScales {
+    /// How the payload codes an element.
+    pub fn code(&self) -> Code {
+        self.scheme.code()
+    }
 }
 
 /// Rows of a matrix whose scales lie in one run of scale rows.
@@ -78,15 +96,35 @@ pub struct MatrixScales {
 /// band is needed where the grid starts anew (stacked experts) or where a block reaches over the
 /// boundary of two tensors that were quantized as one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Band {
+pub struct Band<S> {
     /// Rows of the matrix, all axes but the last taken together.
     pub rows: Range<u64>,
     /// The scale tensor.
-    pub scale: SourceId,
+    pub scale: S,
     /// Scale row of the band's first row.
     pub row: u64,
     /// Rows of the first block that lie before the band.
     pub skip: u64,
+}
+
+impl<S: Copy> Band<S> {
+    /// The same band with its scale tensor named in another way.
+    pub fn map_scale<T>(&self, name: impl Fn(S) -> T) -> Band<T> {
+        Band { rows: self.rows.clone(), scale: name(self.scale), row: self.row, skip: self.skip }
+    }
+
+    /// Scale row of a matrix row of the band, with `block` rows to a scale.
+    pub fn scale_row(&self, row: u64, block: u64) -> u64 {
+        self.row + (row - self.rows.start + self.skip) / block
+    }
+
+    /// Matrix rows of the band that a scale row serves; empty where it serves none.
+    pub fn rows_of(&self, scale_row: u64, block: u64) -> Range<u64> {
+        let Some(n) = scale_row.checked_sub(self.row) else { return 0..0 };
+        let start = (self.rows.start + n * block).saturating_sub(self.skip).max(self.rows.start);
+        let end = (self.rows.start + (n + 1) * block - self.skip).min(self.rows.end);
+        start..end.max(start)
+    }
 }
 
 /// How scales of matrices that were quantized as fused shards are read.
@@ -109,12 +147,12 @@ pub enum ScaleReading {
 /// smallest number that explains both counts.
 ///
 /// `None` where no number of shards does.
-pub fn fused_bands(
+pub fn fused_bands<S: Copy>(
     rows: [u64; 2],
     scale_rows: [u64; 2],
-    scales: [SourceId; 2],
+    scales: [S; 2],
     block: u64,
-) -> Option<(u64, [Vec<Band>; 2])> {
+) -> Option<(u64, [Vec<Band<S>>; 2])> {
     let explains = |t: u64| {
         (0..2).all(|i| {
             rows[i].is_multiple_of(t) && t * (rows[i] / t).div_ceil(block) == scale_rows[i]
@@ -179,6 +217,19 @@ mod tests {
         assert_eq!(shards, 1);
         assert_eq!(k, [Band { rows: 0..1536, scale: K, row: 0, skip: 0 }]);
         assert_eq!(v, [Band { rows: 0..1024, scale: V, row: 0, skip: 0 }]);
+    }
+
+    #[test]
+    fn rows_and_scale_rows_answer_each_other() {
+        let (_, bands) = fused_bands([768, 512], [8, 4], [K, V], 128).unwrap();
+        for band in bands.iter().flatten() {
+            for row in band.rows.clone() {
+                assert!(band.rows_of(band.scale_row(row, 128), 128).contains(&row), "{row}");
+            }
+        }
+        let v_head = &bands[1][2];
+        assert_eq!((v_head.rows_of(3, 128), v_head.rows_of(2, 128)), (128..192, 0..0));
+        assert!(v_head.rows_of(4, 128).is_empty());
     }
 
     #[test]

@@ -9,20 +9,24 @@ mod cover;
 mod grid;
 mod matrix;
 mod problems;
+mod quantize;
 mod show;
 mod slice;
 mod sources;
 
 use std::ops::Range;
+use std::sync::Arc;
 
-pub use build::{PlanOptions, Unmapped};
+pub use build::{PlanOptions, Quantize, Unmapped};
 pub use grid::{ChunkBox, Grid};
 pub use matrix::{Band, Matrix, MatrixScales, ScaleReading};
 pub use problems::{PlanError, Problem, Problems};
 pub use show::Summary;
 pub use slice::{ExpertParallel, ExpertShard};
 
-use crate::source::SourceId;
+use crate::codec::{ScaleCode, Scheme};
+use crate::mapping::QuantizationConfig;
+use crate::source::{Checkpoint, SourceId};
 use crate::tensor::{BoxMap, DType, Shape};
 
 /// Position of a tensor in [`Plan::tensors`].
@@ -54,6 +58,10 @@ pub struct Plan {
     pub tensors: Vec<TensorPlan>,
     /// What the tensors are computed from.
     pub matrices: Vec<Matrix>,
+    /// Matrices that tensors hold quantized.
+    pub quantized: Vec<Quantized>,
+    /// The checkpoint that scales are taken from.
+    pub original: Option<Arc<Checkpoint>>,
     /// The checkpoints that the view offers; the first is the root.
     pub directories: Vec<Directory>,
     /// What becomes of `quantization_config` in config.json.
@@ -66,6 +74,11 @@ impl Plan {
     /// The plan of a tensor.
     pub fn tensor(&self, id: TensorId) -> &TensorPlan {
         &self.tensors[id.index()]
+    }
+
+    /// A matrix that tensors hold quantized.
+    pub fn quantized(&self, id: QuantizedId) -> &Quantized {
+        &self.quantized[usize::try_from(id.0).expect("a usize has at least 32 bits")]
     }
 
     /// A matrix that tensors are computed from.
@@ -84,14 +97,14 @@ pub struct Directory {
 }
 
 /// What becomes of `quantization_config` in the view's config.json.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Quantization {
     /// The view's tensors are as the source's: config.json stays as it is.
     Keep,
     /// No tensor is quantized any more: the key goes, at the top level and in `text_config`.
     Remove,
-    /// The view is quantized as this value says.
-    Replace(serde_json::Value),
+    /// The view is quantized as this says.
+    Replace(QuantizationConfig),
 }
 
 /// A tensor of the view.
@@ -126,6 +139,92 @@ pub enum Body {
     Verbatim(Vec<Run>),
     /// Fragments that are decoded, cast or moved.
     Computed(Computed),
+    /// Payload or scales of a matrix that the view holds quantized.
+    Encoded(Encoded),
+    /// Bytes that the plan holds.
+    Literal(Box<[u8]>),
+}
+
+/// Position of a matrix in [`Plan::quantized`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct QuantizedId(pub u32);
+
+/// A facet of a quantized matrix, in chunks of whole rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// How the tensor is cut into chunks. Rows are those of the matrix, or of the scales.
+    pub grid: Grid,
+    /// The matrix.
+    pub quantized: QuantizedId,
+    /// Which of the matrices that share scales.
+    pub member: usize,
+    /// What of it.
+    pub facet: Facet,
+}
+
+/// Which tensor of a quantized matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Facet {
+    /// The codes.
+    Payload,
+    /// The scales, made from the largest magnitude of each block.
+    Scale,
+}
+
+/// A matrix that the view holds quantized; two where a block reaches over both.
+#[derive(Debug)]
+pub struct Quantized {
+    /// Codes and geometry.
+    pub scheme: Scheme,
+    /// How scales are stored.
+    pub scale: ScaleCode,
+    /// Rows and columns that one scale serves.
+    pub block: [u64; 2],
+    /// The matrices.
+    pub members: Vec<Member>,
+}
+
+/// One matrix of a [`Quantized`].
+#[derive(Debug)]
+pub struct Member {
+    /// Extents of the matrix.
+    pub shape: Shape,
+    /// Its numbers, as F32.
+    pub values: Computed,
+    /// Which scale rows serve which rows; in order, without gaps.
+    pub bands: Vec<Band<ScaleOf>>,
+    /// Scales in a row of its scale tensor.
+    pub scale_cols: u64,
+}
+
+impl Member {
+    /// Columns of the matrix.
+    pub fn cols(&self) -> u64 {
+        self.shape.dims().last().copied().unwrap_or(1)
+    }
+
+    /// First row behind the plane that `row` lies in.
+    pub fn plane_end(&self, row: u64) -> u64 {
+        (row / self.values.grid.rows + 1) * self.values.grid.rows
+    }
+}
+
+/// Where the scales of a band are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleOf {
+    /// In the scale tensor of this member, made from its blocks.
+    Member(usize),
+    /// In a tensor of the original checkpoint.
+    Original(SourceId),
+}
+
+/// Which checkpoint a run is read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// The one that is mounted.
+    Source,
+    /// The one that scales are taken from.
+    Original,
 }
 
 /// A run of bytes that a source tensor holds as the view shows them.
@@ -135,9 +234,11 @@ pub struct Run {
     pub at: u64,
     /// Number of bytes.
     pub bytes: u64,
-    /// The source tensor.
+    /// The checkpoint that holds it.
+    pub origin: Origin,
+    /// The tensor of that checkpoint.
     pub source: SourceId,
-    /// First byte within the source tensor.
+    /// First byte within that tensor.
     pub offset: u64,
 }
 

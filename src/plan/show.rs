@@ -6,7 +6,7 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use super::matrix::ScaleReading;
-use super::{Body, Directory, Plan, TensorPlan, Unmapped};
+use super::{Body, Computed, Directory, Facet, Origin, Plan, TensorPlan, Unmapped};
 use crate::mapping::{LayoutName, Resolved};
 use crate::source::Checkpoint;
 use crate::tensor::Float;
@@ -142,7 +142,19 @@ impl Plan {
     /// How a tensor's bytes come about, in a few words.
     fn how(&self, tensor: &TensorPlan) -> String {
         match &tensor.body {
+            Body::Verbatim(runs) if runs.iter().any(|r| r.origin == Origin::Original) => {
+                "the original's".to_owned()
+            }
             Body::Verbatim(runs) if runs.len() == 1 => "verbatim".to_owned(),
+            Body::Literal(_) => "constant".to_owned(),
+            Body::Encoded(encoded) => {
+                let q = self.quantized(encoded.quantized);
+                let what = match encoded.facet {
+                    Facet::Payload => "encoded as",
+                    Facet::Scale => "scales of",
+                };
+                format!("{what} {:?} {}x{}", q.scheme.code(), q.block[0], q.block[1])
+            }
             Body::Verbatim(runs) => format!("verbatim, {} runs", runs.len()),
             Body::Computed(computed) => {
                 let mut kinds: Vec<String> = Vec::new();
@@ -152,7 +164,7 @@ impl Plan {
                         None if m.dtype == tensor.dtype => "copied".to_owned(),
                         None => format!("cast from {}", m.dtype),
                         Some(s) => {
-                            format!("decoded from {:?} {}x{}", s.code, s.block[0], s.block[1])
+                            format!("decoded from {:?} {}x{}", s.code(), s.block[0], s.block[1])
                         }
                     };
                     let last = f.map.source.last().and_then(|a| a.along);
@@ -170,17 +182,28 @@ impl Plan {
         }
     }
 
+    fn fragment_names(&self, computed: &Computed) -> Vec<&str> {
+        computed.fragments.iter().map(|f| &*self.matrix(f.matrix).name).collect()
+    }
+
     /// Names of the matrices that a tensor is made of: the first, and how many there are.
     fn made_of(&self, tensor: &TensorPlan) -> (String, usize) {
         let mut names: Vec<&str> = match &tensor.body {
             Body::Verbatim(runs) => {
-                let of = |r: &super::Run| {
-                    let at = self.matrices.partition_point(|m| m.payload < r.source);
-                    &*self.matrices[at].name
+                let of = |r: &super::Run| match (r.origin, &self.original) {
+                    (Origin::Original, Some(original)) => &*original.tensor(r.source).name,
+                    (Origin::Source | Origin::Original, _) => {
+                        let at = self.matrices.partition_point(|m| m.payload < r.source);
+                        &*self.matrices[at].name
+                    }
                 };
                 runs.iter().map(of).collect()
             }
-            Body::Computed(c) => c.fragments.iter().map(|f| &*self.matrix(f.matrix).name).collect(),
+            Body::Computed(c) => self.fragment_names(c),
+            Body::Encoded(e) => {
+                self.fragment_names(&self.quantized(e.quantized).members[e.member].values)
+            }
+            Body::Literal(_) => Vec::new(),
         };
         names.sort_unstable();
         names.dedup();

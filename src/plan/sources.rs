@@ -213,11 +213,11 @@ impl Grouping<'_> {
         encoding: &Encoding,
         q: Quantized,
         grid: &ScaleGrid,
-        bands: Vec<Band>,
+        bands: Vec<Band<SourceId>>,
         shape_tensor: Option<SourceId>,
     ) {
         let scales = MatrixScales {
-            code: encoding.scheme.code(),
+            scheme: encoding.scheme,
             scale: q.scale_code,
             block: grid.block,
             cols: grid.cols,
@@ -231,6 +231,7 @@ impl Grouping<'_> {
             shape: q.shape,
             transposed: encoding.transposed,
             scales: Some(scales),
+            own_scale: Some(q.scale),
             shape_tensor,
         });
     }
@@ -251,10 +252,8 @@ impl Grouping<'_> {
                 continue;
             }
             let tensor = self.checkpoint.tensor(id);
-            let scale = mapping.encodings.iter().any(|e| {
-                e.scale.iter().chain(&e.shape).any(|t| t.bind(&tensor.name, &e.vars).is_some())
-            });
-            let orphan = scale && !mapping.layouts().any(|l| l.writes_out(&tensor.name));
+            let orphan = is_a_part(mapping, &tensor.name)
+                && !mapping.layouts().any(|l| l.writes_out(&tensor.name));
             if orphan {
                 self.problems.add(Problem::MissingPayload, &tensor.name);
                 continue;
@@ -265,12 +264,20 @@ impl Grouping<'_> {
     }
 }
 
+/// Whether a name is one of scales or shapes.
+fn is_a_part(mapping: &Resolved, name: &str) -> bool {
+    mapping.encodings.iter().any(|e| {
+        let mut parts = e.scale.iter().chain(&e.shape);
+        parts.any(|t| t.bind(name, &e.vars).is_some())
+    })
+}
+
 /// Whether a tensor of this dtype under a payload's name can be nothing but a payload.
 fn is_only_a_payload(encoding: &Encoding, tensor: &SourceTensor) -> bool {
     encoding.scheme == Scheme::Fp8 && tensor.dtype == DType::F8E4M3
 }
 
-fn plain_bands(q: &Quantized, grid: &ScaleGrid) -> Vec<Band> {
+fn plain_bands(q: &Quantized, grid: &ScaleGrid) -> Vec<Band<SourceId>> {
     let all_rows: u64 = q.shape.dims()[..q.shape.rank() - 1].iter().product();
     let planes = all_rows.checked_div(grid.plane_rows).unwrap_or(0);
     if grid.block[0] == 1 {

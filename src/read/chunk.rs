@@ -23,7 +23,7 @@ thread_local! {
 }
 
 /// A file position or count as a length in memory: boxes of a chunk fit in memory.
-fn len(n: u64) -> usize {
+pub fn len(n: u64) -> usize {
     usize::try_from(n).expect("a box of a chunk fits in memory")
 }
 
@@ -214,7 +214,7 @@ impl ChunkReader<'_> {
             scale_to_f32(quantized.scale, scale_bytes, scales);
             let first = len(start - rows.start);
             let tile = Tile {
-                code: quantized.code,
+                code: quantized.code(),
                 bytes: &payload[first * width..],
                 stride: width,
                 rows: len(end - start),
@@ -275,7 +275,7 @@ impl Out {
 }
 
 fn code_of(matrix: &Matrix) -> Option<Code> {
-    matrix.scales.as_ref().map(|s| s.code)
+    matrix.scales.as_ref().map(MatrixScales::code)
 }
 
 fn code_of_float(float: Float) -> Code {

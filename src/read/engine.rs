@@ -7,8 +7,11 @@ use super::ReadError;
 use super::cache::{ChunkCache, ChunkKey, Outcome};
 use super::chunk::ChunkReader;
 use super::counters::{CounterSnapshot, Counters, add};
+use super::encode::Encoder;
 use super::placement::transposes;
-use crate::plan::{Body, Computed, MatrixId, Plan, Run, TensorId, TensorPlan};
+use crate::plan::{
+    Body, Computed, Encoded, Fragment, Grid, MatrixId, Origin, Plan, Run, TensorId, TensorPlan,
+};
 use crate::source::Checkpoint;
 
 /// What an engine may use.
@@ -66,7 +69,21 @@ impl Engine {
         } else {
             match &tensor.body {
                 Body::Verbatim(runs) => self.verbatim(tensor, runs, at, out),
-                Body::Computed(computed) => self.computed(id, tensor, computed, at, out),
+                Body::Computed(computed) => {
+                    self.chunks(id, &computed.grid, at, out, |chunk, buffer| {
+                        self.decode(tensor, computed, chunk, buffer)
+                    })
+                }
+                Body::Encoded(encoded) => {
+                    self.chunks(id, &encoded.grid, at, out, |chunk, buffer| {
+                        self.encode(tensor, encoded, chunk, buffer)
+                    })
+                }
+                Body::Literal(bytes) => {
+                    let start = usize::try_from(at).expect("within the tensor");
+                    out.copy_from_slice(&bytes[start..start + out.len()]);
+                    Ok(())
+                }
             }
         };
         match &done {
@@ -93,7 +110,7 @@ impl Engine {
             let into = at - run.at;
             let here = usize::try_from(run.bytes - into).map_or(left.len(), |n| n.min(left.len()));
             let (now, later) = left.split_at_mut(here);
-            self.checkpoint
+            self.of(run.origin)
                 .read(run.source, run.offset + into, now)
                 .map_err(|source| failed(tensor, source))?;
             let n = u64::try_from(here).expect("a usize fits in 64 bits");
@@ -105,24 +122,29 @@ impl Engine {
         Ok(())
     }
 
-    fn computed(
+    fn of(&self, origin: Origin) -> &Checkpoint {
+        match (origin, &self.plan.original) {
+            (Origin::Original, Some(original)) => original,
+            (Origin::Source | Origin::Original, _) => &self.checkpoint,
+        }
+    }
+
+    fn chunks(
         &self,
         id: TensorId,
-        tensor: &TensorPlan,
-        computed: &Computed,
+        grid: &Grid,
         at: u64,
         out: &mut [u8],
+        make: impl Fn(u64, &mut [u8]) -> Result<(), ReadError>,
     ) -> Result<(), ReadError> {
         let (mut at, mut left) = (at, out);
         while !left.is_empty() {
-            let chunk = computed.grid.chunk_at(at);
-            let (start, bytes) = computed.grid.extent(chunk);
+            let chunk = grid.chunk_at(at);
+            let (start, bytes) = grid.extent(chunk);
             let length = usize::try_from(bytes).expect("a chunk fits in memory");
             let key = ChunkKey { tensor: id.0, chunk };
             let (decoded, outcome) =
-                self.cache.get(key, length, ReadError::Abandoned, |buffer| {
-                    self.decode(tensor, computed, chunk, buffer)
-                })?;
+                self.cache.get(key, length, ReadError::Abandoned, |buffer| make(chunk, buffer))?;
             match outcome {
                 Outcome::Hit => add(&self.counters.chunk_hits, 1),
                 Outcome::Waited => add(&self.counters.chunk_waits, 1),
@@ -149,16 +171,44 @@ impl Engine {
         out: &mut [u8],
     ) -> Result<(), ReadError> {
         let chunk = computed.grid.chunk_box(chunk);
-        for fragment in computed.fragments_of(chunk.plane) {
+        self.touch_all(tensor, computed.fragments_of(chunk.plane))?;
+        self.reader()
+            .fill(computed, |id| self.plan.matrix(id), &tensor.shape, tensor.dtype, chunk, out)
+            .map_err(|source| failed(tensor, source))
+    }
+
+    fn encode(
+        &self,
+        tensor: &TensorPlan,
+        encoded: &Encoded,
+        chunk: u64,
+        out: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let chunk = encoded.grid.chunk_box(chunk);
+        let quantized = self.plan.quantized(encoded.quantized);
+        for member in &quantized.members {
+            self.touch_all(tensor, &member.values.fragments)?;
+        }
+        let encoder = Encoder {
+            reader: self.reader(),
+            original: self.plan.original.as_deref(),
+            matrix_of: |id| self.plan.matrix(id),
+            quantized,
+        };
+        encoder.fill(encoded, chunk, out).map_err(|source| failed(tensor, source))
+    }
+
+    fn reader(&self) -> ChunkReader<'_> {
+        ChunkReader { checkpoint: &self.checkpoint, counters: &self.counters }
+    }
+
+    fn touch_all(&self, tensor: &TensorPlan, fragments: &[Fragment]) -> Result<(), ReadError> {
+        for fragment in fragments {
             if !self.touched[fragment.matrix.index()].load(Ordering::Acquire) {
                 self.touch(tensor, fragment.matrix, transposes(&fragment.map))?;
             }
         }
-        let reader = ChunkReader { checkpoint: &self.checkpoint, counters: &self.counters };
-        let matrix_of = |id: MatrixId| self.plan.matrix(id);
-        reader
-            .fill(computed, matrix_of, &tensor.shape, tensor.dtype, chunk, out)
-            .map_err(|source| failed(tensor, source))
+        Ok(())
     }
 
     /// Before the first decoding of a matrix: checks the extents that its shape tensor states, and

@@ -9,6 +9,7 @@
 mod cache;
 mod chunk;
 mod counters;
+mod encode;
 mod engine;
 mod placement;
 

@@ -85,6 +85,14 @@ pub fn tensors_of_engine(engine: &Engine) -> BTreeMap<String, Tensor> {
     engine.plan().directories[0].tensors.iter().map(read).collect()
 }
 
+/// The dtype that the tests' tensors name.
+pub fn dtype_of(name: &str) -> safetensors::Dtype {
+    let known = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "F8_E4M3", "F8_E8M0"];
+    let parse = |n: &&str| serde_json::from_value(serde_json::Value::from(*n)).unwrap();
+    let mut dtypes = known.iter().map(parse);
+    dtypes.find(|d: &safetensors::Dtype| format!("{d:?}") == name).unwrap()
+}
+
 /// Whether an element differs; NaN equals NaN, and zeros of both signs are equal where asked.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Zeros {

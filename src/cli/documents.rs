@@ -1,0 +1,51 @@
+//! `models`, `completions` and `man`: what the program says about itself.
+
+use super::args::{Cli, CompletionsArgs, ManArgs, ModelsArgs};
+use super::open;
+use super::output;
+use anyhow::Context as _;
+use clap::CommandFactory;
+
+/// Lists the mappings.
+///
+/// # Errors
+/// Where stdout cannot be written.
+pub fn models(args: &ModelsArgs) -> anyhow::Result<()> {
+    let models = open::models();
+    if args.json {
+        return output::print_json(&models);
+    }
+    let width = models.iter().map(|model| model.name.len()).max().unwrap_or(0);
+    let lines = models.iter().map(|model| {
+        let (types, layouts) = (model.model_types.join(", "), model.layouts.join(", "));
+        format!("{:width$}  model_type {types}; layouts {layouts}\n", model.name)
+    });
+    output::print(&lines.collect::<String>())
+}
+
+/// Prints a completion script.
+///
+/// # Errors
+/// Where stdout cannot be written.
+pub fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "mount-ckpt", &mut script);
+    output::print(&String::from_utf8_lossy(&script))
+}
+
+/// Prints the manual page, or writes one for each command.
+///
+/// # Errors
+/// Where it cannot be written.
+pub fn man(args: &ManArgs) -> anyhow::Result<()> {
+    let command = Cli::command();
+    if let Some(dir) = &args.dir {
+        let written =
+            std::fs::create_dir_all(dir).and_then(|()| clap_mangen::generate_to(command, dir));
+        return written
+            .with_context(|| format!("cannot write manual pages to `{}`", dir.display()));
+    }
+    let mut page = Vec::new();
+    clap_mangen::Man::new(command).render(&mut page)?;
+    output::print(&String::from_utf8_lossy(&page))
+}

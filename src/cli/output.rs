@@ -1,0 +1,62 @@
+//! What goes to stdout and stderr.
+
+use std::io::{self, ErrorKind, Write};
+
+/// Prints to stdout. A reader that has seen enough (`| head`) is no error.
+///
+/// # Errors
+/// Where stdout is a full disk, for one.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(anyhow::Error::new(error).context("cannot write to stdout"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints a value as JSON.
+///
+/// # Errors
+/// As [`print`].
+pub fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    print(&(serde_json::to_string_pretty(value)? + "\n"))
+}
+
+/// The one message of a command that failed.
+pub fn complain(error: &anyhow::Error) {
+    let _ = writeln!(io::stderr(), "mount-ckpt: {}", in_words(error));
+}
+
+/// An error and its causes on one line. A cause that the text ends with already is not said twice.
+pub fn in_words(error: &anyhow::Error) -> String {
+    let mut words = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !words.ends_with(&cause) {
+            let colon = if words.is_empty() { "" } else { ": " };
+            words.push_str(colon);
+            words.push_str(&cause);
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_said_once() {
+        let cause = || anyhow::anyhow!("disk on fire");
+        let table = [
+            (cause(), "disk on fire"),
+            (cause().context("cannot read `a`"), "cannot read `a`: disk on fire"),
+            (cause().context("cannot read `a`: disk on fire"), "cannot read `a`: disk on fire"),
+            (cause().context("b").context("c"), "c: b: disk on fire"),
+        ];
+        for (error, words) in table {
+            assert_eq!(in_words(&error), words);
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! Where the log goes, and in what form.
+//!
+//! In the foreground to stderr: with the time for a person, with the journal's `<6>` weights where
+//! stderr is the journal. In the background to the system's log socket, which the journal and
+//! syslog both serve. `--log-file` goes before either.
+
+use std::env;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tracing::{Level, Metadata, Subscriber};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// What is logged and where.
+#[derive(Clone, Debug)]
+pub struct LogOptions {
+    /// Least weight of a line.
+    pub level: Level,
+    /// File to append to; `None` is what suits the process.
+    pub file: Option<PathBuf>,
+    /// One JSON object a line, in place of text.
+    pub json: bool,
+}
+
+/// A log file that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot open log file `{}`: {why}", .file.display())]
+pub struct LogError {
+    file: PathBuf,
+    why: io::Error,
+}
+
+/// Sends the log of this process where it belongs. A second call does nothing.
+///
+/// # Errors
+/// Where the log file cannot be opened.
+pub fn init(options: &LogOptions, background: bool) -> Result<(), LogError> {
+    let sink = match &options.file {
+        Some(file) => {
+            let opened = OpenOptions::new().create(true).append(true).open(file);
+            Sink::File(Arc::new(opened.map_err(|why| LogError { file: file.clone(), why })?))
+        }
+        None if background => Sink::system(),
+        None if stderr_is_journal() => Sink::Journal,
+        None => Sink::Stderr,
+    };
+    // fuser tells of each mount and unmount at info, which our own lines do already.
+    let verbose = options.level > Level::INFO;
+    let library = if verbose { options.level } else { Level::WARN.min(options.level) };
+    // At error, it has a line for each reader that did not wait for its answer.
+    let reply = if verbose { LevelFilter::from_level(library) } else { LevelFilter::OFF };
+    let filter = Targets::new()
+        .with_default(options.level)
+        .with_target("fuser", library)
+        .with_target("fuser::reply", reply);
+    let dated = matches!(sink, Sink::Stderr | Sink::File(_));
+    let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(sink);
+    let lines: Box<dyn tracing_subscriber::Layer<_> + Send + Sync> = match (options.json, dated) {
+        (true, _) => Box::new(lines.json().flatten_event(true)),
+        (false, true) => Box::new(lines.with_target(false)),
+        (false, false) => Box::new(lines.with_target(false).with_level(false).without_time()),
+    };
+    start(tracing_subscriber::registry().with(lines).with(filter));
+    Ok(())
+}
+
+/// Makes it the log of the process, unless there is one.
+fn start(subscriber: impl Subscriber + Send + Sync + 'static) {
+    let _ = subscriber.try_init();
+}
+
+/// Whether systemd connected stderr with the journal (systemd.exec(5), `$JOURNAL_STREAM`).
+fn stderr_is_journal() -> bool {
+    let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
+    let stderr = File::open("/proc/self/fd/2").and_then(|file| file.metadata());
+    let stderr = stderr.or_else(|_| std::fs::metadata("/proc/self/fd/2"));
+    stderr.is_ok_and(|meta| stream == format!("{}:{}", meta.dev(), meta.ino()))
+}
+
+/// Where lines go.
+#[derive(Clone, Debug)]
+enum Sink {
+    Stderr,
+    /// stderr, with a weight in front of each line (sd-daemon(3)).
+    Journal,
+    /// The log socket, with weight and name in front (RFC 3164).
+    System(Arc<UnixDatagram>),
+    File(Arc<File>),
+    Nowhere,
+}
+
+impl Sink {
+    fn system() -> Sink {
+        let connected = UnixDatagram::unbound().and_then(|socket| {
+            socket.connect("/dev/log")?;
+            // A log that nobody drains must not hold up a mount.
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        });
+        connected.map_or(Sink::Nowhere, |socket| Sink::System(Arc::new(socket)))
+    }
+}
+
+impl<'a> MakeWriter<'a> for Sink {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line { sink: self.clone(), weight: weight(Level::INFO) }
+    }
+
+    fn make_writer_for(&'a self, meta: &Metadata<'_>) -> Line {
+        Line { sink: self.clone(), weight: weight(*meta.level()) }
+    }
+}
+
+/// Weights of syslog(3).
+fn weight(level: Level) -> u8 {
+    match level {
+        Level::ERROR => 3,
+        Level::WARN => 4,
+        Level::INFO => 6,
+        Level::DEBUG | Level::TRACE => 7,
+    }
+}
+
+/// One line on its way; tracing hands over each in one piece.
+#[derive(Debug)]
+struct Line {
+    sink: Sink,
+    weight: u8,
+}
+
+impl Write for Line {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        match &self.sink {
+            Sink::Stderr => io::stderr().write_all(text)?,
+            Sink::Journal => io::stderr().write_all(&[self.prefix().as_bytes(), text].concat())?,
+            Sink::System(socket) => {
+                socket.send(&[self.prefix().as_bytes(), text.trim_ascii_end()].concat())?;
+            }
+            Sink::File(file) => (&**file).write_all(text)?,
+            Sink::Nowhere => {}
+        }
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Line {
+    fn prefix(&self) -> String {
+        // Facility 3 of syslog(3): a daemon without one of its own.
+        const DAEMON: u8 = 3 << 3;
+        match &self.sink {
+            Sink::System(_) => {
+                format!("<{}>mount-ckpt[{}]: ", DAEMON | self.weight, std::process::id())
+            }
+            Sink::Journal => format!("<{}>", self.weight),
+            Sink::Stderr | Sink::File(_) | Sink::Nowhere => String::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_line_of_the_system_log_carries_weight_and_name() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let sink = Sink::System(Arc::new(ours));
+        let mut line = Line { sink, weight: weight(Level::WARN) };
+        line.write_all(b"shard gone\n").unwrap();
+        let mut got = [0; 100];
+        let n = theirs.recv(&mut got).unwrap();
+        let want = format!("<28>mount-ckpt[{}]: shard gone", std::process::id());
+        assert_eq!(String::from_utf8_lossy(&got[..n]), want);
+    }
+
+    #[test]
+    fn a_log_file_is_appended_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "before\n").unwrap();
+        let file = OpenOptions::new().append(true).open(&path).unwrap();
+        let mut line = Line { sink: Sink::File(Arc::new(file)), weight: 6 };
+        line.write_all(b"after\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "before\nafter\n");
+        let file = Some(dir.path().join("absent/log"));
+        let error = init(&LogOptions { level: Level::INFO, file, json: false }, true).unwrap_err();
+        assert!(error.to_string().contains("cannot open log file"), "{error}");
+    }
+
+    #[test]
+    fn weights_are_those_of_syslog() {
+        let levels = [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE];
+        assert_eq!(levels.map(weight), [3, 4, 6, 7, 7]);
+    }
+}

@@ -1,0 +1,289 @@
+//! A view, mounted. Needs `/dev/fuse`.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::path::PathBuf;
+use std::process::Command;
+
+use fuser::SessionACL;
+use nix::sys::stat::{major, minor};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::*;
+use crate::source::testing::Dir;
+use crate::view::testing::{source, view};
+
+const SOURCE: &str = "/source, with a comma";
+
+/// Says so where no mount is possible; on a build server that is a failure.
+fn can_mount() -> bool {
+    let device = File::options().read(true).write(true).open("/dev/fuse");
+    if let Err(e) = &device {
+        assert!(std::env::var_os("CI").is_none(), "/dev/fuse cannot be opened: {e}");
+        eprintln!("NOT TESTED: /dev/fuse cannot be opened: {e}");
+    }
+    device.is_ok()
+}
+
+/// The view of `source`, mounted, and where.
+fn mounted(source: &Dir, direct_io: bool) -> (Mounted, TempDir) {
+    let at = tempfile::tempdir().expect("a directory");
+    let options = MountOptions {
+        threads: 2,
+        read_ahead: 4 << 20,
+        direct_io,
+        acl: SessionACL::Owner,
+        fs_name: SOURCE.to_owned(),
+        extra: Vec::new(),
+    };
+    let mounted = mount(Arc::new(view(source)), at.path(), &options).expect("a mount");
+    (mounted, at)
+}
+
+/// Every file below the root with its bytes, live files left out.
+fn tree(root: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files = Vec::new();
+    let mut dirs = vec![root.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.metadata().expect("there").len() > 0 {
+                let name = path.strip_prefix(root).expect("below").to_string_lossy().into_owned();
+                files.push((name, fs::read(&path).expect("readable")));
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+/// The same of a view.
+fn tree_of(view: &View) -> Vec<(String, Vec<u8>)> {
+    let mut files = Vec::new();
+    let mut dirs = vec![Ino::ROOT];
+    while let Some(dir) = dirs.pop() {
+        for n in 2.. {
+            let Some(entry) = view.entry(dir, n).expect("a directory") else { break };
+            let attr = view.attr(entry.ino).expect("there");
+            match attr.kind {
+                Kind::Directory => dirs.push(entry.ino),
+                Kind::File if attr.size == 0 => {}
+                Kind::File => {
+                    let mut bytes = vec![0; usize::try_from(attr.size).expect("small")];
+                    view.read(entry.ino, 0, &mut bytes).expect("readable");
+                    files.push((view.path(entry.ino), bytes));
+                }
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn a_mount_shows_the_view_in_every_mode() {
+    if !can_mount() {
+        return;
+    }
+    let source = source();
+    let expected = tree_of(&view(&source));
+    assert_eq!(expected.len(), 21);
+    for direct_io in [false, true] {
+        let (mount, _at) = mounted(&source, direct_io);
+        for time in ["first", "second"] {
+            assert!(tree(mount.at()) == expected, "{time} time, direct_io: {direct_io}");
+        }
+        for (name, bytes) in &expected {
+            let file = File::open(mount.at().join(name)).expect("there");
+            let mut some = [0; 5000];
+            let n = file.read_at(&mut some, 3).expect("readable");
+            assert_eq!(some[..n], bytes[3..bytes.len().min(5003)], "{name}");
+        }
+    }
+}
+
+#[test]
+fn live_files_are_made_when_they_are_opened() {
+    if !can_mount() {
+        return;
+    }
+    let source = source();
+    let (mount, _at) = mounted(&source, false);
+    let status = |name: &str| {
+        fs::read_to_string(mount.at().join(".mount-ckpt").join(name)).expect("readable")
+    };
+    let bytes = || -> u64 {
+        let stats: Value = serde_json::from_str(&status("stats.json")).expect("JSON");
+        stats["served"]["bytes"].as_u64().expect("a number")
+    };
+    let before = bytes();
+    fs::read(mount.at().join(".mount-ckpt/tensors/lm_head.safetensors")).expect("readable");
+    assert_eq!(bytes(), before + 4096 + 2_000_000);
+    assert!(status("metrics.prom").contains("\nmount_ckpt_served_errors_total 0\n"));
+    let plan: Value = serde_json::from_str(&status("plan.json")).expect("JSON");
+    assert!(plan.is_object());
+}
+
+#[test]
+fn whatever_writes_is_refused() {
+    if !can_mount() {
+        return;
+    }
+    let source = source();
+    let (mount, _at) = mounted(&source, false);
+    let at = |name: &str| mount.at().join(name);
+    let config = || at("config.json");
+    for (what, result) in [
+        ("create", File::create(at("new")).map(drop)),
+        ("write", File::options().write(true).open(config()).map(drop)),
+        ("append", File::options().append(true).open(config()).map(drop)),
+        ("truncate", File::options().write(true).truncate(true).open(config()).map(drop)),
+        ("mkdir", fs::create_dir(at("dir"))),
+        ("unlink", fs::remove_file(config())),
+        ("rmdir", fs::remove_dir(at("sub"))),
+        ("rename", fs::rename(config(), at("c"))),
+        ("link", fs::hard_link(config(), at("c"))),
+        ("symlink", symlink("a", at("c"))),
+        ("chmod", fs::set_permissions(config(), fs::Permissions::from_mode(0o777))),
+    ] {
+        assert_eq!(result.expect_err(what).kind(), ErrorKind::ReadOnlyFilesystem, "{what}");
+    }
+    assert_eq!(File::open(at("absent")).expect_err("absent").kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn an_error_of_the_source_is_eio_and_the_mount_lives_on() {
+    if !can_mount() {
+        return;
+    }
+    let source = source();
+    let (mount, _at) = mounted(&source, false);
+    let shard = File::options().write(true).open(source.join("model.safetensors")).expect("there");
+    shard.set_len(shard.metadata().expect("there").len() - 50_000).expect("cut");
+    let file =
+        File::open(mount.at().join(".mount-ckpt/tensors/z.last.safetensors")).expect("there");
+    let error = file.read_at(&mut [0; 10], 100_000).expect_err("cut");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert_eq!(file.read_at(&mut [0; 10], 5000).expect("lies before the cut"), 10);
+    fs::read(mount.at().join(".mount-ckpt/tensors/norm.safetensors")).expect("whole");
+}
+
+#[test]
+fn the_mount_table_and_the_device_say_what_was_asked() {
+    if !can_mount() {
+        return;
+    }
+    let source = source();
+    let (mount, _at) = mounted(&source, false);
+    let table = fs::read_to_string("/proc/self/mountinfo").expect("readable");
+    let at = mount.at().to_str().expect("UTF-8");
+    let line = table.lines().find(|line| line.contains(at)).expect("mounted");
+    for part in [
+        " ro,nosuid,nodev,noatime ",
+        " fuse.mount-ckpt /source,\\040with\\040a\\040comma ",
+        ",default_permissions",
+    ] {
+        assert!(line.contains(part), "`{part}` is missing in `{line}`");
+    }
+    let meta = fs::metadata(mount.at().join("config.json")).expect("there");
+    assert_eq!((meta.mode(), meta.blksize(), meta.ino()), (0o100_444, 1 << 20, 9));
+    if nix::unistd::geteuid().is_root() {
+        let file =
+            format!("/sys/class/bdi/{}:{}/read_ahead_kb", major(meta.dev()), minor(meta.dev()));
+        assert_eq!(fs::read_to_string(file).expect("readable"), "4096\n");
+    }
+    let space = nix::sys::statvfs::statvfs(mount.at()).expect("mounted");
+    assert_eq!((space.blocks_free(), space.name_max()), (0, 255));
+}
+
+#[test]
+fn a_busy_mount_stays_and_a_detached_one_drains() {
+    if !can_mount() {
+        return;
+    }
+    let source = source();
+    let (mount, _at) = mounted(&source, false);
+    let open = File::open(mount.at().join("config.json")).expect("there");
+    assert_eq!(mount.unmount().expect_err("in use").kind(), ErrorKind::ResourceBusy);
+    assert!(mount.wait_timeout(Duration::from_millis(10)).is_none());
+    mount.detach().expect("detached");
+    assert_eq!(fs::read_dir(mount.at()).expect("a directory").count(), 0);
+    assert_eq!(open.read_at(&mut [0; 3], 0).expect("still readable"), 3);
+    assert!(mount.wait_timeout(Duration::from_millis(10)).is_none());
+    drop(open);
+    mount.wait().expect("ended well");
+    mount.unmount().expect("nothing left to do");
+}
+
+#[test]
+fn an_unmount_from_outside_ends_the_wait() {
+    if !can_mount() {
+        return;
+    }
+    let source = source();
+    let (mount, _at) = mounted(&source, false);
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| mount.wait());
+        let umount = Command::new("umount").arg(mount.at()).status().expect("umount is installed");
+        assert!(umount.success());
+        waiter.join().expect("no panic").expect("ended well");
+    });
+}
+
+#[test]
+fn a_dropped_mount_is_gone() {
+    if !can_mount() {
+        return;
+    }
+    let source = source();
+    let (mount, at) = mounted(&source, false);
+    assert!(at.path().join("config.json").exists());
+    drop(mount);
+    assert!(!at.path().join("config.json").exists());
+}
+
+#[test]
+fn every_failure_has_its_errno() {
+    let path = PathBuf::from("tokenizer.json");
+    let source = io::Error::other("gone");
+    for (error, expected) in [
+        (ViewError::NotFound, Errno::ENOENT),
+        (ViewError::NotADirectory, Errno::ENOTDIR),
+        (ViewError::IsADirectory, Errno::EISDIR),
+        (ViewError::Host { path: path.clone(), source }, Errno::EIO),
+        (ViewError::HostChanged { path, expected: 2, got: 1 }, Errno::EIO),
+    ] {
+        assert_eq!(failed(&error), expected, "{error}");
+    }
+}
+
+#[test]
+fn attributes_are_those_of_the_view() {
+    let mtime = SystemTime::UNIX_EPOCH + Duration::from_nanos(1_500_000_000);
+    let attr = Attr {
+        ino: Ino(7 << 32 | 3),
+        kind: Kind::File,
+        size: 513,
+        mtime,
+        mode: 0o440,
+        uid: 5,
+        gid: 6,
+        links: 1,
+    };
+    let got = file_attr(&attr);
+    assert_eq!((got.ino, got.size, got.blocks), (INodeNo(7 << 32 | 3), 513, 2));
+    assert_eq!((got.perm, got.uid, got.gid, got.nlink), (0o440, 5, 6, 1));
+    assert_eq!((got.atime, got.mtime, got.ctime), (mtime, mtime, mtime));
+    assert_eq!((got.kind, got.blksize), (FileType::RegularFile, 1 << 20));
+}
+
+#[test]
+fn a_panic_is_an_error_of_one_request() {
+    assert_eq!(guarded(|| Ok(3)), Ok(3));
+    assert_eq!(guarded(|| Err::<u8, _>(ViewError::NotFound)), Err(Errno::ENOENT));
+    assert_eq!(guarded(|| -> Result<u8, ViewError> { panic!("on purpose") }), Err(Errno::EIO));
+}

@@ -1,0 +1,297 @@
+//! The way back: matrices of the published layout as payload, scale and shape tensors.
+//!
+//! The scales are those of an original checkpoint, or made from the largest magnitude of each
+//! block. Either way payload, scales and shape are facets of one matrix, which itself is
+//! fragments of the source.
+
+use std::collections::BTreeMap;
+
+use super::assemble::Target;
+use super::matrix::{Band, Matrix, fused_bands};
+use super::problems::{PlanError, Problem, Problems};
+use super::sources::matrices;
+use super::{
+    Body, Computed, Encoded, Facet, Fragment, Grid, Member, Origin, Quantized, QuantizedId, Run,
+    ScaleOf, ScaleReading, cover,
+};
+use crate::codec::Scheme;
+use crate::mapping::{Bindings, Encoding, Resolved};
+use crate::source::{Checkpoint, SourceId};
+use crate::tensor::{DType, Float, Shape};
+
+/// A tensor of the view that is a facet of a quantized matrix.
+#[derive(Debug)]
+pub struct FacetTensor {
+    pub name: String,
+    pub dtype: DType,
+    pub shape: Shape,
+    pub body: Body,
+}
+
+/// Everything that quantizing made.
+#[derive(Debug, Default)]
+pub struct Facets {
+    pub tensors: Vec<FacetTensor>,
+    pub quantized: Vec<Quantized>,
+    /// Dtypes that plain tensors have in the original, by name.
+    pub plain_dtypes: BTreeMap<String, DType>,
+}
+
+/// Takes the targets that the original checkpoint holds quantized, and gives their facets.
+///
+/// # Errors
+/// Where the original cannot be understood.
+pub fn by_original(
+    original: &Checkpoint,
+    mapping: &Resolved,
+    reading: ScaleReading,
+    targets: &mut Vec<Target>,
+    problems: &mut Problems,
+) -> Result<Facets, PlanError> {
+    let list = matrices(original, mapping, reading, problems)?.list;
+    let by_name: BTreeMap<String, &Matrix> = list
+        .iter()
+        .map(|m| (mapping.canonical(&m.name).unwrap_or_else(|| m.name.to_string()), m))
+        .collect();
+    let mut facets = Facets::default();
+    targets.retain(|target| {
+        let Some(matrix) = by_name.get(&target.name) else { return true };
+        if matrix.logical_dims() != target.shape {
+            let what =
+                format!("got {:?}, but the original has {:?}", target.shape, matrix.logical_dims());
+            problems.explain(Problem::RuleShape, &target.name, what);
+            return false;
+        }
+        let Some(scales) = &matrix.scales else {
+            facets.plain_dtypes.insert(target.name.clone(), matrix.dtype);
+            return true;
+        };
+        let stored = |b: &Band<SourceId>| b.map_scale(ScaleOf::Original);
+        let member = Member {
+            shape: matrix.shape.clone(),
+            values: values_of(target, matrix.transposed),
+            bands: scales.bands.iter().map(stored).collect(),
+            scale_cols: scales.cols,
+        };
+        let id = facets.add(Quantized {
+            scheme: scales.scheme,
+            scale: scales.scale,
+            block: scales.block,
+            members: vec![member],
+        });
+        let payload = original.tensor(matrix.payload);
+        let grid = payload_grid(&matrix.shape, payload.bytes);
+        facets.tensors.push(FacetTensor {
+            name: payload.name.to_string(),
+            dtype: payload.dtype,
+            shape: payload.shape.clone(),
+            body: Body::Encoded(Encoded { grid, quantized: id, member: 0, facet: Facet::Payload }),
+        });
+        for source in matrix.own_scale.into_iter().chain(matrix.shape_tensor) {
+            let tensor = original.tensor(source);
+            let run =
+                Run { at: 0, bytes: tensor.bytes, origin: Origin::Original, source, offset: 0 };
+            facets.tensors.push(FacetTensor {
+                name: tensor.name.to_string(),
+                dtype: tensor.dtype,
+                shape: tensor.shape.clone(),
+                body: Body::Verbatim(vec![run]),
+            });
+        }
+        false
+    });
+    Ok(facets)
+}
+
+/// Takes the targets that the model's published checkpoints hold quantized, and gives their facets.
+///
+/// `scale_dtype` is what INT4 scales are stored as, `config` gives texts of config.json.
+pub fn by_mapping(
+    mapping: &Resolved,
+    config: &dyn Fn(&str) -> Option<String>,
+    scale_dtype: Option<Float>,
+    targets: &mut Vec<Target>,
+    problems: &mut Problems,
+) -> Facets {
+    let mut facets = Facets::default();
+    let mut left: BTreeMap<String, Target> =
+        std::mem::take(targets).into_iter().map(|t| (t.name.clone(), t)).collect();
+    let names: Vec<String> = left.keys().cloned().collect();
+    for name in names {
+        let used = mapping.encodings.iter().find(|e| {
+            let when = e.back.when.as_ref();
+            when.is_none_or(|(key, is)| config(key).as_deref() == Some(is)) && e.back.takes(&name)
+        });
+        let Some(encoding) = used else { continue };
+        let bound = encoding.matrix.iter().find_map(|t| t.bind(&name, &encoding.vars));
+        let Some(bindings) = bound else {
+            problems.explain(Problem::RuleShape, &name, "quantized under a name of another form");
+            continue;
+        };
+        let parts: Option<Vec<Target>> = encoding
+            .matrix
+            .iter()
+            .map(|t| left.remove(&t.format(&bindings, &encoding.vars)?))
+            .collect();
+        // A pair was taken whole when its first name came up.
+        let Some(parts) = parts else { continue };
+        facets.encode(encoding, &bindings, scale_dtype, &parts, problems);
+    }
+    targets.extend(left.into_values());
+    facets
+}
+
+impl Facets {
+    fn add(&mut self, quantized: Quantized) -> QuantizedId {
+        let id = u32::try_from(self.quantized.len()).expect("the source numbers its tensors");
+        self.quantized.push(quantized);
+        QuantizedId(id)
+    }
+
+    fn encode(
+        &mut self,
+        encoding: &Encoding,
+        bindings: &Bindings,
+        scale_dtype: Option<Float>,
+        parts: &[Target],
+        problems: &mut Problems,
+    ) {
+        let scheme = encoding.scheme;
+        let dtype = match (scheme, scale_dtype) {
+            (Scheme::Int4, Some(float)) => float.dtype(),
+            (Scheme::Fp8 | Scheme::Fp4 | Scheme::Int4 | Scheme::Mxfp4, _) => {
+                encoding.back.scale_dtype
+            }
+        };
+        let geometry = geometry(encoding, parts);
+        let (Some(scale), Some(geometry)) = (scheme.scale_code(dtype), geometry) else {
+            for part in parts {
+                let what = format!("{:?} cannot be held in {}", part.shape, scheme.name());
+                problems.explain(Problem::PayloadShape, &part.name, what);
+            }
+            return;
+        };
+        let mut members = Vec::with_capacity(parts.len());
+        for (part, g) in parts.iter().zip(&geometry) {
+            members.push(Member {
+                shape: g.matrix.clone(),
+                values: values_of(part, encoding.transposed),
+                bands: g.bands.clone(),
+                scale_cols: g.scale.dims().last().copied().unwrap_or(1),
+            });
+        }
+        let block = encoding.block;
+        let id = self.add(Quantized { scheme, scale, block, members });
+        let name = |t: &crate::mapping::NameTemplate| {
+            t.format(bindings, &encoding.vars).unwrap_or_default()
+        };
+        for (member, g) in geometry.into_iter().enumerate() {
+            let dims = g.matrix.dims().to_vec();
+            let payload_bytes = g.payload.bytes(scheme.payload_dtype()).unwrap_or(0);
+            let encoded =
+                |grid, facet| Body::Encoded(Encoded { grid, quantized: id, member, facet });
+            self.tensors.push(FacetTensor {
+                name: name(&encoding.payload[member]),
+                dtype: scheme.payload_dtype(),
+                body: encoded(payload_grid(&g.matrix, payload_bytes), Facet::Payload),
+                shape: g.payload,
+            });
+            let width = u64::from(dtype.bits() / 8);
+            let grid = Grid::new(&g.scale, width);
+            self.tensors.push(FacetTensor {
+                name: name(&encoding.scale[member]),
+                dtype,
+                shape: g.scale,
+                body: encoded(grid, Facet::Scale),
+            });
+            if let Some(template) = &encoding.shape {
+                // I32, as the published checkpoints have it.
+                let bytes = dims
+                    .iter()
+                    .flat_map(|d| i32::try_from(*d).unwrap_or(i32::MAX).to_le_bytes())
+                    .collect();
+                let n = u64::try_from(dims.len()).expect("a rank");
+                self.tensors.push(FacetTensor {
+                    name: name(template),
+                    dtype: DType::I32,
+                    shape: Shape::from([n]),
+                    body: Body::Literal(bytes),
+                });
+            }
+        }
+    }
+}
+
+/// Shapes and bands of one member of a quantized matrix.
+struct Geometry {
+    matrix: Shape,
+    payload: Shape,
+    scale: Shape,
+    bands: Vec<Band<ScaleOf>>,
+}
+
+/// The geometry of every member; `None` where the scheme cannot hold one.
+fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
+    let scheme = encoding.scheme;
+    let block = encoding.block;
+    let mut out = Vec::with_capacity(parts.len());
+    for (member, part) in parts.iter().enumerate() {
+        let mut dims = part.shape.clone();
+        if let (true, [.., a, b]) = (encoding.transposed, dims.as_mut_slice()) {
+            std::mem::swap(a, b);
+        }
+        let matrix = Shape::new(dims);
+        let payload = scheme.payload_shape(scheme.payload_dtype(), &matrix)?;
+        let [outer @ .., rows, cols] = matrix.dims() else { return None };
+        let (scale_rows, scale_cols) = (rows.div_ceil(block[0]), cols.div_ceil(block[1]));
+        let mut scale = outer.to_vec();
+        scale.extend([scale_rows, scale_cols]);
+        let planes: u64 = outer.iter().product();
+        let bands = (0..planes)
+            .map(|p| Band {
+                rows: p * rows..(p + 1) * rows,
+                scale: ScaleOf::Member(member),
+                row: p * scale_rows,
+                skip: 0,
+            })
+            .collect();
+        out.push(Geometry { payload, scale: Shape::new(scale), bands, matrix });
+    }
+    if let (true, Some(shards)) = (encoding.fused_shards, encoding.back.shards) {
+        let rows = [0, 1].map(|i| parts[i].shape[0]);
+        if rows.iter().any(|r| shards == 0 || !r.is_multiple_of(shards)) {
+            return None;
+        }
+        let scale_rows = rows.map(|r| shards * (r / shards).div_ceil(block[0]));
+        let members = [ScaleOf::Member(0), ScaleOf::Member(1)];
+        let (_, bands) = fused_bands(rows, scale_rows, members, block[0])?;
+        for ((g, n), bands) in out.iter_mut().zip(scale_rows).zip(bands) {
+            g.scale = Shape::from([n, g.scale.dims()[1]]);
+            g.bands = bands;
+        }
+    }
+    Some(out)
+}
+
+/// The matrix's numbers as F32: the target's fragments, in the orientation of the payload.
+fn values_of(target: &Target, transposed: bool) -> Computed {
+    let mut shape = target.shape.clone();
+    let mut fragments = target.fragments.clone();
+    if transposed && shape.len() >= 2 {
+        let n = shape.len();
+        shape.swap(n - 2, n - 1);
+        for f in &mut fragments {
+            f.map.target.swap(n - 2, n - 1);
+        }
+        let key = |f: &Fragment| f.map.target.iter().map(|a| a.start).collect::<Vec<_>>();
+        fragments.sort_by_cached_key(key);
+    }
+    cover::computed(&Shape::new(shape), DType::F32, fragments)
+}
+
+/// Chunks of a payload: whole matrix rows, whatever shape the payload has.
+fn payload_grid(matrix: &Shape, payload_bytes: u64) -> Grid {
+    let [outer @ .., rows, _] = matrix.dims() else { return Grid::of(1, 1, payload_bytes) };
+    let planes: u64 = outer.iter().product();
+    Grid::of(planes, *rows, payload_bytes.checked_div(planes * rows).unwrap_or(0))
+}

@@ -1,0 +1,156 @@
+//! The text before the data of a safetensors file.
+//!
+//! ```text
+//! byte 0        8                                              8 + N, a multiple of 4096
+//!      | N, LE  | {"__metadata__":{"format":"pt"},"a":{…}}···· | data of a | data of b | …
+//!                                             padded with spaces
+//! ```
+//! `data_offsets` count from the first byte of the data (crate `safetensors`, "Format"). The JSON
+//! is compact, its keys stand in the order of the data, and the same tensors give the same bytes
+//! in every mount.
+
+use std::io::Write;
+
+use crate::plan::TensorPlan;
+use crate::tensor::{DType, Shape};
+
+use super::wide;
+
+/// Data starts at a multiple of this, in bytes: a page, so that a page of the file holds header
+/// or data and no reader has to copy to align.
+const ALIGNMENT: u64 = 4096;
+
+/// Most bytes that [`header`] adds to the entries: braces, `__metadata__`, padding.
+pub(super) const OVERHEAD: u64 = 64 + ALIGNMENT;
+
+const METADATA: &str = r#"{"__metadata__":{"format":"pt"}"#;
+
+/// What a header says of one tensor.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry<'a> {
+    pub(super) name: &'a str,
+    pub(super) dtype: DType,
+    pub(super) shape: &'a Shape,
+    /// Bytes of the tensor's data.
+    pub(super) bytes: u64,
+}
+
+impl<'a> From<&'a TensorPlan> for Entry<'a> {
+    fn from(plan: &'a TensorPlan) -> Entry<'a> {
+        Entry { name: &plan.name, dtype: plan.dtype, shape: &plan.shape, bytes: plan.bytes() }
+    }
+}
+
+impl Entry<'_> {
+    /// Most bytes that the tensor takes in a header, wherever its data lies.
+    pub(super) fn bound(&self) -> u64 {
+        // `,"":{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]}`, two offsets of 20 digits;
+        // an extent is 20 digits and a comma.
+        const FIXED: u64 = 96;
+        const EXTENT: u64 = 21;
+        let extents = wide(self.shape.rank()).saturating_mul(EXTENT);
+        json_bound(self.name).saturating_add(extents).saturating_add(FIXED)
+    }
+}
+
+/// Most bytes that `text` takes between the quotes of a JSON string.
+fn json_bound(text: &str) -> u64 {
+    let bytes = wide(text.len());
+    let plain = text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\');
+    if plain { bytes } else { bytes.saturating_mul(6) }
+}
+
+/// Length word, JSON and padding of a file that holds these tensors in this order.
+pub(super) fn header<'a>(entries: impl IntoIterator<Item = Entry<'a>>) -> Vec<u8> {
+    const IN_MEMORY: &str = "writing to memory does not fail";
+    let mut out = vec![0; 8];
+    out.extend_from_slice(METADATA.as_bytes());
+    let mut at = 0u64;
+    for entry in entries {
+        out.push(b',');
+        serde_json::to_writer(&mut out, entry.name).expect(IN_MEMORY);
+        write!(out, r#":{{"dtype":"{}","shape":["#, entry.dtype).expect(IN_MEMORY);
+        for (i, extent) in entry.shape.dims().iter().enumerate() {
+            write!(out, "{}{extent}", if i == 0 { "" } else { "," }).expect(IN_MEMORY);
+        }
+        let end = at + entry.bytes;
+        write!(out, r#"],"data_offsets":[{at},{end}]}}"#).expect(IN_MEMORY);
+        at = end;
+    }
+    out.push(b'}');
+    let alignment = usize::try_from(ALIGNMENT).expect("a page fits in memory");
+    out.resize(out.len().next_multiple_of(alignment), b' ');
+    let json = wide(out.len() - 8);
+    out[..8].copy_from_slice(&json.to_le_bytes());
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry<'a>(name: &'a str, dtype: DType, shape: &'a Shape) -> Entry<'a> {
+        Entry { name, dtype, shape, bytes: shape.bytes(dtype).expect("small") }
+    }
+
+    #[test]
+    fn header_is_what_the_safetensors_crate_reads() {
+        let (matrix, vector, empty, scalar) =
+            (Shape::from([2, 3]), Shape::from([5]), Shape::from([0, 4]), Shape::from([]));
+        let entries = [
+            entry("scalar", DType::I64, &scalar),
+            entry("a.\"quoted\"\\\u{1}.weight", DType::F32, &matrix),
+            entry("naïve", DType::BF16, &empty),
+            entry("u8", DType::U8, &vector),
+        ];
+        let mut file = header(entries);
+        assert_eq!(file.len(), 4096);
+        assert!(file[8..].starts_with(br#"{"__metadata__":{"format":"pt"},"scalar":{"#));
+        file.resize(4096 + 8 + 24 + 5, 0);
+        let parsed = safetensors::SafeTensors::deserialize(&file).expect("valid");
+        for e in entries {
+            let view = parsed.tensor(e.name).expect("listed");
+            assert_eq!(view.dtype().to_string(), e.dtype.name(), "{}", e.name);
+            let dims: Vec<u64> = view.shape().iter().map(|&d| d as u64).collect();
+            assert_eq!(dims, e.shape.dims(), "{}", e.name);
+            assert_eq!(view.data().len() as u64, e.bytes, "{}", e.name);
+        }
+        let (_, meta) = safetensors::SafeTensors::read_metadata(&file).expect("valid");
+        let metadata = meta.metadata().as_ref().expect("present");
+        assert_eq!(metadata.get("format").map(String::as_str), Some("pt"));
+    }
+
+    #[test]
+    fn a_file_of_no_tensors_is_valid() {
+        let file = header([]);
+        assert_eq!(file.len(), 4096);
+        assert!(safetensors::SafeTensors::deserialize(&file).expect("valid").is_empty());
+    }
+
+    #[test]
+    fn bound_is_never_below_the_text() {
+        let big = Shape::from([u64::from(u32::MAX), 1, 1, 1]);
+        for (name, dtype) in
+            [("w", DType::F8E4M3), ("\u{1}\u{2}", DType::U8), ("é\"", DType::F6E2M3)]
+        {
+            let one = Entry { name, dtype, shape: &big, bytes: u64::from(u32::MAX) };
+            let text = header([one]);
+            let json = text[8..].trim_ascii_end().len() as u64;
+            let alone = json - METADATA.len() as u64 - 1;
+            assert!(alone <= one.bound(), "{name}: {alone} > {}", one.bound());
+        }
+    }
+
+    #[test]
+    fn padding_ends_at_a_page_whatever_the_length() {
+        let shape = Shape::from([1]);
+        for n in 3950..4110 {
+            let name = "x".repeat(n);
+            let text = header([entry(&name, DType::U8, &shape)]);
+            assert_eq!(text.len() % 4096, 0);
+            let json = u64::from_le_bytes(text[..8].try_into().expect("eight bytes"));
+            assert_eq!(json + 8, text.len() as u64);
+            assert!(text[8..].trim_ascii_end().ends_with(b"}}"));
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! Synthetic shards: which tensors share a file, and where in it their bytes lie.
+//!
+//! Pure arithmetic over names and sizes. Tensors fill shards in the order of the plan; within a
+//! shard they stand by element size, largest first, so that each starts at a multiple of its
+//! element without holes.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+
+use crate::plan::TensorId;
+use crate::source::MAX_HEADER_BYTES;
+
+use super::header::{self, Entry};
+use super::wide;
+
+/// Cuts tensors, in their order, into shards of at most `shard_size` bytes of data.
+///
+/// A tensor that is larger has a shard of its own. A shard also ends where its header would
+/// exceed what readers accept.
+pub(super) fn fill<'a>(
+    entries: impl IntoIterator<Item = Entry<'a>>,
+    shard_size: u64,
+) -> Vec<Range<usize>> {
+    let mut shards: Vec<Range<usize>> = Vec::new();
+    let (mut data, mut text) = (0u64, 0u64);
+    for (i, entry) in entries.into_iter().enumerate() {
+        let (more_data, more_text) =
+            (data.saturating_add(entry.bytes), text.saturating_add(entry.bound()));
+        match shards.last_mut() {
+            Some(shard) if more_data <= shard_size && more_text <= MAX_HEADER_BYTES => {
+                shard.end = i + 1;
+                (data, text) = (more_data, more_text);
+            }
+            _ => {
+                shards.push(i..i + 1);
+                (data, text) = (entry.bytes, header::OVERHEAD.saturating_add(entry.bound()));
+            }
+        }
+    }
+    shards
+}
+
+/// One safetensors file of the view: header, then the tensors' bytes without a hole.
+#[derive(Debug)]
+pub(super) struct Shard {
+    header: Box<[u8]>,
+    tensors: Box<[TensorId]>,
+    /// Offset in the file behind each tensor, in bytes.
+    ends: Box<[u64]>,
+}
+
+impl Shard {
+    /// A file of these tensors; `None` where its size exceeds 2^64 bytes.
+    pub(super) fn new<'a>(mut tensors: Vec<(TensorId, Entry<'a>)>) -> Option<Shard> {
+        tensors.iter().try_fold(0u64, |sum, (_, e)| sum.checked_add(e.bytes))?;
+        tensors.sort_by_key(|(_, e)| Reverse(e.dtype.bits()));
+        let header = header::header(tensors.iter().map(|(_, e)| *e)).into_boxed_slice();
+        let mut end = wide(header.len());
+        let mut ends = Vec::with_capacity(tensors.len());
+        for (_, entry) in &tensors {
+            end = end.checked_add(entry.bytes)?;
+            ends.push(end);
+        }
+        let tensors = tensors.into_iter().map(|(id, _)| id).collect();
+        Some(Shard { header, tensors, ends: ends.into_boxed_slice() })
+    }
+
+    /// Size of the file, in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.ends.last().copied().unwrap_or(self.data_start())
+    }
+
+    fn data_start(&self) -> u64 {
+        wide(self.header.len())
+    }
+
+    /// Fills `out` from the bytes at `at` and returns how many there were.
+    ///
+    /// `fetch(tensor, at, out)` fills `out` with the bytes of a tensor from `at`.
+    ///
+    /// # Errors
+    /// The first error of `fetch`.
+    pub(super) fn read<E>(
+        &self,
+        at: u64,
+        out: &mut [u8],
+        mut fetch: impl FnMut(TensorId, u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<usize, E> {
+        let mut done = copy_from(&self.header, at, out);
+        let mut at = at.saturating_add(wide(done));
+        let mut i = self.ends.partition_point(|&end| end <= at);
+        while done < out.len() && i < self.ends.len() {
+            let start = if i == 0 { self.data_start() } else { self.ends[i - 1] };
+            let n = clamp(self.ends[i] - at, out.len() - done);
+            if n > 0 {
+                fetch(self.tensors[i], at - start, &mut out[done..done + n])?;
+            }
+            done += n;
+            at += wide(n);
+            i += 1;
+        }
+        Ok(done)
+    }
+}
+
+/// Copies the bytes of `from` at `at` into `out` and returns how many there were.
+pub(super) fn copy_from(from: &[u8], at: u64, out: &mut [u8]) -> usize {
+    let Some(rest) = usize::try_from(at).ok().and_then(|at| from.get(at..)) else { return 0 };
+    let n = rest.len().min(out.len());
+    out[..n].copy_from_slice(&rest[..n]);
+    n
+}
+
+fn clamp(bytes: u64, most: usize) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX).min(most)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tensor::{DType, Shape};
+
+    const DTYPES: [DType; 5] = [DType::U8, DType::F32, DType::BF16, DType::I64, DType::F4];
+
+    struct Tensor {
+        name: String,
+        dtype: DType,
+        shape: Shape,
+    }
+
+    impl Tensor {
+        fn entry(&self) -> Entry<'_> {
+            let bytes = self.shape.bytes(self.dtype).expect("small");
+            Entry { name: &self.name, dtype: self.dtype, shape: &self.shape, bytes }
+        }
+    }
+
+    fn tensors(of: &[(DType, u64)]) -> Vec<Tensor> {
+        of.iter()
+            .enumerate()
+            .map(|(i, &(dtype, n))| Tensor { name: format!("t.{i}"), dtype, shape: [n].into() })
+            .collect()
+    }
+
+    fn shard(tensors: &[Tensor]) -> Shard {
+        let ids = (0..).map(TensorId);
+        Shard::new(ids.zip(tensors.iter().map(Tensor::entry)).collect()).expect("small")
+    }
+
+    /// Byte `at` of a made-up tensor.
+    fn byte(id: TensorId, at: u64) -> u8 {
+        (at.wrapping_mul(31) + u64::from(id.0) * 7 + 1).to_le_bytes()[0]
+    }
+
+    fn fetch(id: TensorId, at: u64, out: &mut [u8]) -> Result<(), TensorId> {
+        assert!(!out.is_empty(), "an empty read reached the engine");
+        out.iter_mut().zip(at..).for_each(|(b, at)| *b = byte(id, at));
+        Ok(())
+    }
+
+    #[test]
+    fn shards_fill_in_order_up_to_their_size() {
+        // Sizes, shard size, tensors in each shard.
+        for (sizes, shard_size, expected) in [
+            (vec![], 10, vec![]),
+            (vec![4, 4, 2], 10, vec![3]),
+            (vec![4, 4, 3], 10, vec![2, 1]),
+            (vec![11, 1, 12, 13, 1, 1], 10, vec![1, 1, 1, 1, 2]),
+            (vec![0, 10, 0, 0, 1], 10, vec![4, 1]),
+            (vec![u64::MAX >> 4, u64::MAX >> 4], u64::MAX, vec![2]),
+        ] {
+            let tensors = tensors(&sizes.iter().map(|&n| (DType::U8, n)).collect::<Vec<_>>());
+            let shards = fill(tensors.iter().map(Tensor::entry), shard_size);
+            let lengths: Vec<usize> = shards.iter().map(ExactSizeIterator::len).collect();
+            assert_eq!(lengths, expected, "{sizes:?} into {shard_size}");
+            assert!(shards.into_iter().flatten().eq(0..sizes.len()), "{sizes:?}");
+        }
+    }
+
+    #[test]
+    fn a_header_that_readers_refuse_ends_the_shard() {
+        // A quotation mark: each byte may take six, so three names fill 90 MB.
+        let name = format!("\"{}", "n".repeat(4_999_999));
+        let tensors: Vec<Tensor> = (0..5)
+            .map(|_| Tensor { name: name.clone(), dtype: DType::U8, shape: [1].into() })
+            .collect();
+        assert_eq!(fill(tensors.iter().map(Tensor::entry), 100), [0..3, 3..5]);
+    }
+
+    #[test]
+    fn tensors_are_aligned_to_their_element_and_leave_no_hole() {
+        let tensors = tensors(&[
+            (DType::U8, 3),
+            (DType::BF16, 5),
+            (DType::F4, 6),
+            (DType::F32, 1),
+            (DType::U8, 1),
+            (DType::I64, 2),
+            (DType::BF16, 0),
+        ]);
+        let shard = shard(&tensors);
+        assert_eq!(*shard.tensors, [5, 3, 1, 6, 0, 4, 2].map(TensorId), "stable by element size");
+        let mut at = 4096;
+        for (id, &end) in shard.tensors.iter().zip(&shard.ends) {
+            let tensor = tensors[id.0 as usize].entry();
+            assert_eq!(at % u64::from(tensor.dtype.bits().div_ceil(8)), 0, "{}", tensor.name);
+            assert_eq!(end, at + tensor.bytes, "{}", tensor.name);
+            at = end;
+        }
+        assert_eq!(shard.size(), 4096 + 3 + 10 + 3 + 4 + 1 + 16);
+    }
+
+    #[test]
+    fn a_size_that_overflows_is_refused() {
+        let shape = Shape::from([1]);
+        let half = Entry { name: "w", dtype: DType::U8, shape: &shape, bytes: u64::MAX / 2 };
+        let of =
+            |n: usize| Shard::new((0..).map(TensorId).zip(std::iter::repeat_n(half, n)).collect());
+        assert_eq!(of(1).map(|s| s.size()), Some(u64::MAX / 2 + 4096));
+        assert!(of(2).is_none(), "the data fits, the header does not");
+        assert!(of(3).is_none());
+    }
+
+    #[test]
+    fn reads_behind_the_end_are_short() {
+        let shard = shard(&tensors(&[(DType::U8, 10)]));
+        let mut out = [0; 8];
+        for (at, n) in [(4096, 8), (4098, 8), (4099, 7), (4105, 1), (4106, 0), (u64::MAX, 0)] {
+            assert_eq!(shard.read(at, &mut out, fetch), Ok(n), "at {at}");
+        }
+        assert_eq!(shard.read(4095, &mut [], fetch), Ok(0));
+    }
+
+    #[test]
+    fn an_error_names_the_tensor_that_failed() {
+        let shard = shard(&tensors(&[(DType::U8, 10), (DType::U8, 10)]));
+        let broken = |id: TensorId, at, out: &mut [u8]| {
+            if id == TensorId(1) { Err(id) } else { fetch(id, at, out) }
+        };
+        let mut out = [0; 8];
+        assert_eq!(shard.read(4096, &mut out, broken), Ok(8));
+        assert_eq!(shard.read(4100, &mut out, broken), Err(TensorId(1)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_of_a_read_is_the_whole_file(
+            of in proptest::collection::vec((0..DTYPES.len(), 0u64..6), 0..12),
+            cuts in proptest::collection::vec(0u64..4300, 0..12),
+        ) {
+            // Even extents, so that F4 fills whole bytes.
+            let of: Vec<_> = of.into_iter().map(|(d, n)| (DTYPES[d], 2 * n)).collect();
+            let tensors = tensors(&of);
+            let shard = shard(&tensors);
+            let mut expected = shard.header.to_vec();
+            for id in &shard.tensors {
+                let n = tensors[id.0 as usize].entry().bytes;
+                expected.extend((0..n).map(|at| byte(*id, at)));
+            }
+            prop_assert_eq!(wide(expected.len()), shard.size());
+            let mut cuts: Vec<u64> = cuts.into_iter().map(|c| c.min(shard.size())).collect();
+            cuts.extend([0, shard.size()]);
+            cuts.sort_unstable();
+            let mut got = Vec::new();
+            for pair in cuts.windows(2) {
+                let mut out = vec![0; (pair[1] - pair[0]) as usize];
+                let n = shard.read(pair[0], &mut out, fetch).expect("nothing is broken");
+                prop_assert_eq!(n, out.len());
+                got.extend(out);
+            }
+            prop_assert_eq!(got, expected);
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The command as a person runs it: exit codes, messages, and what needs no mount.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn checkpoint() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/qwen3-vl-moe/checkpoint")
+}
+
+fn run(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mount-ckpt")).args(args).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+#[test]
+fn exit_codes_tell_usage_from_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().to_str().unwrap();
+    let absent = dir.path().join("absent");
+    let absent = absent.to_str().unwrap();
+    let checkpoint = checkpoint();
+    let src = checkpoint.to_str().unwrap();
+    let table: [(&[&str], i32, &str); 15] = [
+        (&[], 2, "required arguments"),
+        (&[src], 2, "<MNT>"),
+        (&["--bogus", src, at], 2, "'--bogus'"),
+        (&[src, at, "-o", "bogus"], 2, "`-o` has no option `bogus`"),
+        (&[src, at, "-o", "rw"], 2, "read-only"),
+        (&[src, at, "--ep-rank", "1"], 2, "`--ep-rank` needs `--ep-size`"),
+        (&["inspect", src, "--shard-size", "5XB"], 2, "expected one of the units"),
+        (&["--to", "hf", "inspect", src], 2, "`inspect` has to come first"),
+        (&[absent, at], 1, "absent"),
+        (&[src, absent], 1, "does not exist: create it with `mkdir -p"),
+        (&[src, src], 1, "is inside the checkpoint"),
+        (&["inspect", at], 1, "config.json"),
+        (&["status", at], 1, "is not mounted"),
+        (&["umount", at], 1, "is not mounted"),
+        (&["export", src, &format!("{src}/out")], 1, "is inside the checkpoint"),
+    ];
+    for (args, code, message) in table {
+        let output = run(args);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        assert!(said.contains(message), "{args:?}: {said}");
+        assert_eq!(stdout(&output), "", "{args:?}");
+        if code == 1 {
+            assert!(said.starts_with("mount-ckpt: ") && said.lines().count() == 1, "{said}");
+        }
+    }
+}
+
+#[test]
+fn what_was_asked_for_goes_to_stdout() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint();
+    let src = checkpoint.to_str().unwrap();
+    let table: [(&[&str], &str); 9] = [
+        (&["--help"], "Without a subcommand, mounts SRC at MNT"),
+        (&["-h"], "--kv-scales <R>"),
+        (&["--version"], "mount-ckpt 0."),
+        (&["completions", "bash"], "_mount__ckpt"),
+        (&["man"], ".TH mount-ckpt 1"),
+        (&["models"], "qwen3_vl_moe"),
+        (&["models", "--json"], "\"qwen3_vl_moe\""),
+        (&["inspect", src], "lm_head.weight"),
+        (&["umount", "--quiet", dir.path().to_str().unwrap()], ""),
+    ];
+    for (args, text) in table {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", stderr(&output));
+        assert!(stdout(&output).contains(text), "{args:?}: {}", stdout(&output));
+        assert_eq!(stderr(&output), "", "{args:?}");
+    }
+    let plan = run(&["inspect", src, "--json"]);
+    assert!(serde_json::from_slice::<serde_json::Value>(&plan.stdout).unwrap().is_object());
+}
+
+#[test]
+fn verify_reads_everything_and_finds_a_cut_shard() {
+    let dir = tempfile::tempdir().unwrap();
+    let broken = dir.path().join("checkpoint");
+    copy(&checkpoint(), &broken);
+    let whole = run(&["verify", broken.to_str().unwrap(), "--json"]);
+    assert_eq!(whole.status.code(), Some(0), "{}", stderr(&whole));
+    let verdict: serde_json::Value = serde_json::from_slice(&whole.stdout).unwrap();
+    assert_eq!((&verdict["ok"], &verdict["failures"]), (&true.into(), &0.into()));
+    assert!(verdict["bytes"].as_u64().unwrap() > 700_000, "{verdict}");
+
+    let shard = broken.join("model-00002-of-00003.safetensors");
+    let bytes = fs::read(&shard).unwrap();
+    fs::write(&shard, &bytes[..bytes.len() - 100]).unwrap();
+    let output = run(&["verify", broken.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("model-00002-of-00003.safetensors"), "{}", stderr(&output));
+}
+
+#[test]
+fn an_export_goes_on_where_it_was_interrupted() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("deep/out");
+    let checkpoint = checkpoint();
+    let args = ["export", checkpoint.to_str().unwrap(), out.to_str().unwrap()];
+    let first = run(&args);
+    assert_eq!(first.status.code(), Some(0), "{}", stderr(&first));
+    let shard = || {
+        let names = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().path());
+        names.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).min().unwrap()
+    };
+    let (shard, config) = (shard(), out.join("config.json"));
+    let (whole, before) = (fs::read(&shard).unwrap(), inode(&config));
+
+    // As an export that was killed leaves it: one file half written, under its other name.
+    fs::write(shard.with_extension("safetensors.partial"), &whole[..whole.len() / 2]).unwrap();
+    fs::remove_file(&shard).unwrap();
+    let second = run(&args);
+    assert!(stdout(&second).contains("files written: 1 "), "{}", stdout(&second));
+    assert_eq!(fs::read(&shard).unwrap(), whole);
+    assert!(!shard.with_extension("safetensors.partial").exists());
+    assert_eq!(inode(&config), before, "a complete file is kept");
+
+    let third = run(&args);
+    assert!(stdout(&third).contains("files written: 0 "), "{}", stdout(&third));
+
+    let other = dir.path().join("other");
+    copy(&checkpoint, &other);
+    let output = run(&["export", other.to_str().unwrap(), out.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("holds an export of another checkpoint"));
+}
+
+fn inode(path: &Path) -> u64 {
+    std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap())
+}
