@@ -281,11 +281,18 @@ impl Mapping {
         let mut aliases = Vec::with_capacity(raw.alias.len());
         for alias in &raw.alias {
             let mut vars = Variables::default();
-            aliases.push(Alias {
-                from: RawTemplate::parse(&alias.from)?.resolve(&mut vars, config)?,
-                to: RawTemplate::parse(&alias.to)?.resolve(&mut vars, config)?,
-                vars,
-            });
+            let from = RawTemplate::parse(&alias.from)?.resolve(&mut vars, config)?;
+            let to = RawTemplate::parse(&alias.to)?.resolve(&mut vars, config)?;
+            if !vars.same_in([&from, &to]) {
+                let why = "`from` and `to` have different variables";
+                return Err(MappingError::rule(&alias.from, why));
+            }
+            aliases.push(Alias { from, to, vars });
+        }
+        let rows = raw.native.iter().chain(&raw.transformers).flat_map(|l| &l.rule);
+        let used: Vec<&String> = rows.filter_map(|row| row.set.as_ref()).collect();
+        if let Some(set) = raw.set.keys().find(|set| !used.contains(set)) {
+            return Err(MappingError::rule(set, "a set that no rule uses"));
         }
         let encodings =
             raw.encoding.iter().map(|e| encoding(e, config)).collect::<Result<_, _>>()?;
@@ -367,6 +374,9 @@ fn encoding(
     let expected = if raw.fused_shards { 2 } else { 1 };
     if [matrix.len(), payload.len(), scale.len()] != [expected; 3] {
         return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
+    }
+    if !vars.same_in(matrix.iter().chain(&payload).chain(&scale).chain(&shape)) {
+        return Err(fail("its names have different variables".to_owned()));
     }
     let back = way_back(raw, scheme, &first, config)?;
     let RawEncoding { block, fused_shards, transposed, .. } = *raw;
@@ -485,11 +495,13 @@ fn resolved_row(
                 let parts = u64::try_from(to.len()).expect("a rule has few names");
                 Op::Split { axis: *axis, parts }
             }
-            RawOp::Rotary(RawRotary { rotary: axis, heads, of }) => Op::Rotary {
-                axis: *axis,
-                heads: ConfigKey::parse(heads)?.resolve(config)?,
-                of: of.clone(),
-            },
+            RawOp::Rotary(RawRotary { rotary: axis, heads, of }) => {
+                if of.iter().any(|&i| i >= tensors) {
+                    return Err(fail("`of` counts the tensors from 0"));
+                }
+                let heads = ConfigKey::parse(heads)?.resolve(config)?;
+                Op::Rotary { axis: *axis, heads, of: of.clone() }
+            }
             RawOp::Stack(RawStack { stack: var }) => {
                 let var =
                     vars.find(var).ok_or_else(|| fail("stacks a variable that it has not"))?;

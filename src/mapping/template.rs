@@ -214,6 +214,16 @@ impl Variables {
         self.0[var.0].1
     }
 
+    /// Whether each of these templates has all variables, and all or none have `{r}`: then what
+    /// one of them binds, the others can write.
+    pub fn same_in<'a>(&self, templates: impl IntoIterator<Item = &'a NameTemplate>) -> bool {
+        let mut rest = None;
+        templates.into_iter().all(|t| {
+            let same = *rest.get_or_insert(t.has_rest()) == t.has_rest();
+            same && self.all().all(|v| t.has(v))
+        })
+    }
+
     /// All of them, in the order of their declaration.
     pub fn all(&self) -> impl Iterator<Item = Var> + use<> {
         (0..self.0.len()).map(Var)
