@@ -10,7 +10,9 @@ use common::{
     write_checkpoint,
 };
 use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{ExpertParallel, ExpertShard, PlanOptions, Quantization, Unmapped};
+use mount_ckpt::plan::{
+    ExpertParallel, ExpertShard, PlanOptions, Quantization, Quantize, Unmapped,
+};
 use mount_ckpt::tensor::Float;
 use serde_json::{Value, json};
 
@@ -231,4 +233,40 @@ fn grouped_directory_loses_the_quantization_of_its_config() {
     let dir = directory(&config, &tensors);
     let plan = plan("deepseek-v3", dir.path(), &PlanOptions::default()).unwrap();
     assert_eq!(plan.quantization, Quantization::Remove);
+}
+
+#[test]
+fn native_directory_is_quantized_as_its_release_is() {
+    let options = PlanOptions {
+        quantize: Some(Quantize { original: None, scale_dtype: None }),
+        ..to(LayoutName::Hf)
+    };
+    let listing = |tensors: &Tensors| {
+        tensors.iter().map(|(n, (d, s, _))| (n.clone(), d.clone(), s.clone())).collect::<Vec<_>>()
+    };
+    for model in ["deepseek-v3", "gpt-oss", "minimax-m2"] {
+        let (mut config, tensors) = published(model);
+        let quantization = config.as_object_mut().unwrap().remove("quantization_config").unwrap();
+        let dir = directory(&config, &tensors_of(&golden(model).join("native.safetensors")));
+        let engine = engine(model, dir.path(), &options);
+        let got = tensors_of_engine(&engine);
+        assert_eq!(listing(&got), listing(&tensors), "{model}");
+        let Quantization::Replace(config) = &engine.plan().quantization else { panic!("{model}") };
+        assert_eq!((&config.value, &config.within), (&quantization, &None), "{model}");
+        // Read as a checkpoint, it is what it was, but for what eight or four bits cannot hold.
+        let mut config = published(model).0;
+        config["quantization_config"] = quantization;
+        let again = directory(&config, &got);
+        let names = |t: &Tensors| t.keys().cloned().collect::<Vec<_>>();
+        let golden = tensors_of(&golden(model).join("native.safetensors"));
+        assert_eq!(names(&native(model, again.path())), names(&golden), "{model}");
+    }
+    // No release of this family is quantized in a way that the mapping can write.
+    let dir = directory(&published("glm4-moe").0, &published("glm4-moe").1);
+    let message = plan("glm4-moe", dir.path(), &options).unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "the mapping `glm4-moe` does not say which tensors of this checkpoint are quantized; take \
+         them from a checkpoint with --scales-from"
+    );
 }

@@ -327,7 +327,15 @@ fn facets(
         None => {
             let text = |key: &str| checkpoint.config().string(key).ok().map(str::to_owned);
             let scale_dtype = quantize.scale_dtype;
-            Ok(quantize::by_mapping(mapping, &text, scale_dtype, targets, problems))
+            let facets = quantize::by_mapping(mapping, &text, scale_dtype, targets, problems);
+            if facets.quantized.is_empty() {
+                return Err(PlanError::Option(format!(
+                    "the mapping `{}` does not say which tensors of this checkpoint are quantized; \
+                     take them from a checkpoint with --scales-from",
+                    mapping.name
+                )));
+            }
+            Ok(facets)
         }
     }
 }
