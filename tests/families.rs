@@ -4,6 +4,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use common::{
     Tensor, Zeros, assert_same, engine, golden, plan, tensors_of, tensors_of_engine,
@@ -13,6 +14,7 @@ use mount_ckpt::mapping::LayoutName;
 use mount_ckpt::plan::{
     ExpertParallel, ExpertShard, PlanOptions, Quantization, Quantize, Unmapped,
 };
+use mount_ckpt::source::Checkpoint;
 use mount_ckpt::tensor::Float;
 use serde_json::{Value, json};
 
@@ -269,4 +271,31 @@ fn native_directory_is_quantized_as_its_release_is() {
         "the mapping `glm4-moe` does not say which tensors of this checkpoint are quantized; take \
          them from a checkpoint with --scales-from"
     );
+}
+
+/// Codes that lie under extreme scales do not survive BF16; all of those are in these tensors.
+#[test]
+fn scales_of_the_release_give_its_bytes() {
+    let extremes = [
+        ("deepseek-v3", vec!["model.layers.1.mlp.experts.0.gate_proj.weight"]),
+        ("gpt-oss", vec!["model.layers.0.mlp.experts.gate_up_proj_blocks"]),
+        ("minimax-m2", vec!["model.layers.0.block_sparse_moe.experts.0.w1.weight"]),
+    ];
+    for (model, extremes) in extremes {
+        let (config, tensors) = published(model);
+        let path = golden(model).join("checkpoint");
+        let original = Arc::new(Checkpoint::open(&path).unwrap());
+        let options = PlanOptions {
+            quantize: Some(Quantize { original: Some(original), scale_dtype: None }),
+            ..to(LayoutName::Hf)
+        };
+        let dir = directory(&config, &tensors_of(&golden(model).join("native.safetensors")));
+        let got = tensors_of_engine(&engine(model, dir.path(), &options));
+        let differ = |(name, tensor): (&String, &Tensor)| {
+            (got.get(name) != Some(tensor)).then(|| name.clone())
+        };
+        let different: Vec<_> = tensors.iter().filter_map(differ).collect();
+        assert_eq!(different, extremes, "{model}");
+        assert_eq!(got.len(), tensors.len(), "{model}");
+    }
 }
