@@ -1,12 +1,13 @@
 //! Mapping files: TOML, parsed at the border into templates and operations.
 
-use std::collections::BTreeMap;
 use std::path::Path;
-
-use serde::Deserialize;
 
 use super::layout::{
     Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, WayBack,
+};
+use super::raw::{
+    OneOrMany, RawConcat, RawEncoding, RawInterleave, RawLayout, RawMapping, RawOp, RawRotary,
+    RawRow, RawScope, RawSplit, RawStack, RawWord,
 };
 use super::template::{ConfigKey, RawTemplate, Variables};
 use super::{MappingError, Op};
@@ -52,159 +53,6 @@ pub fn shipped() -> Vec<ModelName> {
         .map(|(name, _)| Mapping::named(name).expect("a test parses every shipped file").list())
         .collect()
 }
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RawMapping {
-    name: String,
-    title: String,
-    #[serde(default)]
-    model_types: Vec<String>,
-    #[serde(default)]
-    alias: Vec<RawAlias>,
-    #[serde(default)]
-    encoding: Vec<RawEncoding>,
-    native: Option<RawLayout>,
-    transformers: Option<RawLayout>,
-    quantization: Option<RawQuantization>,
-    #[serde(default)]
-    set: BTreeMap<String, Vec<RawRow>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawAlias {
-    from: String,
-    to: String,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RawEncoding {
-    scheme: String,
-    matrix: OneOrMany<String>,
-    payload: Option<OneOrMany<String>>,
-    scale: OneOrMany<String>,
-    shape: Option<String>,
-    block: [u64; 2],
-    #[serde(default)]
-    fused_shards: bool,
-    #[serde(default)]
-    transposed: bool,
-    #[serde(default)]
-    quantizes: Vec<String>,
-    scale_dtype: Option<String>,
-    shards: Option<String>,
-    when: Option<RawWhen>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawWhen {
-    key: String,
-    is: String,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawQuantization {
-    within: Option<String>,
-    unquantized: Option<String>,
-    value: serde_json::Value,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RawLayout {
-    #[serde(default)]
-    cast_floats: bool,
-    #[serde(default)]
-    rule: Vec<RawRow>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RawRow {
-    hf: Option<OneOrMany<String>>,
-    to: Option<OneOrMany<String>>,
-    same: Option<OneOrMany<String>>,
-    #[serde(default)]
-    ops: Vec<RawOp>,
-    #[serde(default)]
-    grouped: bool,
-    #[serde(default)]
-    expert_axis: bool,
-    hf_shape: Option<Vec<String>>,
-    drop: Option<String>,
-    scope: Option<RawScope>,
-    #[serde(rename = "use")]
-    set: Option<String>,
-}
-
-impl RawRow {
-    /// The names that the file writes, in the order of their keys.
-    fn names(&self) -> impl Iterator<Item = &String> {
-        [&self.hf, &self.to, &self.same].into_iter().flatten().flat_map(OneOrMany::as_slice)
-    }
-
-    /// Whether it says something of values, which only a rule with names can.
-    fn speaks_of_values(&self) -> bool {
-        !self.ops.is_empty() || self.grouped || self.expert_axis || self.hf_shape.is_some()
-    }
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawScope {
-    hf: String,
-    to: String,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
-}
-
-impl<T> OneOrMany<T> {
-    fn as_slice(&self) -> &[T] {
-        match self {
-            OneOrMany::One(one) => std::slice::from_ref(one),
-            OneOrMany::Many(many) => many,
-        }
-    }
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum RawOp {
-    Word(RawWord),
-    Concat(RawConcat),
-    Interleave(RawInterleave),
-    Split(RawSplit),
-    Rotary(RawRotary),
-    Stack(RawStack),
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum RawWord {
-    Transpose,
-}
-
-macro_rules! raw_op {
-    ($name:ident { $($field:ident : $type:ty),+ }) => {
-        #[derive(Clone, Debug, Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct $name { $($field: $type),+ }
-    };
-}
-raw_op!(RawConcat { concat: usize });
-raw_op!(RawInterleave { interleave: usize });
-raw_op!(RawSplit { split: usize });
-raw_op!(RawRotary { rotary: usize, heads: String, of: Vec<usize> });
-raw_op!(RawStack { stack: String });
 
 impl Mapping {
     /// Reads a mapping from TOML; `origin` names it in errors.
