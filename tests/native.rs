@@ -71,3 +71,11 @@ fn qwen3_vl_moe_is_verbatim() {
     assert_eq!(plan.summary.verbatim, plan.summary.view);
     assert!(plan.tensors.iter().all(|t| t.is_verbatim()));
 }
+
+#[test]
+fn families_that_no_code_knows() {
+    for model in ["deepseek-v3", "glm4-moe", "gpt-oss", "minimax-m2", "qwen3-moe"] {
+        let options = PlanOptions::default();
+        native_is_golden(model, model, "native.safetensors", &options, Zeros::Signed);
+    }
+}

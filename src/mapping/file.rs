@@ -1,12 +1,13 @@
 //! Mapping files: TOML, parsed at the border into templates and operations.
 
-use std::collections::BTreeMap;
 use std::path::Path;
-
-use serde::Deserialize;
 
 use super::layout::{
     Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, WayBack,
+};
+use super::raw::{
+    OneOrMany, RawConcat, RawEncoding, RawInterleave, RawLayout, RawMapping, RawOp, RawRotary,
+    RawRow, RawScope, RawSplit, RawStack, RawWord,
 };
 use super::template::{ConfigKey, RawTemplate, Variables};
 use super::{MappingError, Op};
@@ -14,10 +15,15 @@ use crate::codec::Scheme;
 use crate::tensor::DType;
 
 /// The shipped mappings: file stem and text.
-const SHIPPED: [(&str, &str); 4] = [
+const SHIPPED: [(&str, &str); 9] = [
+    ("deepseek-v3", include_str!("models/deepseek-v3.toml")),
     ("deepseek-v4", include_str!("models/deepseek-v4.toml")),
+    ("glm4-moe", include_str!("models/glm4-moe.toml")),
+    ("gpt-oss", include_str!("models/gpt-oss.toml")),
     ("kimi-k25-vl", include_str!("models/kimi-k25-vl.toml")),
     ("mimo-v2-flash", include_str!("models/mimo-v2-flash.toml")),
+    ("minimax-m2", include_str!("models/minimax-m2.toml")),
+    ("qwen3-moe", include_str!("models/qwen3-moe.toml")),
     ("qwen3-vl-moe", include_str!("models/qwen3-vl-moe.toml")),
 ];
 
@@ -47,144 +53,6 @@ pub fn shipped() -> Vec<ModelName> {
         .map(|(name, _)| Mapping::named(name).expect("a test parses every shipped file").list())
         .collect()
 }
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RawMapping {
-    name: String,
-    title: String,
-    #[serde(default)]
-    model_types: Vec<String>,
-    #[serde(default)]
-    alias: Vec<RawAlias>,
-    #[serde(default)]
-    encoding: Vec<RawEncoding>,
-    native: Option<RawLayout>,
-    transformers: Option<RawLayout>,
-    quantization: Option<RawQuantization>,
-    #[serde(default)]
-    set: BTreeMap<String, Vec<RawRow>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawAlias {
-    from: String,
-    to: String,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RawEncoding {
-    scheme: String,
-    matrix: OneOrMany<String>,
-    payload: Option<OneOrMany<String>>,
-    scale: OneOrMany<String>,
-    shape: Option<String>,
-    block: [u64; 2],
-    #[serde(default)]
-    fused_shards: bool,
-    #[serde(default)]
-    transposed: bool,
-    #[serde(default)]
-    quantizes: Vec<String>,
-    scale_dtype: Option<String>,
-    shards: Option<String>,
-    when: Option<RawWhen>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawWhen {
-    key: String,
-    is: String,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawQuantization {
-    within: Option<String>,
-    unquantized: Option<String>,
-    value: serde_json::Value,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RawLayout {
-    #[serde(default)]
-    cast_floats: bool,
-    #[serde(default)]
-    rule: Vec<RawRow>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RawRow {
-    hf: Option<OneOrMany<String>>,
-    to: Option<OneOrMany<String>>,
-    #[serde(default)]
-    ops: Vec<RawOp>,
-    #[serde(default)]
-    grouped: bool,
-    hf_shape: Option<Vec<String>>,
-    drop: Option<String>,
-    scope: Option<RawScope>,
-    #[serde(rename = "use")]
-    set: Option<String>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawScope {
-    hf: String,
-    to: String,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
-}
-
-impl<T> OneOrMany<T> {
-    fn as_slice(&self) -> &[T] {
-        match self {
-            OneOrMany::One(one) => std::slice::from_ref(one),
-            OneOrMany::Many(many) => many,
-        }
-    }
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum RawOp {
-    Word(RawWord),
-    Concat(RawConcat),
-    Interleave(RawInterleave),
-    Split(RawSplit),
-    Rotary(RawRotary),
-    Stack(RawStack),
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum RawWord {
-    Transpose,
-}
-
-macro_rules! raw_op {
-    ($name:ident { $($field:ident : $type:ty),+ }) => {
-        #[derive(Clone, Debug, Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct $name { $($field: $type),+ }
-    };
-}
-raw_op!(RawConcat { concat: usize });
-raw_op!(RawInterleave { interleave: usize });
-raw_op!(RawSplit { split: usize });
-raw_op!(RawRotary { rotary: usize, heads: String, of: Vec<usize> });
-raw_op!(RawStack { stack: String });
 
 impl Mapping {
     /// Reads a mapping from TOML; `origin` names it in errors.
@@ -261,11 +129,18 @@ impl Mapping {
         let mut aliases = Vec::with_capacity(raw.alias.len());
         for alias in &raw.alias {
             let mut vars = Variables::default();
-            aliases.push(Alias {
-                from: RawTemplate::parse(&alias.from)?.resolve(&mut vars, config)?,
-                to: RawTemplate::parse(&alias.to)?.resolve(&mut vars, config)?,
-                vars,
-            });
+            let from = RawTemplate::parse(&alias.from)?.resolve(&mut vars, config)?;
+            let to = RawTemplate::parse(&alias.to)?.resolve(&mut vars, config)?;
+            if !vars.same_in([&from, &to]) {
+                let why = "`from` and `to` have different variables";
+                return Err(MappingError::rule(&alias.from, why));
+            }
+            aliases.push(Alias { from, to, vars });
+        }
+        let rows = raw.native.iter().chain(&raw.transformers).flat_map(|l| &l.rule);
+        let used: Vec<&String> = rows.filter_map(|row| row.set.as_ref()).collect();
+        if let Some(set) = raw.set.keys().find(|set| !used.contains(set)) {
+            return Err(MappingError::rule(set, "a set that no rule uses"));
         }
         let encodings =
             raw.encoding.iter().map(|e| encoding(e, config)).collect::<Result<_, _>>()?;
@@ -295,19 +170,21 @@ impl Mapping {
     ) -> Result<Layout, MappingError> {
         let mut rows = Vec::new();
         for row in &raw.rule {
+            let bare =
+                row.names().next().is_none() && !row.speaks_of_values() && row.drop.is_none();
             match (&row.scope, &row.set) {
-                (None, None) => rows.push(resolved_row(row, None, config)?),
-                (Some(scope), Some(set)) if row.hf.is_none() && row.to.is_none() => {
+                (None, None) => rows.extend(resolved_rows(row, None, config)?),
+                (Some(scope), Some(set)) if bare => {
                     let rules = self.raw.set.get(set).ok_or_else(|| {
                         MappingError::rule(&scope.hf, format!("no set `{set}` in the file"))
                     })?;
                     for rule in rules {
-                        rows.push(resolved_row(rule, Some(scope), config)?);
+                        rows.extend(resolved_rows(rule, Some(scope), config)?);
                     }
                 }
                 (Some(_), _) | (_, Some(_)) => {
                     let rule = row.scope.as_ref().map_or("use", |s| &s.hf);
-                    let why = "`scope` and `use` stand together, without `hf` and `to`";
+                    let why = "`scope` and `use` stand together and alone";
                     return Err(MappingError::rule(rule, why));
                 }
             }
@@ -345,6 +222,9 @@ fn encoding(
     let expected = if raw.fused_shards { 2 } else { 1 };
     if [matrix.len(), payload.len(), scale.len()] != [expected; 3] {
         return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
+    }
+    if !vars.same_in(matrix.iter().chain(&payload).chain(&scale).chain(&shape)) {
+        return Err(fail("its names have different variables".to_owned()));
     }
     let back = way_back(raw, scheme, &first, config)?;
     let RawEncoding { block, fused_shards, transposed, .. } = *raw;
@@ -389,6 +269,25 @@ fn way_back(
     Ok(WayBack { when, quantizes, scale_dtype, shards })
 }
 
+/// The rows that a rule stands for: one, or one for each name that stays the same.
+fn resolved_rows(
+    raw: &RawRow,
+    scope: Option<&RawScope>,
+    config: &dyn Fn(&str) -> Option<u64>,
+) -> Result<Vec<Row>, MappingError> {
+    let Some(same) = &raw.same else { return Ok(vec![resolved_row(raw, scope, config)?]) };
+    if raw.hf.is_some() || raw.to.is_some() || raw.drop.is_some() {
+        let text = raw.names().next().map_or("(without names)", String::as_str);
+        return Err(MappingError::rule(text, "`same` stands without `hf`, `to` and `drop`"));
+    }
+    let one = |name: &String| {
+        let name = Some(OneOrMany::One(name.clone()));
+        let row = RawRow { hf: name.clone(), to: name, same: None, ..raw.clone() };
+        resolved_row(&row, scope, config)
+    };
+    same.as_slice().iter().map(one).collect()
+}
+
 fn resolved_row(
     raw: &RawRow,
     scope: Option<&RawScope>,
@@ -409,12 +308,10 @@ fn resolved_row(
     };
     let hf = side(&raw.hf, scope.map(|s| s.hf.as_str()))?;
     let to = side(&raw.to, scope.map(|s| s.to.as_str()))?;
-    let names = [&raw.hf, &raw.to].into_iter().flatten().flat_map(OneOrMany::as_slice);
-    let text = names.map(String::as_str).next().unwrap_or("(without names)").to_owned();
+    let text = raw.names().next().map_or("(without names)", String::as_str).to_owned();
     let fail = |why: &str| MappingError::rule(&text, why);
     if let Some(reason) = &raw.drop {
-        if !raw.ops.is_empty() || raw.grouped || raw.hf_shape.is_some() || hf.len() + to.len() != 1
-        {
+        if raw.speaks_of_values() || hf.len() + to.len() != 1 {
             return Err(fail("a rule that drops has one name and no operation"));
         }
         return Ok(Row::Drop {
@@ -446,11 +343,13 @@ fn resolved_row(
                 let parts = u64::try_from(to.len()).expect("a rule has few names");
                 Op::Split { axis: *axis, parts }
             }
-            RawOp::Rotary(RawRotary { rotary: axis, heads, of }) => Op::Rotary {
-                axis: *axis,
-                heads: ConfigKey::parse(heads)?.resolve(config)?,
-                of: of.clone(),
-            },
+            RawOp::Rotary(RawRotary { rotary: axis, heads, of }) => {
+                if of.iter().any(|&i| i >= tensors) {
+                    return Err(fail("`of` counts the tensors from 0"));
+                }
+                let heads = ConfigKey::parse(heads)?.resolve(config)?;
+                Op::Rotary { axis: *axis, heads, of: of.clone() }
+            }
             RawOp::Stack(RawStack { stack: var }) => {
                 let var =
                     vars.find(var).ok_or_else(|| fail("stacks a variable that it has not"))?;
@@ -471,7 +370,8 @@ fn resolved_row(
     let extent = |key: &String| ConfigKey::parse(key)?.resolve(config);
     let hf_shape =
         raw.hf_shape.as_ref().map(|keys| keys.iter().map(extent).collect()).transpose()?;
-    let rule = Rule { hf, to, vars, ops, stack, hf_shape, grouped: raw.grouped, text };
+    let (grouped, expert_axis) = (raw.grouped, raw.grouped || raw.expert_axis);
+    let rule = Rule { hf, to, vars, ops, stack, hf_shape, grouped, expert_axis, text };
     rule.check()?;
     Ok(Row::Map(rule))
 }
@@ -518,6 +418,15 @@ mod tests {
                 "rule `a.`: no set `layer` in the file",
             ),
             (
+                rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}\ngrouped = true"),
+                "rule `a.`: `scope` and `use` stand together and alone",
+            ),
+            (rule("same = 'a'\nto = 'b'"), "rule `b`: `same` stands without `hf`, `to` and `drop`"),
+            (
+                rule("same = ['a.{r}', 'a.b']"),
+                "rule `a.b`: can never match, an earlier rule takes all its names",
+            ),
+            (
                 rule("hf = 'a'\nto = 'b'\ndrop = 'no'"),
                 "rule `a`: a rule that drops has one name and no operation",
             ),
@@ -529,6 +438,53 @@ mod tests {
         }
         let err = Mapping::parse("x", "name = 'x'\ntitel = 'X'").unwrap_err().to_string();
         assert!(err.contains("unknown field `titel`"), "{err}");
+    }
+
+    #[test]
+    fn names_that_stay_are_rules_of_their_own() {
+        let text = "name = 'x'\ntitle = 'X'
+            set.layer = [{ same = ['n.w', 'b'], expert-axis = true }]
+            [[native.rule]]
+            scope = { hf = 'layers.{l:two}.', to = 'model.layers.{l}.' }
+            use = 'layer'
+            [[native.rule]]
+            same = 'head.{r}'
+            grouped = true";
+        let config = |key: &str| (key == "two").then_some(2);
+        let native = Mapping::parse("x", text).unwrap().resolve(&config).unwrap().native.unwrap();
+        let cases = [
+            ("layers.1.n.w", Some(("model.layers.1.n.w", false, true))),
+            ("layers.0.b", Some(("model.layers.0.b", false, true))),
+            ("head.weight", Some(("head.weight", true, true))),
+            ("layers.1.n.v", None),
+            ("layers.2.b", None),
+        ];
+        for (hf, expected) in cases {
+            let got = match native.take_hf(hf) {
+                Some(Taken::Map { rule, bindings, .. }) => {
+                    let name = rule.to[0].format(&bindings, &rule.vars).unwrap();
+                    Some((name, rule.grouped, rule.expert_axis))
+                }
+                Some(Taken::Drop { .. }) | None => None,
+            };
+            assert_eq!(got.as_ref().map(|(n, g, e)| (n.as_str(), *g, *e)), expected, "{hf}");
+        }
+    }
+
+    #[test]
+    fn the_outermost_known_model_type_decides() {
+        let chosen = |types: &[&str]| {
+            let types: Vec<String> = types.iter().map(|t| (*t).to_owned()).collect();
+            Mapping::for_model_types(&types).unwrap().list().name
+        };
+        assert_eq!(chosen(&["kimi_k25", "kimi_k2"]), "kimi-k25-vl");
+        assert_eq!(chosen(&["kimi_k2"]), "deepseek-v3");
+        assert_eq!(chosen(&["wrapped", "gpt_oss"]), "gpt-oss");
+        let mut types: Vec<_> = shipped().into_iter().flat_map(|m| m.model_types).collect();
+        let all = types.len();
+        types.sort();
+        types.dedup();
+        assert_eq!(types.len(), all, "one mapping for a model type");
     }
 
     #[test]

@@ -174,12 +174,28 @@ pub enum Row {
     },
 }
 
+/// The two sides of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    /// The checkpoint's names.
+    Hf,
+    /// The layout's names.
+    To,
+}
+
 impl Row {
-    fn takes_hf(&self, name: &str) -> bool {
-        match self {
-            Row::Map(rule) => rule.hf.iter().any(|t| t.bind(name, &rule.vars).is_some()),
-            Row::Drop { hf, vars, .. } => hf.iter().any(|t| t.bind(name, vars).is_some()),
+    fn templates(&self, side: Side) -> &[NameTemplate] {
+        match (self, side) {
+            (Row::Map(rule), Side::Hf) => &rule.hf,
+            (Row::Map(rule), Side::To) => &rule.to,
+            (Row::Drop { hf, .. }, Side::Hf) => hf.as_slice(),
+            (Row::Drop { to, .. }, Side::To) => to.as_slice(),
         }
+    }
+
+    fn takes(&self, side: Side, name: &str) -> bool {
+        let (Row::Map(Rule { vars, .. }) | Row::Drop { vars, .. }) = self;
+        self.templates(side).iter().any(|t| t.bind(name, vars).is_some())
     }
 }
 
@@ -200,6 +216,8 @@ pub struct Rule {
     pub hf_shape: Option<Vec<u64>>,
     /// Whether these are expert weights, which always have the output dtype.
     pub grouped: bool,
+    /// Whether the layout's first axis counts experts.
+    pub expert_axis: bool,
     pub(super) text: String,
 }
 
@@ -340,26 +358,43 @@ impl Layout {
         })
     }
 
-    /// Refuses a rule all of whose checkpoint names an earlier rule takes.
+    /// Whether a rule names a tensor of either side without `{r}`: more certain of what it is than
+    /// any template that takes names by their ends.
+    pub fn writes_out(&self, name: &str) -> bool {
+        self.rows.iter().any(|row| match row {
+            Row::Map(rule) => {
+                let mut names = rule.hf.iter().chain(&rule.to).filter(|t| !t.has_rest());
+                names.any(|t| t.bind(name, &rule.vars).is_some())
+            }
+            Row::Drop { .. } => false,
+        })
+    }
+
+    /// Refuses a rule all of whose names on a side an earlier rule takes: it would never be used
+    /// in that direction, and the other rule would give its tensors other names.
     pub(super) fn refuse_unreachable(&self) -> Result<(), MappingError> {
         // Samples of what a rule takes: the ends of each index's range, and a rest that no
         // literal of another rule is likely to be.
         let last = |bound: Option<u64>| bound.map_or(u64::MAX / 4, |b| b.saturating_sub(1));
         for (at, row) in self.rows.iter().enumerate() {
-            let (templates, vars, text) = match row {
-                Row::Map(rule) => (rule.hf.iter().collect::<Vec<_>>(), &rule.vars, &rule.text),
-                Row::Drop { hf, vars, text, .. } => (hf.iter().collect(), vars, text),
+            let (vars, text) = match row {
+                Row::Map(rule) => (&rule.vars, &rule.text),
+                Row::Drop { vars, text, .. } => (vars, text),
             };
-            let mut samples = Vec::new();
-            for sample in
-                [Bindings::sample(vars, |_| 0, "\u{1}"), Bindings::sample(vars, last, "\u{1}")]
-            {
-                samples.extend(templates.iter().filter_map(|t| t.format(&sample, vars)));
-            }
-            let taken = |name: &String| self.rows[..at].iter().any(|r| r.takes_hf(name));
-            if !samples.is_empty() && samples.iter().all(taken) {
-                let why = "can never match, an earlier rule takes all its names";
-                return Err(MappingError::rule(text, why));
+            let ends =
+                [Bindings::sample(vars, |_| 0, "\u{1}"), Bindings::sample(vars, last, "\u{1}")];
+            for (side, why) in [
+                (Side::Hf, "can never match, an earlier rule takes all its names"),
+                (Side::To, "can never match on the way back, an earlier rule takes all its names"),
+            ] {
+                let names = row.templates(side);
+                let mut samples =
+                    ends.iter().flat_map(|b| names.iter().filter_map(|t| t.format(b, vars)));
+                let taken = |name: String| self.rows[..at].iter().any(|r| r.takes(side, &name));
+                let unbound = samples.clone().next().is_none();
+                if !unbound && samples.all(taken) {
+                    return Err(MappingError::rule(text, why));
+                }
             }
         }
         Ok(())

@@ -7,6 +7,7 @@
 mod file;
 mod layout;
 mod op;
+mod raw;
 mod template;
 
 pub use file::{Mapping, ModelName, shipped};

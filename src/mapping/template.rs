@@ -6,7 +6,8 @@
 //! ```
 //! `{l:KEY}` is an index below an integer of config.json, `{l:KEY=0}` the same with a default for
 //! a config that lacks the key, `{l}` any index; `{k+KEY:BOUND}` is an index that is written with
-//! an integer of config.json added. `{r}` is the rest: at least one character of anything.
+//! an integer of config.json added, `{k+KEY+KEY:BOUND}` with several. `{r}` is the rest: at least
+//! one character of anything.
 //! Indices are decimal without leading zeros.
 
 use std::fmt;
@@ -63,7 +64,7 @@ impl ConfigKey {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum RawPiece {
     Literal(String),
-    Index { var: String, plus: Option<ConfigKey>, bound: Option<ConfigKey> },
+    Index { var: String, plus: Vec<ConfigKey>, bound: Option<ConfigKey> },
     Rest,
 }
 
@@ -107,8 +108,10 @@ impl RawTemplate {
                 Some((head, key)) => (head, Some(ConfigKey::parse(key)?)),
             };
             let (var, plus) = match head.split_once('+') {
-                None => (head, None),
-                Some((var, key)) => (var, Some(ConfigKey::parse(key)?)),
+                None => (head, Vec::new()),
+                Some((var, keys)) => {
+                    (var, keys.split('+').map(ConfigKey::parse).collect::<Result<_, _>>()?)
+                }
             };
             if var.is_empty() || !var.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
                 return Err(fail("a variable needs a name of letters, digits and `_`"));
@@ -118,7 +121,7 @@ impl RawTemplate {
             }
             vars.push(var);
             if var == "r" {
-                if bound.is_some() || plus.is_some() {
+                if bound.is_some() || !plus.is_empty() {
                     return Err(fail("`{r}` takes no bound"));
                 }
                 pieces.push(RawPiece::Rest);
@@ -158,7 +161,9 @@ impl RawTemplate {
                 RawPiece::Rest => Piece::Rest,
                 RawPiece::Index { var, plus, bound } => {
                     let bound = bound.as_ref().map(|b| b.resolve(config)).transpose()?;
-                    let plus = plus.as_ref().map_or(Ok(0), |p| p.resolve(config))?;
+                    let plus = plus.iter().try_fold(0, |sum: u64, key| {
+                        Ok::<_, MappingError>(sum.saturating_add(key.resolve(config)?))
+                    })?;
                     let var = vars.declare(var, bound).ok_or_else(|| {
                         MappingError::template(&self.text, "a variable with two bounds")
                     })?;
@@ -207,6 +212,16 @@ impl Variables {
     /// The first value that the variable cannot take, where the mapping bounds it.
     pub fn bound(&self, var: Var) -> Option<u64> {
         self.0[var.0].1
+    }
+
+    /// Whether each of these templates has all variables, and all or none have `{r}`: then what
+    /// one of them binds, the others can write.
+    pub fn same_in<'a>(&self, templates: impl IntoIterator<Item = &'a NameTemplate>) -> bool {
+        let mut rest = None;
+        templates.into_iter().all(|t| {
+            let same = *rest.get_or_insert(t.has_rest()) == t.has_rest();
+            same && self.all().all(|v| t.has(v))
+        })
     }
 
     /// All of them, in the order of their declaration.
@@ -384,6 +399,9 @@ mod tests {
             ("a.{l}.b", "a.99999999999999999999999.b", false),
             ("m.{k+layers:experts}.{r}", "m.48.x.y", true),
             ("m.{k+layers:experts}.{r}", "m.47.x", false),
+            ("m.{k+layers+experts}.{r}", "m.304.x", true),
+            ("m.{k+layers+experts}.{r}", "m.303.x", false),
+            ("m.{k+layers+absent=2}.{r}", "m.50.x", true),
             ("m.{k:absent=0}.{r}", "m.0.x", false),
             ("{r}.weight", "x.weight", true),
             ("{r}.weight", ".weight", false),
@@ -397,9 +415,18 @@ mod tests {
 
     #[test]
     fn bad_templates_are_refused() {
-        for text in
-            ["a{", "a}", "{r}.{r}", "{a}{b}", "{a}.{a}", "{}", "{a:}", "{r:layers}", "{a:k=x}"]
-        {
+        for text in [
+            "a{",
+            "a}",
+            "{r}.{r}",
+            "{a}{b}",
+            "{a}.{a}",
+            "{}",
+            "{a:}",
+            "{r:layers}",
+            "{a:k=x}",
+            "{a+b+}",
+        ] {
             assert!(RawTemplate::parse(text).is_err(), "`{text}`");
         }
         let mut vars = Variables::default();

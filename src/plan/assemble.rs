@@ -91,7 +91,7 @@ pub fn from_layout(
         let missing = |j: usize| rule.to[j].format(&bindings, &rule.vars).unwrap_or_default();
         let Some(ids) = all_there(&slots, missing, problems) else { continue };
         let shapes: Vec<Vec<u64>> =
-            ids.iter().map(|m| matrices[m.index()].shape.dims().to_vec()).collect();
+            ids.iter().map(|m| matrices[m.index()].logical_dims()).collect();
         let name_of = |m: MatrixId| &matrices[m.index()].name;
         let assembled = rule.part_shape(&shapes).and_then(|shape| {
             let tensors = rule.assemble(&vec![shape.clone(); rule.hf.len()])?;
@@ -110,6 +110,7 @@ pub fn from_layout(
             continue;
         }
         for (tensor, m) in tensors.into_iter().zip(&ids) {
+            let of_matrix = matrices[m.index()].logical_map();
             for piece in tensor.pieces {
                 let Some(name) = rule.part_name(piece.part, piece.stacked, &bindings) else {
                     continue;
@@ -117,7 +118,7 @@ pub fn from_layout(
                 let entry = logical
                     .entry(name)
                     .or_insert_with(|| Logical { shape: shape.clone(), parts: Vec::new() });
-                entry.parts.push((*m, piece.map.inverse()));
+                entry.parts.extend(piece.map.inverse().after(&of_matrix).map(|map| (*m, map)));
             }
         }
     }
@@ -222,7 +223,7 @@ fn group_targets(
             .collect();
         Target {
             name: target_name(j),
-            expert_axis: rule.grouped && !tensor.shape.is_empty(),
+            expert_axis: rule.expert_axis && !tensor.shape.is_empty(),
             shape: tensor.shape,
             fragments: fragments_of(fragments),
             grouped: rule.grouped,

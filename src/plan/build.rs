@@ -14,7 +14,7 @@ use super::slice::{self, ExpertParallel, ExpertShard};
 use super::{Body, Directory, Plan, Quantization, Quantized, TensorId, TensorPlan, cover, sources};
 use crate::mapping::{Layout, LayoutName, QuantizationConfig, Resolved, Taken};
 use crate::source::{Checkpoint, Config};
-use crate::tensor::{BoxMap, DType, Float, Shape};
+use crate::tensor::{DType, Float, Shape};
 
 /// What the user asks of a view.
 #[derive(Clone, Debug)]
@@ -139,8 +139,15 @@ impl Plan {
         layer.add_facets(facets.tensors, options, &mut directories)?;
         let Layers { tensors, problems, .. } = layer;
         problems.finish()?;
-        let quantization =
-            quantization(checkpoint, mapping, options, &matrices, &targets, &facets.quantized)?;
+        let quantization = quantization(
+            checkpoint,
+            mapping,
+            options,
+            from,
+            &matrices,
+            &targets,
+            &facets.quantized,
+        )?;
         let parts = SummaryParts {
             mapping,
             from,
@@ -320,7 +327,15 @@ fn facets(
         None => {
             let text = |key: &str| checkpoint.config().string(key).ok().map(str::to_owned);
             let scale_dtype = quantize.scale_dtype;
-            Ok(quantize::by_mapping(mapping, &text, scale_dtype, targets, problems))
+            let facets = quantize::by_mapping(mapping, &text, scale_dtype, targets, problems);
+            if facets.quantized.is_empty() {
+                return Err(PlanError::Option(format!(
+                    "the mapping `{}` does not say which tensors of this checkpoint are quantized; \
+                     take them from a checkpoint with --scales-from",
+                    mapping.name
+                )));
+            }
+            Ok(facets)
         }
     }
 }
@@ -330,12 +345,14 @@ fn quantization(
     checkpoint: &Checkpoint,
     mapping: &Resolved,
     options: &PlanOptions,
+    from: LayoutName,
     matrices: &[Matrix],
     targets: &[Target],
     quantized: &[Quantized],
 ) -> Result<Quantization, PlanError> {
     if quantized.is_empty() {
-        let was = matrices.iter().any(|m| m.scales.is_some());
+        // A grouped layout is never quantized: its config.json may be the published one all the same.
+        let was = from != LayoutName::Hf || matrices.iter().any(|m| m.scales.is_some());
         return Ok(if was { Quantization::Remove } else { Quantization::Keep });
     }
     let original = options.quantize.as_ref().and_then(|q| q.original.as_deref());
@@ -397,7 +414,7 @@ fn source_layout(
     };
     let as_layout = |layout: &Layout, m: &Matrix| match layout.take_to(&m.name) {
         Some(Taken::Map { rule, part, .. }) => {
-            !rule.is_identity() && rule.fits_layout(part, m.shape.dims())
+            !rule.is_identity() && rule.fits_layout(part, &m.logical_dims())
         }
         Some(Taken::Drop { .. }) | None => false,
     };
@@ -438,11 +455,8 @@ fn unmapped(
             Unmapped::Drop => {}
             Unmapped::Keep => targets.push(Target {
                 name: matrix.name.to_string(),
-                shape: matrix.shape.dims().to_vec(),
-                fragments: vec![super::Fragment {
-                    map: BoxMap::identity(matrix.shape.dims()),
-                    matrix: id,
-                }],
+                shape: matrix.logical_dims(),
+                fragments: vec![super::Fragment { map: matrix.logical_map(), matrix: id }],
                 grouped: false,
                 expert_axis: false,
             }),

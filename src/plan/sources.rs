@@ -4,7 +4,7 @@
 use super::matrix::{Band, Matrix, MatrixScales, ScaleReading, fused_bands};
 use super::problems::{PlanError, Problem, Problems};
 use crate::codec::{ScaleGrid, Scheme};
-use crate::mapping::{Bindings, Encoding, Resolved, Taken};
+use crate::mapping::{Bindings, Encoding, Resolved};
 use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Shape};
 
@@ -252,8 +252,8 @@ impl Grouping<'_> {
                 continue;
             }
             let tensor = self.checkpoint.tensor(id);
-            let orphan =
-                is_a_part(mapping, &tensor.name) && !renamed_by_a_layout(mapping, &tensor.name);
+            let orphan = is_a_part(mapping, &tensor.name)
+                && !mapping.layouts().any(|l| l.writes_out(&tensor.name));
             if orphan {
                 self.problems.add(Problem::MissingPayload, &tensor.name);
                 continue;
@@ -269,15 +269,6 @@ fn is_a_part(mapping: &Resolved, name: &str) -> bool {
     mapping.encodings.iter().any(|e| {
         let mut parts = e.scale.iter().chain(&e.shape);
         parts.any(|t| t.bind(name, &e.vars).is_some())
-    })
-}
-
-/// Whether a layout gives a tensor this name, where the checkpoint has another for it: then it is
-/// what the layout says, whatever it looks like.
-fn renamed_by_a_layout(mapping: &Resolved, name: &str) -> bool {
-    mapping.layouts().any(|layout| match layout.take_to(name) {
-        Some(Taken::Map { rule, .. }) => !rule.is_identity(),
-        Some(Taken::Drop { .. }) | None => false,
     })
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mount_ckpt::mapping::Mapping;
-use mount_ckpt::plan::{Plan, PlanOptions, TensorId};
+use mount_ckpt::plan::{Plan, PlanError, PlanOptions, TensorId};
 use mount_ckpt::read::{Engine, EngineOptions};
 use mount_ckpt::source::Checkpoint;
 
@@ -32,13 +32,43 @@ pub fn tensors_of(path: &Path) -> BTreeMap<String, Tensor> {
         .collect()
 }
 
+/// Writes a checkpoint directory: a config.json and one shard.
+pub fn write_checkpoint(dir: &Path, config: &str, tensors: &BTreeMap<String, Tensor>) {
+    std::fs::write(dir.join("config.json"), config).unwrap();
+    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+        let dtype = serde_json::from_value(serde_json::Value::from(dtype.as_str())).unwrap();
+        let tensor = safetensors::tensor::TensorView::new(dtype, shape.clone(), bytes).unwrap();
+        (name, tensor)
+    });
+    let path = dir.join("model.safetensors");
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+}
+
+/// The plan of a checkpoint's view, by the shipped mapping `model`.
+pub fn plan(model: &str, dir: &Path, options: &PlanOptions) -> Result<Plan, PlanError> {
+    planned(&Mapping::named(model).unwrap(), dir, options).map(|(_, plan)| plan)
+}
+
 /// An engine over a checkpoint, by the shipped mapping `model`.
 pub fn engine(model: &str, dir: &Path, options: &PlanOptions) -> Engine {
-    let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
-    let mapping = Mapping::named(model).unwrap();
-    let mapping = mapping.resolve(&|key| checkpoint.config().int(key).ok()).unwrap();
-    let plan = Plan::build(&checkpoint, &mapping, options).unwrap_or_else(|e| panic!("{e}"));
+    engine_of(&Mapping::named(model).unwrap(), dir, options)
+}
+
+/// An engine over a checkpoint, by any mapping.
+pub fn engine_of(mapping: &Mapping, dir: &Path, options: &PlanOptions) -> Engine {
+    let (checkpoint, plan) = planned(mapping, dir, options).unwrap_or_else(|e| panic!("{e}"));
     Engine::new(checkpoint, Arc::new(plan), EngineOptions { cache_bytes: 64 << 20 })
+}
+
+fn planned(
+    mapping: &Mapping,
+    dir: &Path,
+    options: &PlanOptions,
+) -> Result<(Arc<Checkpoint>, Plan), PlanError> {
+    let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
+    let mapping = mapping.resolve(&|key| checkpoint.config().int(key).ok())?;
+    let plan = Plan::build(&checkpoint, &mapping, options)?;
+    Ok((checkpoint, plan))
 }
 
 /// All tensors of the root, read whole.

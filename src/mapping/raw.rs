@@ -1,0 +1,158 @@
+//! A mapping file as TOML gives it: every key, nothing looked up and nothing checked.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct RawMapping {
+    pub(super) name: String,
+    pub(super) title: String,
+    #[serde(default)]
+    pub(super) model_types: Vec<String>,
+    #[serde(default)]
+    pub(super) alias: Vec<RawAlias>,
+    #[serde(default)]
+    pub(super) encoding: Vec<RawEncoding>,
+    pub(super) native: Option<RawLayout>,
+    pub(super) transformers: Option<RawLayout>,
+    pub(super) quantization: Option<RawQuantization>,
+    #[serde(default)]
+    pub(super) set: BTreeMap<String, Vec<RawRow>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawAlias {
+    pub(super) from: String,
+    pub(super) to: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct RawEncoding {
+    pub(super) scheme: String,
+    pub(super) matrix: OneOrMany<String>,
+    pub(super) payload: Option<OneOrMany<String>>,
+    pub(super) scale: OneOrMany<String>,
+    pub(super) shape: Option<String>,
+    pub(super) block: [u64; 2],
+    #[serde(default)]
+    pub(super) fused_shards: bool,
+    #[serde(default)]
+    pub(super) transposed: bool,
+    #[serde(default)]
+    pub(super) quantizes: Vec<String>,
+    pub(super) scale_dtype: Option<String>,
+    pub(super) shards: Option<String>,
+    pub(super) when: Option<RawWhen>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawWhen {
+    pub(super) key: String,
+    pub(super) is: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawQuantization {
+    pub(super) within: Option<String>,
+    pub(super) unquantized: Option<String>,
+    pub(super) value: serde_json::Value,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct RawLayout {
+    #[serde(default)]
+    pub(super) cast_floats: bool,
+    #[serde(default)]
+    pub(super) rule: Vec<RawRow>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct RawRow {
+    pub(super) hf: Option<OneOrMany<String>>,
+    pub(super) to: Option<OneOrMany<String>>,
+    pub(super) same: Option<OneOrMany<String>>,
+    #[serde(default)]
+    pub(super) ops: Vec<RawOp>,
+    #[serde(default)]
+    pub(super) grouped: bool,
+    #[serde(default)]
+    pub(super) expert_axis: bool,
+    pub(super) hf_shape: Option<Vec<String>>,
+    pub(super) drop: Option<String>,
+    pub(super) scope: Option<RawScope>,
+    #[serde(rename = "use")]
+    pub(super) set: Option<String>,
+}
+
+impl RawRow {
+    /// The names that the file writes, in the order of their keys.
+    pub(super) fn names(&self) -> impl Iterator<Item = &String> {
+        [&self.hf, &self.to, &self.same].into_iter().flatten().flat_map(OneOrMany::as_slice)
+    }
+
+    /// Whether it says something of values, which only a rule with names can.
+    pub(super) fn speaks_of_values(&self) -> bool {
+        !self.ops.is_empty() || self.grouped || self.expert_axis || self.hf_shape.is_some()
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawScope {
+    pub(super) hf: String,
+    pub(super) to: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    pub(super) fn as_slice(&self) -> &[T] {
+        match self {
+            OneOrMany::One(one) => std::slice::from_ref(one),
+            OneOrMany::Many(many) => many,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum RawOp {
+    Word(RawWord),
+    Concat(RawConcat),
+    Interleave(RawInterleave),
+    Split(RawSplit),
+    Rotary(RawRotary),
+    Stack(RawStack),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum RawWord {
+    Transpose,
+}
+
+macro_rules! raw_op {
+    ($name:ident { $($field:ident : $type:ty),+ }) => {
+        #[derive(Clone, Debug, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub(super) struct $name { $(pub(super) $field: $type),+ }
+    };
+}
+raw_op!(RawConcat { concat: usize });
+raw_op!(RawInterleave { interleave: usize });
+raw_op!(RawSplit { split: usize });
+raw_op!(RawRotary { rotary: usize, heads: String, of: Vec<usize> });
+raw_op!(RawStack { stack: String });

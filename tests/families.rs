@@ -1,0 +1,301 @@
+//! Families that are data alone: their other releases, and what their tables refuse.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{
+    Tensor, Zeros, assert_same, engine, golden, plan, tensors_of, tensors_of_engine,
+    write_checkpoint,
+};
+use mount_ckpt::mapping::LayoutName;
+use mount_ckpt::plan::{
+    ExpertParallel, ExpertShard, PlanOptions, Quantization, Quantize, Unmapped,
+};
+use mount_ckpt::source::Checkpoint;
+use mount_ckpt::tensor::Float;
+use serde_json::{Value, json};
+
+type Tensors = BTreeMap<String, Tensor>;
+
+fn published(folder: &str) -> (Value, Tensors) {
+    let dir = golden(folder).join("checkpoint");
+    let config = std::fs::read(dir.join("config.json")).unwrap();
+    let files = std::fs::read_dir(dir).unwrap().map(|f| f.unwrap().path());
+    let shards = files.filter(|f| f.extension().is_some_and(|e| e == "safetensors"));
+    (serde_json::from_slice(&config).unwrap(), shards.flat_map(|f| tensors_of(&f)).collect())
+}
+
+fn directory(config: &Value, tensors: &Tensors) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    write_checkpoint(dir.path(), &config.to_string(), tensors);
+    dir
+}
+
+fn native(model: &str, dir: &Path) -> Tensors {
+    tensors_of_engine(&engine(model, dir, &PlanOptions::default()))
+}
+
+fn to(layout: LayoutName) -> PlanOptions {
+    PlanOptions { to: Some(layout), ..PlanOptions::default() }
+}
+
+/// The tensors under other names; those without one are left out.
+fn renamed(tensors: &Tensors, name: impl Fn(&str) -> Option<String>) -> Tensors {
+    tensors.iter().filter_map(|(n, t)| Some((name(n)?, t.clone()))).collect()
+}
+
+fn f32s(shape: &[usize]) -> Tensor {
+    ("F32".to_owned(), shape.to_vec(), vec![0; 4 * shape.iter().product::<usize>()])
+}
+
+#[test]
+fn names_beside_the_table_are_refused() {
+    let cases = [
+        ("deepseek-v3", "model.layers.1.mlp.experts.3.gate_proj.weight"),
+        ("deepseek-v3", "model.layers.1.mlp.experts.03.gate_proj.weight"),
+        ("deepseek-v3", "model.layers.1.self_attn.indexer.wk.weight"),
+        ("deepseek-v3", "model.layers.1.eh_proj.weight"),
+        ("glm4-moe", "model.layers.1.self_attn.o_proj.bias"),
+        ("glm4-moe", "model.layers.1.mlp.experts.gate_up_proj.weight"),
+        ("gpt-oss", "model.layers.2.mlp.experts.gate_up_proj"),
+        ("gpt-oss", "model.layers.0.mlp.gate.extra"),
+        ("minimax-m2", "model.layers.0.block_sparse_moe.experts.0.w4.weight"),
+        ("minimax-m2", "model.layers.2.input_layernorm.weight"),
+        ("minimax-m2", "model.mtp.norm.weight"),
+        ("qwen3-moe", "model.layers.0.mlp.shared_expert.up_proj.weight"),
+        ("qwen3-moe", "lm_head.bias"),
+    ];
+    for (model, name) in cases {
+        let (config, mut tensors) = published(model);
+        tensors.insert(name.to_owned(), f32s(&[2, 2]));
+        let dir = directory(&config, &tensors);
+        for layout in [LayoutName::Native, LayoutName::Transformers, LayoutName::Hf] {
+            let message = plan(model, dir.path(), &to(layout)).unwrap_err().to_string();
+            let expected = format!(
+                "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+                 `{name}`"
+            );
+            assert_eq!(message, expected, "{model} {layout}");
+        }
+    }
+}
+
+/// They were dropped as if they belonged to a depth that the config does not have.
+#[test]
+fn names_beside_the_table_of_an_mtp_layer_are_refused() {
+    let cases = [
+        ("deepseek-v3", "deepseek-v3", "model.layers.2.mlp.experts.3.gate_proj.weight"),
+        ("glm4-moe", "glm4-moe", "model.layers.2.shared_head.bias"),
+        ("deepseek-v4-flash", "deepseek-v4", "mtp.0.ffn.experts.3.w1.weight"),
+        ("deepseek-v4-flash", "deepseek-v4", "mtp.0.unknown.weight"),
+    ];
+    for (folder, model, name) in cases {
+        let (config, mut tensors) = published(folder);
+        tensors.insert(name.to_owned(), f32s(&[2, 2]));
+        let dir = directory(&config, &tensors);
+        let message = plan(model, dir.path(), &to(LayoutName::Native)).unwrap_err().to_string();
+        assert!(message.ends_with(&format!("to go on): `{name}`")), "{message}");
+    }
+}
+
+#[test]
+fn mtp_layers_beyond_the_config_are_dropped_and_counted() {
+    let (mut config, tensors) = published("deepseek-v3");
+    config["num_nextn_predict_layers"] = json!(0);
+    let dir = directory(&config, &tensors);
+    let mut expected = tensors_of(&golden("deepseek-v3").join("native.safetensors"));
+    expected.retain(|name, _| !name.starts_with("model.layers.2."));
+    assert_same(&native("deepseek-v3", dir.path()), &expected, Zeros::Signed);
+    let plan = plan("deepseek-v3", dir.path(), &PlanOptions::default()).unwrap();
+    let reason = "MTP depth at or above num_nextn_predict_layers";
+    assert!(plan.to_string().contains(reason), "{plan}");
+}
+
+/// Kimi K2 Thinking has DeepSeek V3's names and Kimi K2.5's INT4 experts.
+#[test]
+fn int4_release_of_kimi_k2() {
+    let text = |name: &str| {
+        let name = name.strip_prefix("language_model.")?;
+        (!name.contains("proj.0.")).then(|| name.to_owned())
+    };
+    let (config, tensors) = published("kimi-k25-vl");
+    let mut config = config["text_config"].clone();
+    config["model_type"] = json!("kimi_k2");
+    let dir = directory(&config, &renamed(&tensors, text));
+    // The VL model's native layout casts floats that this one keeps: transformers' casts none.
+    let source = golden("kimi-k25-vl").join("checkpoint");
+    let vl = tensors_of_engine(&engine("kimi-k25-vl", &source, &to(LayoutName::Transformers)));
+    let expected = renamed(&vl, |name| {
+        let rest = name.strip_prefix("model.language_model.").map(|r| format!("model.{r}"));
+        rest.or_else(|| name.starts_with("lm_head").then(|| name.to_owned()))
+    });
+    let options = to(LayoutName::Transformers);
+    let got = tensors_of_engine(&engine("deepseek-v3", dir.path(), &options));
+    assert_same(&got, &expected, Zeros::Signed);
+}
+
+/// The reference casts the raw codes of these releases and drops their scales.
+#[test]
+fn fp8_release_of_qwen3_moe() {
+    let name = |name: &str| {
+        let name = name.replace("block_sparse_moe.", "mlp.");
+        let parts = [(".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj.")];
+        let name = parts.iter().fold(name, |n, (from, to)| n.replace(from, to));
+        (!name.ends_with("e_score_correction_bias")).then_some(name)
+    };
+    let (mut config, tensors) = published("minimax-m2");
+    config["model_type"] = json!("qwen3_moe");
+    config["num_experts"] = config["num_local_experts"].clone();
+    let dir = directory(&config, &renamed(&tensors, name));
+    let golden = tensors_of(&golden("minimax-m2").join("native.safetensors"));
+    assert_same(&native("qwen3-moe", dir.path()), &renamed(&golden, name), Zeros::Signed);
+}
+
+#[test]
+fn fp8_release_of_glm_with_a_scale_a_row_is_refused() {
+    let (config, mut tensors) = published("glm4-moe");
+    let payload = ("F8_E4M3".to_owned(), vec![64, 64], vec![0; 64 * 64]);
+    tensors.insert("model.layers.0.mlp.up_proj.weight".to_owned(), payload);
+    tensors.insert("model.layers.0.mlp.up_proj.weight_scale".to_owned(), f32s(&[64, 1]));
+    let dir = directory(&config, &tensors);
+    let message = plan("glm4-moe", dir.path(), &PlanOptions::default()).unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+         `model.layers.0.mlp.up_proj.weight_scale`; 1 missing scale: \
+         `model.layers.0.mlp.up_proj.weight_scale_inv` (for `model.layers.0.mlp.up_proj.weight`, \
+         which is F8_E4M3)"
+    );
+}
+
+#[test]
+fn bf16_release_of_gpt_oss_is_verbatim() {
+    let source = golden("gpt-oss").join("checkpoint");
+    let (config, _) = published("gpt-oss");
+    let hf = tensors_of_engine(&engine("gpt-oss", &source, &to(LayoutName::Hf)));
+    let dir = directory(&config, &hf);
+    for layout in [LayoutName::Native, LayoutName::Transformers, LayoutName::Hf] {
+        let engine = engine("gpt-oss", dir.path(), &to(layout));
+        assert!(engine.plan().tensors.iter().all(|t| t.is_verbatim()), "{layout}");
+    }
+    let golden = tensors_of(&golden("gpt-oss").join("native.safetensors"));
+    assert_same(&native("gpt-oss", dir.path()), &golden, Zeros::Signed);
+}
+
+#[test]
+fn biases_of_stacked_experts_are_cut_and_not_cast() {
+    let options = PlanOptions {
+        dtype: Float::F32,
+        expert_parallel: Some(ExpertParallel { size: 2, rank: Some(1) }),
+        expert_shard: Some(ExpertShard { size: 2, rank: 1 }),
+        ..PlanOptions::default()
+    };
+    let source = golden("gpt-oss").join("checkpoint");
+    let got = tensors_of_engine(&engine("gpt-oss", &source, &options));
+    let bias = "model.layers.0.mlp.experts.gate_up_proj_bias";
+    let cases: [(&str, &str, &[usize]); 4] = [
+        ("model.layers.0.mlp.experts.gate_and_up_projs", "F32", &[1, 48, 128]),
+        ("model.layers.0.mlp.experts.down_projs", "F32", &[1, 32, 96]),
+        (bias, "BF16", &[1, 64]),
+        ("model.layers.0.mlp.experts.down_proj_bias", "BF16", &[1, 48]),
+    ];
+    for (name, dtype, shape) in cases {
+        assert_eq!((&*got[name].0, &*got[name].1), (dtype, shape), "{name}");
+    }
+    // Expert 2 of 3, columns 64..128 of 128, two bytes each.
+    let whole = &published("gpt-oss").1[bias].2;
+    assert_eq!(got[bias].2, whole[(2 * 128 + 64) * 2..]);
+}
+
+#[test]
+fn unmapped_transposed_matrix_is_kept_as_the_rules_would_know_it() {
+    let (mut config, tensors) = published("gpt-oss");
+    config["num_hidden_layers"] = json!(1);
+    let dir = directory(&config, &tensors);
+    let options = PlanOptions { unmapped: Unmapped::Keep, ..PlanOptions::default() };
+    let got = tensors_of_engine(&engine("gpt-oss", dir.path(), &options));
+    let golden = tensors_of(&golden("gpt-oss").join("native.safetensors"));
+    let pair = |tensors: &Tensors, name: &str| {
+        BTreeMap::from([(
+            "x".to_owned(),
+            tensors[&format!("model.layers.1.mlp.experts.{name}")].clone(),
+        )])
+    };
+    assert_same(&pair(&got, "gate_up_proj"), &pair(&golden, "gate_and_up_projs"), Zeros::Signed);
+}
+
+/// Training frameworks copy config.json beside the weights that they save.
+#[test]
+fn grouped_directory_loses_the_quantization_of_its_config() {
+    let (config, _) = published("deepseek-v3");
+    let tensors = tensors_of(&golden("deepseek-v3").join("native.safetensors"));
+    let dir = directory(&config, &tensors);
+    let plan = plan("deepseek-v3", dir.path(), &PlanOptions::default()).unwrap();
+    assert_eq!(plan.quantization, Quantization::Remove);
+}
+
+#[test]
+fn native_directory_is_quantized_as_its_release_is() {
+    let options = PlanOptions {
+        quantize: Some(Quantize { original: None, scale_dtype: None }),
+        ..to(LayoutName::Hf)
+    };
+    let listing = |tensors: &Tensors| {
+        tensors.iter().map(|(n, (d, s, _))| (n.clone(), d.clone(), s.clone())).collect::<Vec<_>>()
+    };
+    for model in ["deepseek-v3", "gpt-oss", "minimax-m2"] {
+        let (mut config, tensors) = published(model);
+        let quantization = config.as_object_mut().unwrap().remove("quantization_config").unwrap();
+        let dir = directory(&config, &tensors_of(&golden(model).join("native.safetensors")));
+        let engine = engine(model, dir.path(), &options);
+        let got = tensors_of_engine(&engine);
+        assert_eq!(listing(&got), listing(&tensors), "{model}");
+        let Quantization::Replace(config) = &engine.plan().quantization else { panic!("{model}") };
+        assert_eq!((&config.value, &config.within), (&quantization, &None), "{model}");
+        // Read as a checkpoint, it is what it was, but for what eight or four bits cannot hold.
+        let mut config = published(model).0;
+        config["quantization_config"] = quantization;
+        let again = directory(&config, &got);
+        let names = |t: &Tensors| t.keys().cloned().collect::<Vec<_>>();
+        let golden = tensors_of(&golden(model).join("native.safetensors"));
+        assert_eq!(names(&native(model, again.path())), names(&golden), "{model}");
+    }
+    // No release of this family is quantized in a way that the mapping can write.
+    let dir = directory(&published("glm4-moe").0, &published("glm4-moe").1);
+    let message = plan("glm4-moe", dir.path(), &options).unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "the mapping `glm4-moe` does not say which tensors of this checkpoint are quantized; take \
+         them from a checkpoint with --scales-from"
+    );
+}
+
+/// Codes that lie under extreme scales do not survive BF16; all of those are in these tensors.
+#[test]
+fn scales_of_the_release_give_its_bytes() {
+    let extremes = [
+        ("deepseek-v3", vec!["model.layers.1.mlp.experts.0.gate_proj.weight"]),
+        ("gpt-oss", vec!["model.layers.0.mlp.experts.gate_up_proj_blocks"]),
+        ("minimax-m2", vec!["model.layers.0.block_sparse_moe.experts.0.w1.weight"]),
+    ];
+    for (model, extremes) in extremes {
+        let (config, tensors) = published(model);
+        let path = golden(model).join("checkpoint");
+        let original = Arc::new(Checkpoint::open(&path).unwrap());
+        let options = PlanOptions {
+            quantize: Some(Quantize { original: Some(original), scale_dtype: None }),
+            ..to(LayoutName::Hf)
+        };
+        let dir = directory(&config, &tensors_of(&golden(model).join("native.safetensors")));
+        let got = tensors_of_engine(&engine(model, dir.path(), &options));
+        let differ = |(name, tensor): (&String, &Tensor)| {
+            (got.get(name) != Some(tensor)).then(|| name.clone())
+        };
+        let different: Vec<_> = tensors.iter().filter_map(differ).collect();
+        assert_eq!(different, extremes, "{model}");
+        assert_eq!(got.len(), tensors.len(), "{model}");
+    }
+}
