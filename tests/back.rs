@@ -450,3 +450,28 @@ fn native_sources_may_have_any_float() {
         assert_eq!(tensor.dtype, dtype.dtype(), "what is not grouped keeps its own");
     }
 }
+
+#[test]
+fn a_router_bias_of_a_hash_layer_does_not_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = golden("deepseek-v4-flash");
+    let mut tensors = tensors_of(&golden.join("native.safetensors"));
+    let bias = |layer: u32| format!("model.layers.{layer}.mlp.gate.e_score_correction_bias");
+    let of_another = tensors[&bias(1)].clone();
+    assert!(tensors.insert(bias(0), of_another).is_none(), "layer 0 is a hash layer");
+    let config = config_of(&golden.join("checkpoint"));
+    for (vision, comes_back) in [("0", false), ("2", true)] {
+        let text = String::from_utf8(config.clone()).unwrap();
+        let text = text.replacen('{', &format!("{{\"vision_n_layers\": {vision},"), 1);
+        write(dir.path(), text.as_bytes(), &tensors);
+        let engine = engine("deepseek-v4", dir.path(), &to(LayoutName::Hf));
+        let plan = engine.plan();
+        let there = |name| plan.tensors.iter().any(|t| &*t.name == name);
+        assert!(there("layers.1.ffn.gate.bias"));
+        assert_eq!(there("layers.0.ffn.gate.bias"), comes_back, "vision_n_layers {vision}");
+        assert_eq!(
+            plan.summary.dropped.contains_key("hash layers have no router bias"),
+            !comes_back
+        );
+    }
+}

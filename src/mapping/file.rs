@@ -275,6 +275,15 @@ fn resolved_rows(
     scope: Option<&RawScope>,
     config: &dyn Fn(&str) -> Option<u64>,
 ) -> Result<Vec<Row>, MappingError> {
+    if let Some(key) = &raw.unless {
+        if raw.drop.is_none() {
+            let text = raw.names().next().map_or("(without names)", String::as_str);
+            return Err(MappingError::rule(text, "`unless` stands with `drop` only"));
+        }
+        if config(key).is_some_and(|n| n > 0) {
+            return Ok(Vec::new());
+        }
+    }
     let Some(same) = &raw.same else { return Ok(vec![resolved_row(raw, scope, config)?]) };
     if raw.hf.is_some() || raw.to.is_some() || raw.drop.is_some() {
         let text = raw.names().next().map_or("(without names)", String::as_str);
@@ -425,6 +434,10 @@ mod tests {
             (
                 rule("same = ['a.{r}', 'a.b']"),
                 "rule `a.b`: can never match, an earlier rule takes all its names",
+            ),
+            (
+                rule("hf = 'a'\nto = 'b'\nunless = 'two'"),
+                "rule `a`: `unless` stands with `drop` only",
             ),
             (
                 rule("hf = 'a'\nto = 'b'\ndrop = 'no'"),

@@ -87,6 +87,7 @@ pub(super) struct RawRow {
     pub(super) expert_axis: bool,
     pub(super) hf_shape: Option<Vec<String>>,
     pub(super) drop: Option<String>,
+    pub(super) unless: Option<String>,
     pub(super) scope: Option<RawScope>,
     #[serde(rename = "use")]
     pub(super) set: Option<String>,
