@@ -107,7 +107,6 @@ pub fn encode_at(
     out: &mut [u8],
     out_stride: usize,
 ) {
-    let _ = level;
     let scales = scales.copied().unwrap_or(Scales::ONE);
     if cols == 0 {
         return;
@@ -117,7 +116,7 @@ pub fn encode_at(
         for row in run.start..run.start + run.len {
             let values = &values[row * stride..][..cols];
             let out = &mut out[row * out_stride..][..code.row_bytes(cols)];
-            encode_row(code, values, &scales, row_scales, out);
+            level.encode_row(code, values, &scales, row_scales, out);
         }
     }
 }
@@ -125,7 +124,15 @@ pub fn encode_at(
 /// Numbers that are in flight between dividing and packing; even.
 const LANES: usize = 256;
 
-fn encode_row(code: Code, values: &[f32], scales: &Scales<'_>, row_scales: &[f32], out: &mut [u8]) {
+/// Encodes one row, whose scales are in `row_scales`.
+#[inline(always)]
+pub(super) fn encode_row(
+    code: Code,
+    values: &[f32],
+    scales: &Scales<'_>,
+    row_scales: &[f32],
+    out: &mut [u8],
+) {
     let nibble = match code {
         Code::E4M3 => {
             for run in scales.col_runs(values.len()) {
@@ -153,6 +160,7 @@ fn encode_row(code: Code, values: &[f32], scales: &Scales<'_>, row_scales: &[f32
     }
 }
 
+#[inline(always)]
 fn cast_row(to: Float, values: &[f32], scales: &Scales<'_>, row_scales: &[f32], out: &mut [u8]) {
     let mut lanes = [0.0; LANES];
     for run in scales.col_runs(values.len()) {

@@ -36,6 +36,8 @@ mod float;
 mod fp8;
 mod nibble;
 pub mod reference;
+mod rows;
+mod scratch;
 pub mod simd;
 #[cfg(test)]
 mod tests;

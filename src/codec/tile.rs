@@ -153,6 +153,7 @@ pub(super) struct Run {
 }
 
 /// The runs of an axis, in order.
+#[derive(Clone)]
 pub(super) struct Runs {
     next: Run,
     end: usize,
