@@ -8,7 +8,7 @@ use super::fp8::Table;
 pub(super) const TABLES: usize = 32;
 
 /// Columns of a strip that is transposed at a time.
-pub(super) const STRIP_COLS: usize = 256;
+pub(super) const STRIP_COLS: usize = 512;
 
 /// Bytes that a strip adds to each row of a transposed output: four cache lines.
 pub(super) const STRIP_ROW_BYTES: usize = 256;

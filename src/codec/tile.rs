@@ -167,6 +167,26 @@ impl Runs {
     }
 }
 
+impl Runs {
+    /// Columns that a whole block has.
+    pub(super) fn block(&self) -> usize {
+        self.block
+    }
+
+    /// The runs as what is left of a first block, whole blocks as one run that starts with the
+    /// index of the first, and the beginning of a last block; empty where there is none.
+    pub(super) fn split(self) -> [Run; 3] {
+        let (left, first) = (self.end - self.next.start, self.next.len);
+        let head = if first < self.block { first.min(left) } else { 0 };
+        let tail = (left - head) % self.block;
+        let head = Run { len: head, ..self.next };
+        let index = head.index + usize::from(head.len > 0);
+        let body = Run { start: head.start + head.len, len: left - head.len - tail, index };
+        let index = index + body.len / self.block;
+        [head, body, Run { start: body.start + body.len, len: tail, index }]
+    }
+}
+
 impl Iterator for Runs {
     type Item = Run;
 
@@ -193,6 +213,34 @@ mod tests {
         let cols: Vec<_> = scales.col_runs(3).map(|r| (r.start, r.len, r.index)).collect();
         assert_eq!(cols, [(0, 3, 0)]);
         assert_eq!(scales.col_runs(0).count(), 0);
+    }
+
+    #[test]
+    fn a_split_has_the_same_runs() {
+        for (end, block, phase) in [
+            (7, 4, 6),
+            (10, 4, 0),
+            (10, 4, 3),
+            (8, 4, 8),
+            (2, 4, 1),
+            (3, 4, 0),
+            (0, 4, 1),
+            (5, 1, 2),
+        ] {
+            let runs = Runs::new(end, block, phase);
+            let mut joined = Vec::new();
+            for part in runs.clone().split() {
+                let whole = part.len / block * block;
+                for at in (0..whole).step_by(block) {
+                    let (start, index) = (part.start + at, part.index + at / block);
+                    joined.push(Run { start, len: block, index });
+                }
+                if part.len > whole {
+                    joined.push(part);
+                }
+            }
+            assert_eq!(runs.collect::<Vec<_>>(), joined, "{end} by {block} from {phase}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::super::float::Half;
 use super::super::fp8::{self, Table};
-use super::super::tile::Runs;
+use super::super::tile::{Run, Runs};
 use super::super::{Code, Scales, encode, rows};
 use super::holds;
 use crate::tensor::Float;
@@ -125,33 +125,67 @@ fn nibbles_to<const F16: bool>(
     scales: &[f32],
     out: &mut [u8],
 ) {
-    let mask = _mm_set1_epi8(15);
-    for run in runs {
-        let [low, high] = sixteen::<F16>(values, scales[run.index]);
-        let results = |codes: __m128i, out: &mut [u8; 64]| {
-            let even = _mm_and_si128(codes, mask);
-            let odd = _mm_and_si128(_mm_srli_epi16::<4>(codes), mask);
-            let halves = [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)];
-            let (out, _) = out.as_chunks_mut::<16>();
-            for (codes, out) in halves.into_iter().zip(out.as_chunks_mut::<2>().0) {
-                let (low, high) = (_mm_shuffle_epi8(low, codes), _mm_shuffle_epi8(high, codes));
-                store16(&mut out[0], _mm_unpacklo_epi8(low, high));
-                store16(&mut out[1], _mm_unpackhi_epi8(low, high));
+    let block = runs.block();
+    let [head, body, tail] = runs.split();
+    nibbles_of::<F16>(values, codes, head, scales, out);
+    if block.is_multiple_of(32) && body.len > 0 {
+        let codes = codes[body.start / 2..][..body.len / 2].chunks_exact(block / 2);
+        let out = out[2 * body.start..][..2 * body.len].chunks_exact_mut(2 * block);
+        let scales = &scales[body.index..][..body.len / block];
+        for ((codes, out), &scale) in codes.zip(out).zip(scales) {
+            let table = sixteen::<F16>(values, scale);
+            let (codes, out) = (codes.as_chunks::<16>().0, out.as_chunks_mut::<64>().0);
+            for (codes, out) in codes.iter().zip(out) {
+                thirty_two(table, load16(codes), out);
             }
-        };
-        let (whole, tail) = out[2 * run.start..][..2 * run.len].as_chunks_mut::<64>();
-        let codes = &codes[run.start / 2..][..run.len.div_ceil(2)];
-        let codes_tail = &codes[16 * whole.len()..];
-        for (codes, out) in codes.as_chunks::<16>().0.iter().zip(whole) {
-            results(load16(codes), out);
         }
-        if !tail.is_empty() {
-            let mut padded = [0; 16];
-            padded[..codes_tail.len()].copy_from_slice(codes_tail);
-            let mut result = [0; 64];
-            results(load16(&padded), &mut result);
-            tail.copy_from_slice(&result[..tail.len()]);
+    } else {
+        for at in (0..body.len).step_by(block) {
+            let (start, index) = (body.start + at, body.index + at / block);
+            nibbles_of::<F16>(values, codes, Run { start, len: block, index }, scales, out);
         }
+    }
+    nibbles_of::<F16>(values, codes, tail, scales, out);
+}
+
+/// One run of nibbles, of any length.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn nibbles_of<const F16: bool>(
+    values: &[f32; 16],
+    codes: &[u8],
+    run: Run,
+    scales: &[f32],
+    out: &mut [u8],
+) {
+    if run.len == 0 {
+        return;
+    }
+    let table = sixteen::<F16>(values, scales[run.index]);
+    let codes = codes[run.start / 2..][..run.len.div_ceil(2)].chunks(16);
+    for (codes, out) in codes.zip(out[2 * run.start..][..2 * run.len].chunks_mut(64)) {
+        let mut padded = [0; 16];
+        padded[..codes.len()].copy_from_slice(codes);
+        let mut result = [0; 64];
+        thirty_two(table, load16(&padded), &mut result);
+        out.copy_from_slice(&result[..out.len()]);
+    }
+}
+
+/// Results of 32 nibbles, by the low and high bytes of a table of sixteen.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn thirty_two([low, high]: [__m128i; 2], codes: __m128i, out: &mut [u8; 64]) {
+    let mask = _mm_set1_epi8(15);
+    let even = _mm_and_si128(codes, mask);
+    let odd = _mm_and_si128(_mm_srli_epi16::<4>(codes), mask);
+    let (out, _) = out.as_chunks_mut::<16>();
+    for (i, codes) in
+        [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)].into_iter().enumerate()
+    {
+        let (low, high) = (_mm_shuffle_epi8(low, codes), _mm_shuffle_epi8(high, codes));
+        store16(&mut out[2 * i], _mm_unpacklo_epi8(low, high));
+        store16(&mut out[2 * i + 1], _mm_unpackhi_epi8(low, high));
     }
 }
 

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::super::float::Half;
 use super::super::fp8::{self, Table};
-use super::super::tile::Runs;
+use super::super::tile::{Run, Runs};
 use super::super::{Code, Scales, encode, rows};
 use super::{avx2, holds};
 use crate::tensor::Float;
@@ -95,47 +95,80 @@ fn nibbles_to<const F16: bool>(
 ) {
     // SAFETY: the array has 64 bytes; the load needs no alignment.
     let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-    for run in runs {
-        let table = sixteen::<F16>(values, scales[run.index]);
-        // `vpermw` takes 5 bits of each index. The fifth is a bit of the other nibble, or 0.
-        let table = _mm512_broadcast_i64x4(table);
-        let results = |codes| {
-            let bytes = _mm512_cvtepu8_epi32(codes);
-            // Each byte b becomes two indices of 16 bits, b and b >> 4.
-            let indices = _mm512_or_si512(bytes, _mm512_slli_epi32::<12>(bytes));
-            _mm512_permutexvar_epi16(indices, table)
-        };
-        let (whole, tail) = out[2 * run.start..][..2 * run.len].as_chunks_mut::<64>();
-        let codes = &codes[run.start / 2..][..run.len.div_ceil(2)];
-        let codes_tail = &codes[16 * whole.len()..];
-        for (codes, out) in codes.as_chunks::<16>().0.iter().zip(whole) {
-            store(out, results(avx2::load16(codes)));
+    let block = runs.block();
+    let [head, body, tail] = runs.split();
+    nibbles_of::<F16>(values, codes, head, scales, out);
+    if block.is_multiple_of(32) && body.len > 0 {
+        let codes = codes[body.start / 2..][..body.len / 2].chunks_exact(block / 2);
+        let out = out[2 * body.start..][..2 * body.len].chunks_exact_mut(2 * block);
+        let scales = &scales[body.index..][..body.len / block];
+        for ((codes, out), &scale) in codes.zip(out).zip(scales) {
+            let table = sixteen::<F16>(values, scale);
+            let (codes, out) = (codes.as_chunks::<16>().0, out.as_chunks_mut::<64>().0);
+            for (codes, out) in codes.iter().zip(out) {
+                store(out, thirty_two(table, avx2::load16(codes)));
+            }
         }
-        if !tail.is_empty() {
-            let mut padded = [0; 16];
-            padded[..codes_tail.len()].copy_from_slice(codes_tail);
-            let mut result = [0; 64];
-            store(&mut result, results(avx2::load16(&padded)));
-            tail.copy_from_slice(&result[..tail.len()]);
+    } else {
+        for at in (0..body.len).step_by(block) {
+            let (start, index) = (body.start + at, body.index + at / block);
+            nibbles_of::<F16>(values, codes, Run { start, len: block, index }, scales, out);
         }
+    }
+    nibbles_of::<F16>(values, codes, tail, scales, out);
+}
+
+/// One run of nibbles, of any length.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn nibbles_of<const F16: bool>(
+    values: __m512,
+    codes: &[u8],
+    run: Run,
+    scales: &[f32],
+    out: &mut [u8],
+) {
+    if run.len == 0 {
+        return;
+    }
+    let table = sixteen::<F16>(values, scales[run.index]);
+    let codes = codes[run.start / 2..][..run.len.div_ceil(2)].chunks(16);
+    for (codes, out) in codes.zip(out[2 * run.start..][..2 * run.len].chunks_mut(64)) {
+        let mut padded = [0; 16];
+        padded[..codes.len()].copy_from_slice(codes);
+        let mut result = [0; 64];
+        store(&mut result, thirty_two(table, avx2::load16(&padded)));
+        out.copy_from_slice(&result[..out.len()]);
     }
 }
 
-/// Sixteen `round(value * scale)`, BF16 or F16.
+/// Results of 32 nibbles, by a table of sixteen in both halves.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn sixteen<const F16: bool>(values: __m512, scale: f32) -> __m256i {
+fn thirty_two(table: __m512i, codes: __m128i) -> __m512i {
+    let bytes = _mm512_cvtepu8_epi32(codes);
+    // Each byte b becomes two indices of 16 bits, b and b >> 4. `vpermw` takes 5 bits of each; the
+    // fifth, a bit of the other nibble or 0, chooses between the halves.
+    let indices = _mm512_or_si512(bytes, _mm512_slli_epi32::<12>(bytes));
+    _mm512_permutexvar_epi16(indices, table)
+}
+
+/// Sixteen `round(value * scale)`, BF16 or F16, twice.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn sixteen<const F16: bool>(values: __m512, scale: f32) -> __m512i {
     // The rounding below must not see a NaN whose payload it would carry into the sign. The one
     // that infinity times zero makes is harmless.
     let scale = if scale.is_nan() { f32::NAN } else { scale };
     let products = _mm512_mul_ps(values, _mm512_set1_ps(scale));
-    if F16 {
-        return _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products);
-    }
-    let bits = _mm512_castps_si512(products);
-    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-    let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half)))
+    _mm512_broadcast_i64x4(if F16 {
+        _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products)
+    } else {
+        let bits = _mm512_castps_si512(products);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+        _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half)))
+    })
 }
 
 /// Transposes whole tiles, 32 rows by 8 columns (2 bytes) or 16 by 4 (4 bytes), what is left of the
