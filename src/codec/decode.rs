@@ -66,7 +66,7 @@ fn straight(
     scratch: &mut Scratch,
 ) {
     let mut rows = Rows { level, to, ahead: 0, tables: &mut scratch.tables };
-    let mut target = match level.stream(tile.rows * tile.cols * to.bytes()) {
+    let mut target = match level.stream(Orientation::Straight, tile.rows * tile.cols * to.bytes()) {
         Some(stream) => {
             Target::Stream { stream, stage: &mut scratch.block.0, out, stride: out_stride }
         }
@@ -86,7 +86,7 @@ fn transposed(
     let width = to.bytes();
     let strip_rows = STRIP_ROW_BYTES / width;
     let stride = STRIP_COLS * width + PAD;
-    let stream = level.stream(tile.rows * tile.cols * width);
+    let stream = level.stream(Orientation::Transposed, tile.rows * tile.cols * width);
     let scales = tile.scales.unwrap_or(Scales::ONE);
     // Strips end where scale blocks of 128 end, whatever the phase, but nibbles start at even columns.
     let phase = if tile.code.bits() < 8 { scales.phase[1] & !1 } else { scales.phase[1] };

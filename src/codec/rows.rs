@@ -1,5 +1,7 @@
 //! Decoding of rows as they lie: by a table where a scale serves enough elements, else by arithmetic.
 
+use std::ops::Range;
+
 use super::float::{self, Half};
 use super::fp8::{self, Table};
 use super::nibble::{self, Nibble};
@@ -79,27 +81,33 @@ impl Rows<'_> {
     fn band(&mut self, tile: &Tile<'_>, col: usize, target: &mut Target<'_>) {
         let (level, to, width) = (self.level, self.to, self.to.bytes());
         let scales = tile.scales.unwrap_or(Scales::ONE);
-        let runs = scales.col_runs(tile.cols);
+        let runs = scales.col_runs(tile.cols).split();
+        let ahead = (self.ahead > 0).then(|| Ahead::new(self.ahead, tile, &scales));
         for rows in scales.row_runs(tile.rows) {
             let row_scales = &scales.values[rows.index * scales.stride..];
             let way = self.way(tile, &scales, rows.len);
             if let (Way::Tables, Some(to)) = (way, Half::of(to)) {
-                for (run, table) in runs.clone().zip(&mut *self.tables) {
+                for (run, table) in runs.all.clone().zip(&mut *self.tables) {
                     level.table(to, row_scales[run.index], table);
                 }
             }
+            if let Some(ahead) = &ahead {
+                level.prefetch(ahead.scales(&scales, rows.index));
+            }
             for row in rows.start..rows.start + rows.len {
-                self.ask_ahead(tile, &scales, row);
+                if let Some(ahead) = &ahead {
+                    level.prefetch(ahead.codes(tile, row));
+                }
                 let codes = tile.row(row);
                 target.write(row, col * width, tile.cols * width, |out| match way {
                     Way::Tables => {
-                        for (run, table) in runs.clone().zip(&*self.tables) {
+                        for (run, table) in runs.all.clone().zip(&*self.tables) {
                             let codes = &codes[run.start..][..run.len];
                             level.look_up(table, codes, &mut out[2 * run.start..]);
                         }
                     }
                     Way::Nibbles(to, values) => {
-                        level.nibbles(values, to, codes, runs.clone(), row_scales, out);
+                        level.nibbles(values, to, codes, &runs, row_scales, out);
                     }
                     Way::Direct => level.direct(tile.code, codes, to, &scales, row_scales, out),
                 });
@@ -125,23 +133,39 @@ impl Rows<'_> {
             Code::E4M3 | Code::BF16 | Code::F16 | Code::F32 => Way::Direct,
         }
     }
+}
 
-    /// Asks for the codes of a later row, and for their scales where those are many.
-    fn ask_ahead(&self, tile: &Tile<'_>, scales: &Scales<'_>, row: usize) {
-        if self.ahead == 0 {
-            return;
-        }
-        let row = row + self.ahead;
-        if let Some(bytes) = tile.bytes.get(row * tile.stride..) {
-            self.level.prefetch(&bytes[..tile.code.row_bytes(tile.cols).min(bytes.len())]);
-        }
-        if scales.block[0] < FEW_ROWS {
-            let first = (row + scales.phase[0]) / scales.block[0] * scales.stride
-                + scales.phase[1] / scales.block[1];
-            if let Some(values) = scales.values.get(first..) {
-                self.level.prefetch(&values[..(tile.cols / scales.block[1]).min(values.len())]);
-            }
-        }
+/// What is asked for ahead of its use.
+struct Ahead {
+    /// Rows from the one that is decoded to the one whose codes are asked for.
+    rows: usize,
+    /// Rows of scales from those in use to those that are asked for, or `None` where so many rows
+    /// share a scale that it does not pay.
+    blocks: Option<usize>,
+    /// Columns of scales.
+    scales: Range<usize>,
+}
+
+impl Ahead {
+    fn new(rows: usize, tile: &Tile<'_>, scales: &Scales<'_>) -> Ahead {
+        let blocks = (scales.block[0] < FEW_ROWS).then(|| rows / scales.block[0]);
+        let first = scales.phase[1] / scales.block[1];
+        let last = (scales.phase[1] + tile.cols - 1) / scales.block[1];
+        Ahead { rows, blocks, scales: first..last + 1 }
+    }
+
+    /// Codes of a row further down, empty where the tile's bytes end before.
+    fn codes<'a>(&self, tile: &Tile<'a>, row: usize) -> &'a [u8] {
+        let bytes = tile.bytes.get((row + self.rows) * tile.stride..).unwrap_or(&[]);
+        &bytes[..tile.code.row_bytes(tile.cols).min(bytes.len())]
+    }
+
+    /// Scales of a row of scales further down, empty where there is none.
+    fn scales<'a>(&self, scales: &Scales<'a>, index: usize) -> &'a [f32] {
+        self.blocks
+            .and_then(|blocks| scales.values.get((index + blocks) * scales.stride..))
+            .and_then(|values| values.get(self.scales.clone()))
+            .unwrap_or(&[])
     }
 }
 

@@ -167,23 +167,31 @@ impl Runs {
     }
 }
 
-impl Runs {
-    /// Columns that a whole block has.
-    pub(super) fn block(&self) -> usize {
-        self.block
-    }
+/// The runs of a row with the whole blocks set apart, for loops that want no division.
+#[derive(Clone)]
+pub(super) struct Split {
+    /// All runs.
+    pub all: Runs,
+    /// Columns of a whole block.
+    pub block: usize,
+    /// What is left of a first block; may be empty.
+    pub head: Run,
+    /// Whole blocks, with the index of the first; may be empty.
+    pub body: Run,
+    /// The beginning of a last block; may be empty.
+    pub tail: Run,
+}
 
-    /// The runs as what is left of a first block, whole blocks as one run that starts with the
-    /// index of the first, and the beginning of a last block; empty where there is none.
-    pub(super) fn split(self) -> [Run; 3] {
-        let (left, first) = (self.end - self.next.start, self.next.len);
-        let head = if first < self.block { first.min(left) } else { 0 };
-        let tail = (left - head) % self.block;
-        let head = Run { len: head, ..self.next };
-        let index = head.index + usize::from(head.len > 0);
-        let body = Run { start: head.start + head.len, len: left - head.len - tail, index };
-        let index = index + body.len / self.block;
-        [head, body, Run { start: body.start + body.len, len: tail, index }]
+impl Runs {
+    /// These runs, whole blocks set apart.
+    pub(super) fn split(self) -> Split {
+        let Runs { next: first, end, block } = self.clone();
+        let head = if first.len < block { first.len.min(end) } else { 0 };
+        let tail = (end - head) % block;
+        let index = first.index + usize::from(head > 0);
+        let body = Run { start: head, len: end - head - tail, index };
+        let tail = Run { start: end - tail, len: tail, index: index + body.len / block };
+        Split { all: self, block, head: Run { len: head, ..first }, body, tail }
     }
 }
 
@@ -229,7 +237,8 @@ mod tests {
         ] {
             let runs = Runs::new(end, block, phase);
             let mut joined = Vec::new();
-            for part in runs.clone().split() {
+            let Split { head, body, tail, .. } = runs.clone().split();
+            for part in [head, body, tail] {
                 let whole = part.len / block * block;
                 for at in (0..whole).step_by(block) {
                     let (start, index) = (part.start + at, part.index + at / block);

@@ -6,7 +6,8 @@ use super::{Level, Orientation};
 /// Moves `rows` by `cols` elements of `width` bytes (1, 2, 4 or 8).
 ///
 /// Element `(r, c)`, at `src[r * src_stride + c * width]`, goes to `(r, c)` (straight) or `(c, r)`
-/// (transposed) of the output, whose rows lie `out_stride` bytes apart. Other bytes of `out` stay.
+/// (transposed) of the output, whose rows lie `out_stride` bytes apart, at least their own width. Other
+/// bytes of `out` stay.
 ///
 /// # Panics
 /// Where `src` or `out` does not hold the box, or `width` is none of the four.
@@ -84,7 +85,7 @@ fn strips<const W: usize>(
 ) {
     let strip_rows = STRIP_ROW_BYTES / W;
     let pitch = STRIP_COLS * W + PAD;
-    let stream = level.stream(rows * cols * W);
+    let stream = level.stream(Orientation::Transposed, rows * cols * W);
     scratch::with(|scratch| {
         let block = &mut scratch.block.0;
         for col in (0..cols).step_by(STRIP_COLS) {
@@ -128,7 +129,7 @@ fn squares<const W: usize, const N: usize>(
     let (whole_rows, whole_cols) = (rows - rows % N, cols - cols % N);
     for col in (0..whole_cols).step_by(N) {
         let mut src_rows = src[col * W..].chunks(stride);
-        let mut out_rows = out[col * out_stride..].chunks_mut(out_stride);
+        let mut out_rows = out[col * out_stride..].chunks_mut(out_stride.max(rows * W));
         let mut out_words: [_; N] = std::array::from_fn(|_| {
             let row = out_rows.next().expect("the output holds the box");
             row[..whole_rows * W].as_chunks_mut::<8>().0.iter_mut()

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::super::float::Half;
 use super::super::fp8::{self, Table};
-use super::super::tile::{Run, Runs};
+use super::super::tile::{Run, Split};
 use super::super::{Code, Scales, encode, rows};
 use super::{avx2, holds};
 use crate::tensor::Float;
@@ -74,7 +74,7 @@ pub(super) fn nibbles(
     values: &[f32; 16],
     to: Half,
     codes: &[u8],
-    runs: Runs,
+    runs: &Split,
     scales: &[f32],
     out: &mut [u8],
 ) {
@@ -89,14 +89,13 @@ pub(super) fn nibbles(
 fn nibbles_to<const F16: bool>(
     values: &[f32; 16],
     codes: &[u8],
-    runs: Runs,
+    runs: &Split,
     scales: &[f32],
     out: &mut [u8],
 ) {
     // SAFETY: the array has 64 bytes; the load needs no alignment.
     let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-    let block = runs.block();
-    let [head, body, tail] = runs.split();
+    let Split { block, head, body, tail, .. } = *runs;
     nibbles_of::<F16>(values, codes, head, scales, out);
     if block.is_multiple_of(32) && body.len > 0 {
         let codes = codes[body.start / 2..][..body.len / 2].chunks_exact(block / 2);

@@ -21,9 +21,9 @@ use super::float::Half;
 use super::fp8::Table;
 use super::rows::direct;
 use super::scratch::STRIP_ROW_BYTES;
-use super::tile::Runs;
+use super::tile::Split;
 use super::transpose::cached;
-use super::{Code, Scales, fp8, nibble};
+use super::{Code, Orientation, Scales, fp8, nibble};
 use crate::tensor::Float;
 
 /// Which instructions the kernels may use. A value proves that this machine has them.
@@ -141,13 +141,13 @@ impl Level {
         values: &[f32; 16],
         to: Half,
         codes: &[u8],
-        runs: Runs,
+        runs: &Split,
         scales: &[f32],
         out: &mut [u8],
     ) {
         kernel!(
             self,
-            nibble::look_up(values, to, codes, runs, scales, out),
+            nibble::look_up(values, to, codes, runs.all.clone(), scales, out),
             nibbles(values, to, codes, runs, scales, out)
         );
     }
@@ -245,15 +245,23 @@ impl Level {
     /// A way past the caches for an output of `bytes` bytes, where that pays and the level has one.
     ///
     /// A plain store waits until the old contents of its cache line have come from memory. The
-    /// processor hides that for a few streams of rising addresses, and a transposed strip writes
-    /// hundreds.
-    pub(super) fn stream(self, bytes: usize) -> Option<Stream> {
-        (self != Level::PORTABLE && bytes >= STREAMED).then_some(Stream(self))
+    /// processor hides that for a few streams of rising addresses, but a transposed strip writes into
+    /// hundreds of rows.
+    pub(super) fn stream(self, orientation: Orientation, bytes: usize) -> Option<Stream> {
+        let from = match orientation {
+            Orientation::Straight => STREAMED_STRAIGHT,
+            Orientation::Transposed => STREAMED_TRANSPOSED,
+        };
+        (self != Level::PORTABLE && bytes >= from).then_some(Stream(self))
     }
 }
 
-/// Bytes of an output from which on it is written past the caches.
-const STREAMED: usize = 64 << 10;
+/// Bytes of a straight output from which on it is written past the caches: it would not stay in the
+/// second one for whoever reads it next.
+const STREAMED_STRAIGHT: usize = 4 << 20;
+
+/// Bytes of a transposed output from which on it is written past the caches.
+const STREAMED_TRANSPOSED: usize = 64 << 10;
 
 /// A way past the caches. Other threads may read what went through it once it is dropped.
 pub(super) struct Stream(Level);
