@@ -1,13 +1,17 @@
 //! AVX2 and F16C: vectors of 32 bytes, look-ups among 16 of them.
 
+mod moves;
+
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::super::float::Half;
 use super::super::fp8::{self, Table};
 use super::super::tile::{Run, Split};
 use super::super::{Code, Scales, encode, rows};
-use super::holds;
 use crate::tensor::Float;
+
+pub(super) use moves::{fence, prefetch, stream, transpose};
 
 /// Loads 16 bytes.
 #[target_feature(enable = "avx2,f16c")]
@@ -33,20 +37,50 @@ fn load(bytes: &[u8; 32]) -> __m256i {
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
-/// Stores 32 bytes.
+/// Stores 64 bytes.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn store(bytes: &mut [u8; 32], vector: __m256i) {
-    // SAFETY: the array has 32 bytes; the store needs no alignment.
-    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), vector) }
+fn store2(bytes: &mut [u8; 64], [first, second]: [__m256i; 2]) {
+    let at: *mut __m256i = bytes.as_mut_ptr().cast();
+    // SAFETY: the array has 64 bytes; the stores need no alignment.
+    unsafe {
+        _mm256_storeu_si256(at, first);
+        _mm256_storeu_si256(at.add(1), second);
+    }
 }
+
+/// Bytes of an FP8 table where the sixteen results of a regular scale lie, low bytes first.
+const SIXTEEN: Range<usize> = 256..288;
+
+/// Byte of an FP8 table that is 1 where its scale is regular.
+const IS_REGULAR: usize = 288;
 
 /// The table of one FP8 scale: low bytes of the results of codes 0 to 127, then high bytes, each
 /// row of sixteen but the first as its difference (exclusive or) from the row before.
+///
+/// Under a regular scale sixteen results say everything. It is one that makes a normal BF16 of every
+/// normal code: then the exponent of a code only adds to that of the result, and the table holds
+/// the results of fractions 0 to 7 under exponent 0, followed by those of the subnormal codes.
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn table(to: Half, scale: f32, table: &mut Table) {
     fp8::planes(to, scale, table);
-    let rows = table.0.as_flattened_mut().as_chunks_mut::<16>().0;
+    let bytes = table.0.as_flattened_mut();
+    let result = |code: usize| u16::from_le_bytes([bytes[code], bytes[128 + code]]);
+    // Exponents of codes go from 1 to 15, those of normal results from 1 to 254.
+    let is_regular = to == Half::BF16
+        && (8..16).all(|code| (1..=254 - 14).contains(&(result(code) >> 7 & 0xff)));
+    if is_regular {
+        let sixteen: [u16; 16] = std::array::from_fn(|i| match i {
+            0..8 => result(8 + i) - (1 << 7),
+            _ => result(i - 8),
+        });
+        let (low, high) = bytes[SIXTEEN].split_at_mut(16);
+        for ((low, high), result) in low.iter_mut().zip(high).zip(sixteen) {
+            [*low, *high] = result.to_le_bytes();
+        }
+    }
+    bytes[IS_REGULAR] = u8::from(is_regular);
+    let rows = bytes.as_chunks_mut::<16>().0;
     for plane in rows[..16].chunks_exact_mut(8) {
         for row in (1..8).rev() {
             let before = load16(&plane[row - 1]);
@@ -56,12 +90,71 @@ pub(super) fn table(to: Half, scale: f32, table: &mut Table) {
     }
 }
 
+/// FP8 codes to 16-bit floats.
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
+    let bytes = table.0.as_flattened();
+    if bytes[IS_REGULAR] == 1 {
+        let (sixteen, _) = bytes[SIXTEEN].as_chunks::<16>();
+        look_up_regular(&sixteen[0], &sixteen[1], codes, out);
+    } else {
+        let (rows, _) = bytes.as_chunks::<16>();
+        look_up_any(rows[..16].try_into().expect("sixteen rows"), codes, out);
+    }
+}
+
+/// FP8 codes to BF16 under a regular scale: `vpshufb` looks the fraction up, the exponent is added.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn look_up_regular(low: &[u8; 16], high: &[u8; 16], codes: &[u8], out: &mut [u8]) {
+    let low = _mm256_broadcastsi128_si256(load16(low));
+    let high = _mm256_broadcastsi128_si256(load16(high));
+    let zero = _mm256_setzero_si256();
+    let results = |codes| {
+        // Unpacking works in lanes of 16 bytes: codes 8k.. and 16 + 8k.. go to lane k first.
+        let codes = _mm256_permute4x64_epi64::<0b11_01_10_00>(codes);
+        let exponent = _mm256_and_si256(codes, _mm256_set1_epi8(0x78));
+        let fraction = _mm256_and_si256(codes, _mm256_set1_epi8(7));
+        let is_subnormal = _mm256_cmpeq_epi8(exponent, zero);
+        let second = _mm256_and_si256(is_subnormal, _mm256_set1_epi8(8));
+        let index = _mm256_or_si256(fraction, second);
+        let sign = _mm256_and_si256(codes, _mm256_set1_epi8(i8::MIN));
+        let magnitude = _mm256_or_si256(exponent, fraction);
+        let is_nan = _mm256_cmpeq_epi8(magnitude, _mm256_set1_epi8(0x7f));
+        let low = _mm256_or_si256(_mm256_shuffle_epi8(low, index), is_nan);
+        let high = _mm256_xor_si256(_mm256_shuffle_epi8(high, index), sign);
+        let high = _mm256_or_si256(high, is_nan);
+        // The addition saturates, so that a NaN, all ones, stays one.
+        [
+            _mm256_adds_epu16(
+                _mm256_unpacklo_epi8(low, high),
+                _mm256_slli_epi16::<4>(_mm256_unpacklo_epi8(exponent, zero)),
+            ),
+            _mm256_adds_epu16(
+                _mm256_unpackhi_epi8(low, high),
+                _mm256_slli_epi16::<4>(_mm256_unpackhi_epi8(exponent, zero)),
+            ),
+        ]
+    };
+    let (whole, tail) = codes.as_chunks::<32>();
+    let (out, out_tail) = out.as_chunks_mut::<64>();
+    for (codes, out) in whole.iter().zip(out) {
+        store2(out, results(load(codes)));
+    }
+    if !tail.is_empty() {
+        let mut padded = [0; 32];
+        padded[..tail.len()].copy_from_slice(tail);
+        let mut both = [0; 64];
+        store2(&mut both, results(load(&padded)));
+        out_tail.copy_from_slice(&both[..out_tail.len()]);
+    }
+}
+
 /// FP8 codes to 16-bit floats: `vpshufb` looks the low four bits up in every row of the table up to
 /// that of the code, and the differences add up to the row of the code.
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
-    let (rows, _) = table.0.as_flattened().as_chunks::<16>();
-    let rows: &[[u8; 16]; 16] = rows[..16].try_into().expect("sixteen rows");
+#[inline]
+fn look_up_any(rows: &[[u8; 16]; 16], codes: &[u8], out: &mut [u8]) {
     let sign = _mm256_set1_epi8(i8::MIN);
     let results = |codes| {
         // Unpacking works in lanes of 16 bytes: codes 8k.. and 16 + 8k.. go to lane k first.
@@ -83,19 +176,14 @@ pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
     let (whole, tail) = codes.as_chunks::<32>();
     let (out, out_tail) = out.as_chunks_mut::<64>();
     for (codes, out) in whole.iter().zip(out) {
-        let [first, second] = results(load(codes));
-        let (out, _) = out.as_chunks_mut::<32>();
-        store(&mut out[0], first);
-        store(&mut out[1], second);
+        store2(out, results(load(codes)));
     }
     if !tail.is_empty() {
         let mut padded = [0; 32];
         padded[..tail.len()].copy_from_slice(tail);
-        let mut both = [[0; 32]; 2];
-        let [first, second] = results(load(&padded));
-        store(&mut both[0], first);
-        store(&mut both[1], second);
-        out_tail.copy_from_slice(&both.as_flattened()[..out_tail.len()]);
+        let mut both = [0; 64];
+        store2(&mut both, results(load(&padded)));
+        out_tail.copy_from_slice(&both[..out_tail.len()]);
     }
 }
 
@@ -226,112 +314,6 @@ fn bf16_bits(x: __m256) -> __m256i {
     _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half))
 }
 
-/// Transposes whole tiles, 16 rows by 8 columns (2 bytes) or 8 by 4 (4 bytes), and gives the rows
-/// and columns that are done.
-///
-/// Lane k of vector i holds 16 bytes of row `i + k * lanes`: the loads do what a transpose of the
-/// full square would need one more round of shuffles for.
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn transpose<const W: usize>(
-    src: &[u8],
-    stride: usize,
-    rows: usize,
-    cols: usize,
-    out: &mut [u8],
-    out_stride: usize,
-) -> (usize, usize) {
-    assert!(holds(src, rows, stride, cols * W) && holds(out, cols, out_stride, rows * W));
-    if W != 2 && W != 4 {
-        return (0, 0);
-    }
-    let (tile_rows, tile_cols) = (32 / W, 16 / W);
-    let (high, wide) = (rows - rows % tile_rows, cols - cols % tile_cols);
-    for col in (0..wide).step_by(tile_cols) {
-        for row in (0..high).step_by(tile_rows) {
-            // SAFETY: the tile lies in the box, and both slices were checked to hold the box.
-            unsafe {
-                let src = src.as_ptr().add(row * stride + col * W);
-                let out = out.as_mut_ptr().add(col * out_stride + row * W);
-                if W == 2 {
-                    tile16(src, stride, out, out_stride);
-                } else {
-                    tile32(src, stride, out, out_stride);
-                }
-            }
-        }
-    }
-    (high, wide)
-}
-
-/// 16 bytes of each of the rows 0 and `step`.
-///
-/// # Safety
-/// The rows are readable.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m256i {
-    // SAFETY: the caller's promise; the loads need no alignment.
-    unsafe { _mm256_loadu2_m128i(src.add(step * stride).cast(), src.cast()) }
-}
-
-/// Transposes 16 rows by 8 columns of 2 bytes.
-///
-/// # Safety
-/// 16 rows of 16 bytes are readable at `src`, 8 of 32 bytes writable at `out`.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-unsafe fn tile16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
-    let [mut a, mut b, mut c] = [[_mm256_setzero_si256(); 8]; 3];
-    for (i, a) in a.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add(i * stride), stride, 8) };
-    }
-    for i in [0, 2, 4, 6] {
-        b[i] = _mm256_unpacklo_epi16(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_epi16(a[i], a[i + 1]);
-    }
-    // Even vectors of b hold columns 0 to 3 of two rows, odd ones columns 4 to 7.
-    for i in [0, 1, 4, 5] {
-        let at = i + i % 2;
-        c[at] = _mm256_unpacklo_epi32(b[i], b[i + 2]);
-        c[at + 1] = _mm256_unpackhi_epi32(b[i], b[i + 2]);
-    }
-    for i in 0..8 {
-        let (x, y) = (c[i / 2], c[i / 2 + 4]);
-        let column =
-            if i % 2 == 0 { _mm256_unpacklo_epi64(x, y) } else { _mm256_unpackhi_epi64(x, y) };
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_storeu_si256(out.add(i * out_stride).cast(), column) };
-    }
-}
-
-/// Transposes 8 rows by 4 columns of 4 bytes.
-///
-/// # Safety
-/// 8 rows of 16 bytes are readable at `src`, 4 of 32 bytes writable at `out`.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
-    let mut a = [_mm256_setzero_si256(); 4];
-    for (i, a) in a.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add(i * stride), stride, 4) };
-    }
-    let b = [
-        _mm256_unpacklo_epi32(a[0], a[1]),
-        _mm256_unpackhi_epi32(a[0], a[1]),
-        _mm256_unpacklo_epi32(a[2], a[3]),
-        _mm256_unpackhi_epi32(a[2], a[3]),
-    ];
-    for i in 0..4 {
-        let (x, y) = (b[i / 2], b[i / 2 + 2]);
-        let column =
-            if i % 2 == 0 { _mm256_unpacklo_epi64(x, y) } else { _mm256_unpackhi_epi64(x, y) };
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_storeu_si256(out.add(i * out_stride).cast(), column) };
-    }
-}
-
 /// [`rows::direct`] with these vectors.
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn direct(
@@ -355,50 +337,4 @@ pub(super) fn encode_row(
     out: &mut [u8],
 ) {
     encode::encode_row(code, values, scales, row_scales, out);
-}
-
-/// Asks for the cache lines of `items`.
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn prefetch<T>(items: &[T]) {
-    let per_line = 64 / size_of::<T>();
-    for item in items.iter().step_by(per_line).chain(items.last()) {
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(item).cast());
-    }
-}
-
-/// Copies `rows` runs of `width` bytes, past the caches where they fill whole cache lines.
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn stream(
-    src: &[u8],
-    stride: usize,
-    rows: usize,
-    width: usize,
-    out: &mut [u8],
-    out_stride: usize,
-) {
-    for row in 0..rows {
-        let (src, out) = (&src[row * stride..][..width], &mut out[row * out_stride..][..width]);
-        let head = out.as_ptr().align_offset(64).min(width);
-        let ((head_src, src), (head_out, out)) = (src.split_at(head), out.split_at_mut(head));
-        let ((lines, tail_src), (out_lines, tail_out)) =
-            (src.as_chunks::<64>(), out.as_chunks_mut::<64>());
-        head_out.copy_from_slice(head_src);
-        for (line, out) in lines.iter().zip(out_lines) {
-            let (line, _) = line.as_chunks::<32>();
-            let out: *mut __m256i = out.as_mut_ptr().cast();
-            // SAFETY: `out` has 64 bytes and starts a cache line; a fence comes before any
-            // other thread's access, because the caller holds a `Stream`.
-            unsafe {
-                _mm256_stream_si256(out, load(&line[0]));
-                _mm256_stream_si256(out.add(1), load(&line[1]));
-            }
-        }
-        tail_out.copy_from_slice(tail_src);
-    }
-}
-
-/// Waits until everything that was streamed is in memory.
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn fence() {
-    _mm_sfence();
 }

@@ -9,6 +9,8 @@ use super::super::{Code, Scales, encode, rows};
 use super::{avx2, holds};
 use crate::tensor::Float;
 
+pub(super) use avx2::{fence, prefetch, stream};
+
 /// Loads 64 bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
@@ -314,5 +316,3 @@ pub(super) fn encode_row(
 ) {
     encode::encode_row(code, values, scales, row_scales, out);
 }
-
-pub(super) use avx2::{fence, prefetch, stream};
