@@ -13,8 +13,8 @@ use crate::tensor::Float;
 ///
 /// Element `(r, c)` is written to row `r`, column `c` of the output (straight) or to row `c`,
 /// column `r` (transposed); its first byte is `out[row * out_stride + col * to.bytes()]`. Other
-/// bytes of `out` stay. The value is `round(f32(code) * f32(scale))`, rounded once; without scales it
-/// is the number of the code, and floats of the same type keep their bits.
+/// bytes of `out` stay. The value is `round(f32(code) * f32(scale))`, rounded once; without scales
+/// it is the number of the code, and floats of the same type keep their bits.
 ///
 /// Fast where `out` and `out_stride` are multiples of 64 bytes. Large outputs are written past the
 /// caches.
@@ -88,7 +88,8 @@ fn transposed(
     let stride = STRIP_COLS * width + PAD;
     let stream = level.stream(Orientation::Transposed, tile.rows * tile.cols * width);
     let scales = tile.scales.unwrap_or(Scales::ONE);
-    // Strips end where scale blocks of 128 end, whatever the phase, but nibbles start at even columns.
+    // Strips end where scale blocks of 128 end, whatever the phase, but nibbles start at even
+    // columns.
     let phase = if tile.code.bits() < 8 { scales.phase[1] & !1 } else { scales.phase[1] };
     let mut rows = Rows { level, to, ahead: strip_rows, tables: &mut scratch.tables };
     let block = &mut scratch.block.0;

@@ -9,8 +9,8 @@ use crate::tensor::Float;
 
 /// Largest magnitude of `rows` by `cols` numbers, `stride` numbers from row to row; 0 for none.
 ///
-/// A NaN among them makes the result a NaN, as PyTorch's `amax` does: scales made of it are NaN, and
-/// what is lost shows when it is decoded.
+/// A NaN among them makes the result a NaN, as PyTorch's `amax` does: scales made of it are NaN,
+/// and what is lost shows when it is decoded.
 ///
 /// # Panics
 /// Where `values` does not hold the box.
@@ -71,9 +71,10 @@ pub fn int4_scale(amax: f32) -> f32 {
 /// Encodes `rows` by `cols` numbers, `stride` numbers from row to row.
 ///
 /// Row `r` starts at `out[r * out_stride]` and takes [`Code::row_bytes`] of `cols` bytes; other
-/// bytes of `out` stay. The code is the one nearest to `x / scale`, ties to even, saturating in E4M3
-/// (448; NaN becomes 0x7F), E2M1 (6; -0.0 keeps its sign; NaN becomes 6) and INT4 (-8 and 7; NaN
-/// becomes 0), which have no infinity. The last high nibble of an odd row is 0. Floats are cast.
+/// bytes of `out` stay. The code is the one nearest to `x / scale`, ties to even, saturating in
+/// E4M3 (448; NaN becomes 0x7F), E2M1 (6; -0.0 keeps its sign; NaN becomes 6) and INT4 (-8 and 7;
+/// NaN becomes 0), which have no infinity. The last high nibble of an odd row is 0. Floats are
+/// cast.
 ///
 /// # Panics
 /// Where `values`, the scales or `out` do not hold the box.

@@ -9,8 +9,8 @@
 //! same bits fast: table look-up and loops that the compiler vectorises, and [`simd`] kernels that
 //! are chosen at run time by [`Level`].
 //!
-//! Nothing here reads a file or knows a tensor's name, and nothing allocates but the scratch memory of a
-//! thread (220 KiB, at its first decode).
+//! Nothing here reads a file or knows a tensor's name, and nothing allocates but the scratch memory
+//! of a thread (160 KiB, at its first decode).
 //!
 //! ```
 //! use mount_ckpt::codec::{Code, Orientation, Scales, Tile, decode};

@@ -1,4 +1,5 @@
-//! Decoding of rows as they lie: by a table where a scale serves enough elements, else by arithmetic.
+//! Decoding of rows as they lie: by a table where a scale serves enough elements, else by
+//! arithmetic.
 
 use std::ops::Range;
 
@@ -21,8 +22,8 @@ const WORTH_A_TABLE: usize = 512;
 /// Elements that the table of a scale must serve to pay for its 16 entries (nibbles).
 const WORTH_SIXTEEN: usize = 16;
 
-/// Rows that share a scale from which on the next scales are asked for ahead of time: where fewer do,
-/// scales are a stream of memory next to the codes.
+/// Rows that share a scale from which on the next scales are asked for ahead of time: where fewer
+/// do, scales are a stream of memory next to the codes.
 const FEW_ROWS: usize = 8;
 
 /// Decodes rows into floats of one type.

@@ -6,8 +6,8 @@ use super::{Level, Orientation};
 /// Moves `rows` by `cols` elements of `width` bytes (1, 2, 4 or 8).
 ///
 /// Element `(r, c)`, at `src[r * src_stride + c * width]`, goes to `(r, c)` (straight) or `(c, r)`
-/// (transposed) of the output, whose rows lie `out_stride` bytes apart, at least their own width. Other
-/// bytes of `out` stay.
+/// (transposed) of the output, whose rows lie `out_stride` bytes apart, at least their own width.
+/// Other bytes of `out` stay.
 ///
 /// # Panics
 /// Where `src` or `out` does not hold the box, or `width` is none of the four.
@@ -63,7 +63,14 @@ pub fn copy2d_at(
 }
 
 /// Moves `rows` runs of `width` bytes.
-fn copy(src: &[u8], stride: usize, rows: usize, width: usize, out: &mut [u8], out_stride: usize) {
+pub(super) fn copy(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    width: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) {
     if stride == width && out_stride == width {
         out[..rows * width].copy_from_slice(&src[..rows * width]);
         return;

@@ -58,9 +58,10 @@ const IS_REGULAR: usize = 288;
 /// The table of one FP8 scale: low bytes of the results of codes 0 to 127, then high bytes, each
 /// row of sixteen but the first as its difference (exclusive or) from the row before.
 ///
-/// Under a regular scale sixteen results say everything. It is one that makes a normal BF16 of every
-/// normal code: then the exponent of a code only adds to that of the result, and the table holds
-/// the results of fractions 0 to 7 under exponent 0, followed by those of the subnormal codes.
+/// Under a regular scale sixteen results say everything. It is one that makes a normal BF16 of
+/// every normal code: then the exponent of a code only adds to that of the result, and the table
+/// holds the results of fractions 0 to 7 under exponent 0, followed by those of the subnormal
+/// codes.
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn table(to: Half, scale: f32, table: &mut Table) {
     fp8::planes(to, scale, table);

@@ -186,7 +186,7 @@ pub(super) fn transpose<const W: usize>(
     out: &mut [u8],
     out_stride: usize,
 ) -> (usize, usize) {
-    assert!(holds(src, rows, stride, cols * W) && holds(out, cols, out_stride, rows * W));
+    assert!(holds(src, rows, stride, cols, W) && holds(out, cols, out_stride, rows, W));
     if W != 2 && W != 4 {
         return (0, 0);
     }

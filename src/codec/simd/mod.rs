@@ -22,7 +22,7 @@ use super::fp8::Table;
 use super::rows::direct;
 use super::scratch::STRIP_ROW_BYTES;
 use super::tile::Split;
-use super::transpose::cached;
+use super::transpose::{cached, copy};
 use super::{Code, Orientation, Scales, fp8, nibble};
 use crate::tensor::Float;
 
@@ -152,8 +152,9 @@ impl Level {
         );
     }
 
-    /// Transposes `rows` by `cols` elements of `W` bytes, rows of at most [`STRIP_ROW_BYTES`] in the
-    /// output; `src` lies in the cache, and `out` is written through `stream` where there is one.
+    /// Transposes `rows` by `cols` elements of `W` bytes, rows of at most [`STRIP_ROW_BYTES`] in
+    /// the output; `src` lies in the cache, and `out` is written through `stream` where there is
+    /// one.
     ///
     /// # Panics
     /// Where `src` or `out` does not hold the box.
@@ -239,14 +240,14 @@ impl Level {
 
     /// Tells the processor that these items are read soon.
     pub(super) fn prefetch<T>(self, items: &[T]) {
-        kernel!(self, (), prefetch(items));
+        kernel!(self, _ = items, prefetch(items));
     }
 
     /// A way past the caches for an output of `bytes` bytes, where that pays and the level has one.
     ///
     /// A plain store waits until the old contents of its cache line have come from memory. The
-    /// processor hides that for a few streams of rising addresses, but a transposed strip writes into
-    /// hundreds of rows.
+    /// processor hides that for a few streams of rising addresses, but a transposed strip writes
+    /// into hundreds of rows.
     pub(super) fn stream(self, orientation: Orientation, bytes: usize) -> Option<Stream> {
         let from = match orientation {
             Orientation::Straight => STREAMED_STRAIGHT,
@@ -280,7 +281,11 @@ impl Stream {
         out: &mut [u8],
         out_stride: usize,
     ) {
-        kernel!(self.0, (), stream(src, stride, rows, width, out, out_stride));
+        kernel!(
+            self.0,
+            copy(src, stride, rows, width, out, out_stride),
+            stream(src, stride, rows, width, out, out_stride)
+        );
     }
 }
 
@@ -297,9 +302,10 @@ const LINES: usize = 16;
 #[repr(align(64))]
 struct Lines([u8; LINES * STRIP_ROW_BYTES]);
 
-/// Whether `bytes` holds `rows` rows of `width` bytes, `stride` apart.
+/// Whether `bytes` holds `rows` rows of `cols` elements of `width` bytes, rows `stride` bytes apart.
 #[cfg(target_arch = "x86_64")]
-fn holds(bytes: &[u8], rows: usize, stride: usize, width: usize) -> bool {
-    let last = rows.checked_sub(1).map_or(Some(0), |last| last.checked_mul(stride));
-    last.and_then(|last| last.checked_add(width)).is_some_and(|end| end <= bytes.len())
+fn holds(bytes: &[u8], rows: usize, stride: usize, cols: usize, width: usize) -> bool {
+    let last = rows.saturating_sub(1).checked_mul(stride);
+    let end = cols.checked_mul(width).zip(last).and_then(|(row, last)| row.checked_add(last));
+    end.is_some_and(|end| end <= bytes.len())
 }
