@@ -9,8 +9,8 @@ use crate::tensor::Float;
 
 /// Largest magnitude of `rows` by `cols` numbers, `stride` numbers from row to row; 0 for none.
 ///
-/// A NaN among them makes the result a NaN, as PyTorch's `amax` does: scales made of it are NaN, and
-/// what is lost shows when it is decoded.
+/// A NaN among them makes the result a NaN, as PyTorch's `amax` does: scales made of it are NaN,
+/// and what is lost shows when it is decoded.
 ///
 /// # Panics
 /// Where `values` does not hold the box.
@@ -74,9 +74,10 @@ pub fn int4_scale(amax: f32) -> f32 {
 /// Encodes `rows` by `cols` numbers, `stride` numbers from row to row.
 ///
 /// Row `r` starts at `out[r * out_stride]` and takes [`Code::row_bytes`] of `cols` bytes; other
-/// bytes of `out` stay. The code is the one nearest to `x / scale`, ties to even, saturating in E4M3
-/// (448; NaN becomes 0x7F), E2M1 (6; -0.0 keeps its sign; NaN becomes 6) and INT4 (-8 and 7; NaN
-/// becomes 0), which have no infinity. The last high nibble of an odd row is 0. Floats are cast.
+/// bytes of `out` stay. The code is the one nearest to `x / scale`, ties to even, saturating in
+/// E4M3 (448; NaN becomes 0x7F), E2M1 (6; -0.0 keeps its sign; NaN becomes 6) and INT4 (-8 and 7;
+/// NaN becomes 0), which have no infinity. The last high nibble of an odd row is 0. Floats are
+/// cast.
 ///
 /// # Panics
 /// Where `values`, the scales or `out` do not hold the box.
@@ -110,7 +111,6 @@ pub fn encode_at(
     out: &mut [u8],
     out_stride: usize,
 ) {
-    let _ = level;
     let scales = scales.copied().unwrap_or(Scales::ONE);
     if cols == 0 {
         return;
@@ -120,7 +120,7 @@ pub fn encode_at(
         for row in run.start..run.start + run.len {
             let values = &values[row * stride..][..cols];
             let out = &mut out[row * out_stride..][..code.row_bytes(cols)];
-            encode_row(code, values, &scales, row_scales, out);
+            level.encode_row(code, values, &scales, row_scales, out);
         }
     }
 }
@@ -128,7 +128,15 @@ pub fn encode_at(
 /// Numbers that are in flight between dividing and packing; even.
 const LANES: usize = 256;
 
-fn encode_row(code: Code, values: &[f32], scales: &Scales<'_>, row_scales: &[f32], out: &mut [u8]) {
+/// Encodes one row, whose scales are in `row_scales`.
+#[inline(always)]
+pub(super) fn encode_row(
+    code: Code,
+    values: &[f32],
+    scales: &Scales<'_>,
+    row_scales: &[f32],
+    out: &mut [u8],
+) {
     let nibble = match code {
         Code::E4M3 => {
             for run in scales.col_runs(values.len()) {
@@ -156,6 +164,7 @@ fn encode_row(code: Code, values: &[f32], scales: &Scales<'_>, row_scales: &[f32
     }
 }
 
+#[inline(always)]
 fn cast_row(to: Float, values: &[f32], scales: &Scales<'_>, row_scales: &[f32], out: &mut [u8]) {
     let mut lanes = [0.0; LANES];
     for run in scales.col_runs(values.len()) {

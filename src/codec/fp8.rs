@@ -38,11 +38,47 @@ pub(super) fn unpack(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// What every code becomes under one scale: bits of `round(value * scale)`.
-pub(super) fn table(to: Half, scale: f32) -> [u16; 256] {
-    let mut table = [0; 256];
-    halves(to, &VALUES.map(|v| v * scale), &mut table);
-    table
+/// What every code becomes under one scale: 512 bytes, laid out as the level's look-up wants them.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Table(pub(super) [[u8; 2]; 256]);
+
+impl Table {
+    /// A table of zeros.
+    pub(super) const ZERO: Table = Table([[0; 2]; 256]);
+}
+
+/// Fills a table with the little-endian result of every code.
+#[inline(always)]
+pub(super) fn pairs(to: Half, scale: f32, table: &mut Table) {
+    let mut results = [0; 256];
+    halves(to, &VALUES.map(|v| v * scale), &mut results);
+    for (pair, result) in table.0.iter_mut().zip(results) {
+        *pair = result.to_le_bytes();
+    }
+}
+
+/// Codes to results by a table of [`pairs`].
+#[inline(always)]
+pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
+    for (out, &code) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
+        *out = table.0[usize::from(code)];
+    }
+}
+
+/// Fills a table with the low bytes of the results of codes 0 to 127, then their high bytes.
+///
+/// Codes 128 to 255 are the negatives, and so are their results, NaN apart: a look-up flips the
+/// sign bit, and half the registers hold the table.
+#[inline(always)]
+pub(super) fn planes(to: Half, scale: f32, table: &mut Table) {
+    let mut results = [0; 128];
+    let values: [f32; 128] = std::array::from_fn(|code| VALUES[code] * scale);
+    halves(to, &values, &mut results);
+    let bytes = table.0.as_flattened_mut();
+    for (code, result) in results.into_iter().enumerate() {
+        [bytes[code], bytes[128 + code]] = result.to_le_bytes();
+    }
 }
 
 /// Codes nearest to `x / scale`, ties to even, saturating at 448; NaN becomes 0x7F.

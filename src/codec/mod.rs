@@ -9,7 +9,8 @@
 //! same bits fast: table look-up and loops that the compiler vectorises, and [`simd`] kernels that
 //! are chosen at run time by [`Level`].
 //!
-//! Nothing here reads a file, knows a tensor's name or allocates.
+//! Nothing here reads a file or knows a tensor's name, and nothing allocates but the scratch memory
+//! of a thread (160 KiB, at its first decode).
 //!
 //! ```
 //! use mount_ckpt::codec::{Code, Orientation, Scales, Tile, decode};
@@ -36,7 +37,9 @@ mod float;
 mod fp8;
 mod nibble;
 pub mod reference;
+mod rows;
 mod scheme;
+mod scratch;
 pub mod simd;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,9 @@
 //! int32 word of compressed-tensors `pack-quantized`: nibble `j` of word `c` is column `8c + j`,
 //! and that is the order of the bytes too.
 
+use super::float::{Half, halves};
+use super::tile::Runs;
+
 /// The 4-bit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Nibble {
@@ -15,7 +18,6 @@ pub(super) enum Nibble {
 
 impl Nibble {
     /// The number of every code.
-    #[cfg(test)]
     pub(super) fn values(self) -> &'static [f32; 16] {
         match self {
             Nibble::E2M1 => &[
@@ -29,24 +31,20 @@ impl Nibble {
         }
     }
 
-    /// Numbers of the codes of columns `first..first + out.len()`, byte 0 holding column 0.
+    /// Numbers of codes that lie one to a byte.
     #[inline(always)]
-    pub(super) fn unpack(self, bytes: &[u8], first: usize, out: &mut [f32]) {
-        if out.is_empty() {
-            return;
-        }
-        let bytes = &bytes[first / 2..];
-        let (head, rest) = out.split_at_mut(first % 2);
-        for out in head {
-            *out = self.value(bytes[0] >> 4);
-        }
-        let bytes = &bytes[first % 2..];
-        let (pairs, last) = rest.as_chunks_mut::<2>();
-        for (pair, &byte) in pairs.iter_mut().zip(bytes) {
-            *pair = [self.value(byte & 15), self.value(byte >> 4)];
-        }
-        for out in last {
-            *out = self.value(bytes[pairs.len()] & 15);
+    pub(super) fn numbers(self, codes: &[u8], out: &mut [f32]) {
+        match self {
+            Nibble::E2M1 => {
+                for (out, &code) in out.iter_mut().zip(codes) {
+                    *out = e2m1_value(code);
+                }
+            }
+            Nibble::Int4 => {
+                for (out, &code) in out.iter_mut().zip(codes) {
+                    *out = f32::from(code) - 8.0;
+                }
+            }
         }
     }
 
@@ -68,22 +66,48 @@ impl Nibble {
             }
         }
     }
+}
 
-    /// The number of a code, computed so that loops over it vectorise.
-    #[inline(always)]
-    fn value(self, code: u8) -> f32 {
-        let code = u32::from(code);
-        match self {
-            Nibble::E2M1 => {
-                let magnitude = code & 7;
-                // The same fraction under an exponent of bias 127; 0 and 0.5 are subnormal.
-                let normal = (magnitude << 22) + ((127 - 1) << 23);
-                let subnormal = (magnitude as f32 * 0.5).to_bits();
-                let bits = if magnitude < 2 { subnormal } else { normal };
-                f32::from_bits(bits | (code & 8) << 28)
-            }
-            Nibble::Int4 => (code as i32 - 8) as f32,
+/// A row of nibbles to 16-bit floats, by a table of sixteen results for each scale.
+///
+/// Every run starts at an even column.
+#[inline(always)]
+pub(super) fn look_up(
+    values: &[f32; 16],
+    to: Half,
+    codes: &[u8],
+    runs: Runs,
+    scales: &[f32],
+    out: &mut [u8],
+) {
+    for run in runs {
+        let scale = scales[run.index];
+        let mut table = [0; 16];
+        halves(to, &values.map(|v| v * scale), &mut table);
+        let result = |code: u8| table[usize::from(code)];
+        let codes = &codes[run.start / 2..][..run.len.div_ceil(2)];
+        let (pairs, last) = out[2 * run.start..][..2 * run.len].as_chunks_mut::<4>();
+        let count = pairs.len();
+        for (pair, &byte) in pairs.iter_mut().zip(codes) {
+            let (low, high) = (result(byte & 15), result(byte >> 4));
+            *pair = (u32::from(high) << 16 | u32::from(low)).to_le_bytes();
         }
+        if !last.is_empty() {
+            last.copy_from_slice(&result(codes[count] & 15).to_le_bytes());
+        }
+    }
+}
+
+/// Codes of `out.len()` columns, one to a byte; `bytes` starts with an even column.
+#[inline(always)]
+pub(super) fn unpack(bytes: &[u8], out: &mut [u8]) {
+    let (pairs, last) = out.as_chunks_mut::<2>();
+    let count = pairs.len();
+    for (pair, &byte) in pairs.iter_mut().zip(bytes) {
+        *pair = [byte & 15, byte >> 4];
+    }
+    for out in last {
+        *out = bytes[count] & 15;
     }
 }
 
@@ -97,6 +121,17 @@ pub(super) fn pack(codes: &[u8], out: &mut [u8]) {
     for &code in last {
         out[pairs.len()] = code;
     }
+}
+
+/// The number of an E2M1 code, without a branch or a look-up, so that loops over it vectorise.
+#[inline(always)]
+fn e2m1_value(code: u8) -> f32 {
+    let magnitude = code & 7;
+    // The same fraction under an exponent of bias 127; 0 and 0.5 are subnormal.
+    let normal = (u32::from(magnitude) << 22) + ((127 - 1) << 23);
+    let subnormal = (f32::from(magnitude) * 0.5).to_bits();
+    let bits = if magnitude < 2 { subnormal } else { normal };
+    f32::from_bits(bits | u32::from(code & 8) << 28)
 }
 
 #[inline(always)]
@@ -135,7 +170,9 @@ mod tests {
             ] {
                 let bits = nibble.values()[usize::from(code)].to_bits();
                 assert_eq!(bits, defined.to_bits(), "{nibble:?} {code}");
-                assert_eq!(nibble.value(code).to_bits(), bits, "{nibble:?} {code}");
+                let mut number = [0.0];
+                nibble.numbers(&[code], &mut number);
+                assert_eq!(number[0].to_bits(), bits, "{nibble:?} {code}");
             }
         }
     }
@@ -158,15 +195,11 @@ mod tests {
     }
 
     #[test]
-    fn unpacking_starts_at_any_column() {
-        let bytes = [0x21, 0x43, 0x65];
-        for first in 0..6 {
-            for len in 0..=6 - first {
-                let mut out = vec![0.0; len];
-                Nibble::Int4.unpack(&bytes, first, &mut out);
-                let expected: Vec<f32> = (first..first + len).map(|c| c as f32 - 7.0).collect();
-                assert_eq!(out, expected, "{first} {len}");
-            }
+    fn the_even_column_is_in_the_low_nibble() {
+        for len in 0..=6 {
+            let mut out = vec![0; len];
+            unpack(&[0x21, 0x43, 0x65], &mut out);
+            assert_eq!(out, [1, 2, 3, 4, 5, 6][..len]);
         }
     }
 

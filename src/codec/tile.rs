@@ -153,6 +153,7 @@ pub(super) struct Run {
 }
 
 /// The runs of an axis, in order.
+#[derive(Clone)]
 pub(super) struct Runs {
     next: Run,
     end: usize,
@@ -163,6 +164,34 @@ impl Runs {
     fn new(end: usize, block: usize, phase: usize) -> Runs {
         let next = Run { start: 0, len: block - phase % block, index: phase / block };
         Runs { next, end, block }
+    }
+}
+
+/// The runs of a row with the whole blocks set apart, for loops that want no division.
+#[derive(Clone)]
+pub(super) struct Split {
+    /// All runs.
+    pub all: Runs,
+    /// Columns of a whole block.
+    pub block: usize,
+    /// What is left of a first block; may be empty.
+    pub head: Run,
+    /// Whole blocks, with the index of the first; may be empty.
+    pub body: Run,
+    /// The beginning of a last block; may be empty.
+    pub tail: Run,
+}
+
+impl Runs {
+    /// These runs, whole blocks set apart.
+    pub(super) fn split(self) -> Split {
+        let Runs { next: first, end, block } = self.clone();
+        let head = if first.len < block { first.len.min(end) } else { 0 };
+        let tail = (end - head) % block;
+        let index = first.index + usize::from(head > 0);
+        let body = Run { start: head, len: end - head - tail, index };
+        let tail = Run { start: end - tail, len: tail, index: index + body.len / block };
+        Split { all: self, block, head: Run { len: head, ..first }, body, tail }
     }
 }
 
@@ -192,6 +221,35 @@ mod tests {
         let cols: Vec<_> = scales.col_runs(3).map(|r| (r.start, r.len, r.index)).collect();
         assert_eq!(cols, [(0, 3, 0)]);
         assert_eq!(scales.col_runs(0).count(), 0);
+    }
+
+    #[test]
+    fn a_split_has_the_same_runs() {
+        for (end, block, phase) in [
+            (7, 4, 6),
+            (10, 4, 0),
+            (10, 4, 3),
+            (8, 4, 8),
+            (2, 4, 1),
+            (3, 4, 0),
+            (0, 4, 1),
+            (5, 1, 2),
+        ] {
+            let runs = Runs::new(end, block, phase);
+            let mut joined = Vec::new();
+            let Split { head, body, tail, .. } = runs.clone().split();
+            for part in [head, body, tail] {
+                let whole = part.len / block * block;
+                for at in (0..whole).step_by(block) {
+                    let (start, index) = (part.start + at, part.index + at / block);
+                    joined.push(Run { start, len: block, index });
+                }
+                if part.len > whole {
+                    joined.push(part);
+                }
+            }
+            assert_eq!(runs.collect::<Vec<_>>(), joined, "{end} by {block} from {phase}");
+        }
     }
 
     #[test]

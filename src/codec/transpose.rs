@@ -1,18 +1,13 @@
 //! 2-D byte moves, straight or transposed, without arithmetic.
 
+use super::scratch::{self, PAD, STRIP_COLS, STRIP_ROW_BYTES};
 use super::{Level, Orientation};
-
-/// Elements along each side of the block that is transposed at a time.
-const SIDE: usize = 64;
-
-/// Bytes between the rows of a cached block beyond their own: a row pitch that is a power of two
-/// would map a whole column to one set of the L1 cache.
-pub(super) const PAD: usize = 64;
 
 /// Moves `rows` by `cols` elements of `width` bytes (1, 2, 4 or 8).
 ///
 /// Element `(r, c)`, at `src[r * src_stride + c * width]`, goes to `(r, c)` (straight) or `(c, r)`
-/// (transposed) of the output, whose rows lie `out_stride` bytes apart. Other bytes of `out` stay.
+/// (transposed) of the output, whose rows lie `out_stride` bytes apart, at least their own width.
+/// Other bytes of `out` stay.
 ///
 /// # Panics
 /// Where `src` or `out` does not hold the box, or `width` is none of the four.
@@ -51,17 +46,31 @@ pub fn copy2d_at(
     }
     match (orientation, width) {
         (Orientation::Straight, _) => copy(src, src_stride, rows, cols * width, out, out_stride),
-        (Orientation::Transposed, 1) => blocks::<1>(src, src_stride, rows, cols, out, out_stride),
-        (Orientation::Transposed, 2) => blocks::<2>(src, src_stride, rows, cols, out, out_stride),
-        (Orientation::Transposed, 4) => blocks::<4>(src, src_stride, rows, cols, out, out_stride),
-        (Orientation::Transposed, 8) => blocks::<8>(src, src_stride, rows, cols, out, out_stride),
+        (Orientation::Transposed, 1) => {
+            strips::<1>(level, src, src_stride, rows, cols, out, out_stride)
+        }
+        (Orientation::Transposed, 2) => {
+            strips::<2>(level, src, src_stride, rows, cols, out, out_stride)
+        }
+        (Orientation::Transposed, 4) => {
+            strips::<4>(level, src, src_stride, rows, cols, out, out_stride)
+        }
+        (Orientation::Transposed, 8) => {
+            strips::<8>(level, src, src_stride, rows, cols, out, out_stride)
+        }
         (Orientation::Transposed, _) => panic!("no transpose of {width}-byte elements"),
     }
-    let _ = level;
 }
 
 /// Moves `rows` runs of `width` bytes.
-fn copy(src: &[u8], stride: usize, rows: usize, width: usize, out: &mut [u8], out_stride: usize) {
+pub(super) fn copy(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    width: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) {
     if stride == width && out_stride == width {
         out[..rows * width].copy_from_slice(&src[..rows * width]);
         return;
@@ -71,60 +80,103 @@ fn copy(src: &[u8], stride: usize, rows: usize, width: usize, out: &mut [u8], ou
     }
 }
 
-/// Transposes by way of blocks that are copied into the L1 cache first.
-fn blocks<const W: usize>(
-    src: &[u8],
-    stride: usize,
-    rows: usize,
-    cols: usize,
-    out: &mut [u8],
-    out_stride: usize,
-) {
-    let pitch = SIDE * W + PAD;
-    let mut block = [0; SIDE * (SIDE * 8 + PAD)];
-    for col in (0..cols).step_by(SIDE) {
-        let wide = SIDE.min(cols - col);
-        for row in (0..rows).step_by(SIDE) {
-            let high = SIDE.min(rows - row);
-            copy(&src[row * stride + col * W..], stride, high, wide * W, &mut block, pitch);
-            let out = &mut out[col * out_stride + row * W..];
-            cached::<W>(&block, pitch, high, wide, out, out_stride);
-        }
-    }
-}
-
-/// Transposes what lies in the L1 cache, one row of the output after the other.
-fn cached<const W: usize>(
-    src: &[u8],
-    stride: usize,
-    rows: usize,
-    cols: usize,
-    out: &mut [u8],
-    out_stride: usize,
-) {
-    for col in 0..cols {
-        let out = out[col * out_stride..][..rows * W].as_chunks_mut::<W>().0;
-        for (out, row) in out.iter_mut().zip(src.chunks(stride)) {
-            out.copy_from_slice(&row[col * W..][..W]);
-        }
-    }
-}
-
-/// Transposes decoded elements of 2 or 4 bytes from a block that lies in the L1 cache.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn from_block(
+/// Transposes by way of strips that are copied into the cache first.
+fn strips<const W: usize>(
     level: Level,
-    width: usize,
-    block: &[u8],
-    pitch: usize,
+    src: &[u8],
+    stride: usize,
     rows: usize,
     cols: usize,
     out: &mut [u8],
     out_stride: usize,
 ) {
-    let _ = level;
-    match width {
-        2 => cached::<2>(block, pitch, rows, cols, out, out_stride),
-        _ => cached::<4>(block, pitch, rows, cols, out, out_stride),
+    let strip_rows = STRIP_ROW_BYTES / W;
+    let pitch = STRIP_COLS * W + PAD;
+    let stream = level.stream(Orientation::Transposed, rows * cols * W);
+    scratch::with(|scratch| {
+        let block = &mut scratch.block.0;
+        for col in (0..cols).step_by(STRIP_COLS) {
+            let wide = STRIP_COLS.min(cols - col);
+            for row in (0..rows).step_by(strip_rows) {
+                let high = strip_rows.min(rows - row);
+                copy(&src[row * stride + col * W..], stride, high, wide * W, block, pitch);
+                let out = &mut out[col * out_stride + row * W..];
+                level.transpose::<W>(block, pitch, high, wide, out, out_stride, stream.as_ref());
+            }
+        }
+    });
+}
+
+/// Transposes what lies in the L1 cache, in squares whose rows are machine words.
+pub(super) fn cached<const W: usize>(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    match W {
+        1 => squares::<1, 8>(src, stride, rows, cols, out, out_stride),
+        2 => squares::<2, 4>(src, stride, rows, cols, out, out_stride),
+        4 => squares::<4, 2>(src, stride, rows, cols, out, out_stride),
+        _ => squares::<8, 1>(src, stride, rows, cols, out, out_stride),
+    }
+}
+
+/// Squares of `N` by `N` elements of `W` bytes, `N * W` being 8; element by element at the edges.
+fn squares<const W: usize, const N: usize>(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    let (whole_rows, whole_cols) = (rows - rows % N, cols - cols % N);
+    for col in (0..whole_cols).step_by(N) {
+        let mut src_rows = src[col * W..].chunks(stride);
+        let mut out_rows = out[col * out_stride..].chunks_mut(out_stride.max(rows * W));
+        let mut out_words: [_; N] = std::array::from_fn(|_| {
+            let row = out_rows.next().expect("the output holds the box");
+            row[..whole_rows * W].as_chunks_mut::<8>().0.iter_mut()
+        });
+        for _ in 0..whole_rows / N {
+            let mut words: [u64; N] = std::array::from_fn(|_| {
+                let word = src_rows.next().and_then(|row| row.first_chunk());
+                u64::from_le_bytes(*word.expect("the source holds the box"))
+            });
+            transpose_words(&mut words);
+            for (out, word) in out_words.iter_mut().zip(words) {
+                *out.next().expect("as many words as squares") = word.to_le_bytes();
+            }
+        }
+    }
+    let mut one = |row: usize, col: usize| {
+        let element = &src[row * stride + col * W..][..W];
+        out[col * out_stride + row * W..][..W].copy_from_slice(element);
+    };
+    for col in 0..whole_cols {
+        (whole_rows..rows).for_each(|row| one(row, col));
+    }
+    for col in whole_cols..cols {
+        (0..rows).for_each(|row| one(row, col));
+    }
+}
+
+/// Transposes a square of `N` words of `N` lanes, lane 0 lowest, by swapping ever larger quarters.
+#[inline(always)]
+fn transpose_words<const N: usize>(words: &mut [u64; N]) {
+    let mut span = 1;
+    while span < N {
+        let bits = 64 / N * span;
+        // `bits` ones, `bits` zeros, and so on upwards: the lanes that stay in the upper word.
+        let stay = u64::MAX / ((1 << bits) + 1);
+        for i in (0..N).filter(|i| i & span == 0) {
+            let swap = (words[i] >> bits ^ words[i + span]) & stay;
+            words[i] ^= swap << bits;
+            words[i + span] ^= swap;
+        }
+        span *= 2;
     }
 }

@@ -1,0 +1,158 @@
+//! Moves without arithmetic: transposes, stores past the caches, prefetches.
+
+use std::arch::x86_64::*;
+
+use super::super::holds;
+use super::load;
+
+/// Transposes whole tiles, 16 rows by 8 columns (2 bytes) or 8 by 4 (4 bytes), and gives the rows
+/// and columns that are done.
+///
+/// Lane k of vector i holds 16 bytes of row `i + k * lanes`: the loads do what a transpose of the
+/// full square would need one more round of shuffles for.
+#[target_feature(enable = "avx2,f16c")]
+pub(in super::super) fn transpose<const W: usize>(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) -> (usize, usize) {
+    assert!(holds(src, rows, stride, cols, W) && holds(out, cols, out_stride, rows, W));
+    if W != 2 && W != 4 {
+        return (0, 0);
+    }
+    let (tile_rows, tile_cols) = (32 / W, 16 / W);
+    let (high, wide) = (rows - rows % tile_rows, cols - cols % tile_cols);
+    for col in (0..wide).step_by(tile_cols) {
+        for row in (0..high).step_by(tile_rows) {
+            // SAFETY: the tile lies in the box, and both slices were checked to hold the box.
+            unsafe {
+                let src = src.as_ptr().add(row * stride + col * W);
+                let out = out.as_mut_ptr().add(col * out_stride + row * W);
+                if W == 2 {
+                    tile16(src, stride, out, out_stride);
+                } else {
+                    tile32(src, stride, out, out_stride);
+                }
+            }
+        }
+    }
+    (high, wide)
+}
+
+/// 16 bytes of each of the rows 0 and `step`.
+///
+/// # Safety
+/// The rows are readable.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m256i {
+    // SAFETY: the caller's promise; the loads need no alignment.
+    unsafe { _mm256_loadu2_m128i(src.add(step * stride).cast(), src.cast()) }
+}
+
+/// Transposes 16 rows by 8 columns of 2 bytes.
+///
+/// # Safety
+/// 16 rows of 16 bytes are readable at `src`, 8 of 32 bytes writable at `out`.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+unsafe fn tile16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+    let [mut a, mut b, mut c] = [[_mm256_setzero_si256(); 8]; 3];
+    for (i, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *a = unsafe { gather(src.add(i * stride), stride, 8) };
+    }
+    for i in [0, 2, 4, 6] {
+        b[i] = _mm256_unpacklo_epi16(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi16(a[i], a[i + 1]);
+    }
+    // Even vectors of b hold columns 0 to 3 of two rows, odd ones columns 4 to 7.
+    for i in [0, 1, 4, 5] {
+        let at = i + i % 2;
+        c[at] = _mm256_unpacklo_epi32(b[i], b[i + 2]);
+        c[at + 1] = _mm256_unpackhi_epi32(b[i], b[i + 2]);
+    }
+    for i in 0..8 {
+        let (x, y) = (c[i / 2], c[i / 2 + 4]);
+        let column =
+            if i % 2 == 0 { _mm256_unpacklo_epi64(x, y) } else { _mm256_unpackhi_epi64(x, y) };
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(out.add(i * out_stride).cast(), column) };
+    }
+}
+
+/// Transposes 8 rows by 4 columns of 4 bytes.
+///
+/// # Safety
+/// 8 rows of 16 bytes are readable at `src`, 4 of 32 bytes writable at `out`.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+    let mut a = [_mm256_setzero_si256(); 4];
+    for (i, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *a = unsafe { gather(src.add(i * stride), stride, 4) };
+    }
+    let b = [
+        _mm256_unpacklo_epi32(a[0], a[1]),
+        _mm256_unpackhi_epi32(a[0], a[1]),
+        _mm256_unpacklo_epi32(a[2], a[3]),
+        _mm256_unpackhi_epi32(a[2], a[3]),
+    ];
+    for i in 0..4 {
+        let (x, y) = (b[i / 2], b[i / 2 + 2]);
+        let column =
+            if i % 2 == 0 { _mm256_unpacklo_epi64(x, y) } else { _mm256_unpackhi_epi64(x, y) };
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(out.add(i * out_stride).cast(), column) };
+    }
+}
+
+/// Asks for the cache lines of `items`.
+#[target_feature(enable = "avx2,f16c")]
+pub(in super::super) fn prefetch<T>(items: &[T]) {
+    let per_line = 64 / size_of::<T>();
+    for item in items.iter().step_by(per_line).chain(items.last()) {
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(item).cast());
+    }
+}
+
+/// Copies `rows` runs of `width` bytes, past the caches where they fill whole cache lines.
+#[target_feature(enable = "avx2,f16c")]
+pub(in super::super) fn stream(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    width: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    for row in 0..rows {
+        let (src, out) = (&src[row * stride..][..width], &mut out[row * out_stride..][..width]);
+        let head = out.as_ptr().align_offset(64).min(width);
+        let ((head_src, src), (head_out, out)) = (src.split_at(head), out.split_at_mut(head));
+        let ((lines, tail_src), (out_lines, tail_out)) =
+            (src.as_chunks::<64>(), out.as_chunks_mut::<64>());
+        head_out.copy_from_slice(head_src);
+        for (line, out) in lines.iter().zip(out_lines) {
+            let (line, _) = line.as_chunks::<32>();
+            let out: *mut __m256i = out.as_mut_ptr().cast();
+            // SAFETY: `out` has 64 bytes and starts a cache line; a fence comes before any
+            // other thread's access, because the caller holds a `Stream`.
+            unsafe {
+                _mm256_stream_si256(out, load(&line[0]));
+                _mm256_stream_si256(out.add(1), load(&line[1]));
+            }
+        }
+        tail_out.copy_from_slice(tail_src);
+    }
+}
+
+/// Waits until everything that was streamed is in memory.
+#[target_feature(enable = "avx2,f16c")]
+pub(in super::super) fn fence() {
+    _mm_sfence();
+}

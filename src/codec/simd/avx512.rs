@@ -1,0 +1,318 @@
+//! AVX-512 F, BW, VL, DQ and VBMI: vectors of 64 bytes and look-ups among 128 of them.
+
+use std::arch::x86_64::*;
+
+use super::super::float::Half;
+use super::super::fp8::{self, Table};
+use super::super::tile::{Run, Split};
+use super::super::{Code, Scales, encode, rows};
+use super::{avx2, holds};
+use crate::tensor::Float;
+
+pub(super) use avx2::{fence, prefetch, stream};
+
+/// Loads 64 bytes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn load(bytes: &[u8; 64]) -> __m512i {
+    // SAFETY: the array has 64 bytes; the load needs no alignment.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+}
+
+/// Stores 64 bytes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn store(bytes: &mut [u8; 64], vector: __m512i) {
+    // SAFETY: the array has 64 bytes; the store needs no alignment.
+    unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector) }
+}
+
+/// The table of one FP8 scale: low bytes of the results of codes 0 to 127, then high bytes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn table(to: Half, scale: f32, table: &mut Table) {
+    fp8::planes(to, scale, table);
+}
+
+/// FP8 codes to 16-bit floats: `vpermi2b` looks 64 codes up among 128 bytes, twice.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
+    let planes = table.0.as_flattened().as_chunks::<64>().0;
+    let [low0, low1] = [load(&planes[0]), load(&planes[1])];
+    let [high0, high1] = [load(&planes[2]), load(&planes[3])];
+    let sign = _mm512_set1_epi8(i8::MIN);
+    // Unpacking works in lanes of 16 bytes: codes 8k.. and 32 + 8k.. go to lane k first.
+    let lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    let results = |codes| {
+        let codes = _mm512_permutexvar_epi64(lanes, codes);
+        // The index is 7 bits; the eighth is the sign.
+        let low = _mm512_permutex2var_epi8(low0, codes, low1);
+        let high = _mm512_permutex2var_epi8(high0, codes, high1);
+        // high ^ (codes & sign)
+        let high = _mm512_ternarylogic_epi32::<0x78>(high, codes, sign);
+        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+    };
+    let (whole, tail) = codes.as_chunks::<64>();
+    let (out, out_tail) = out.as_chunks_mut::<128>();
+    for (codes, out) in whole.iter().zip(out) {
+        let [first, second] = results(load(codes));
+        let (out, _) = out.as_chunks_mut::<64>();
+        store(&mut out[0], first);
+        store(&mut out[1], second);
+    }
+    if !tail.is_empty() {
+        let mut padded = [0; 64];
+        padded[..tail.len()].copy_from_slice(tail);
+        let mut both = [[0; 64]; 2];
+        let [first, second] = results(load(&padded));
+        store(&mut both[0], first);
+        store(&mut both[1], second);
+        out_tail.copy_from_slice(&both.as_flattened()[..out_tail.len()]);
+    }
+}
+
+/// A row of nibbles to 16-bit floats: the sixteen results of a scale fill half a register.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn nibbles(
+    values: &[f32; 16],
+    to: Half,
+    codes: &[u8],
+    runs: &Split,
+    scales: &[f32],
+    out: &mut [u8],
+) {
+    match to {
+        Half::BF16 => nibbles_to::<false>(values, codes, runs, scales, out),
+        Half::F16 => nibbles_to::<true>(values, codes, runs, scales, out),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn nibbles_to<const F16: bool>(
+    values: &[f32; 16],
+    codes: &[u8],
+    runs: &Split,
+    scales: &[f32],
+    out: &mut [u8],
+) {
+    // SAFETY: the array has 64 bytes; the load needs no alignment.
+    let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+    let Split { block, head, body, tail, .. } = *runs;
+    nibbles_of::<F16>(values, codes, head, scales, out);
+    if block.is_multiple_of(32) && body.len > 0 {
+        let codes = codes[body.start / 2..][..body.len / 2].chunks_exact(block / 2);
+        let out = out[2 * body.start..][..2 * body.len].chunks_exact_mut(2 * block);
+        let scales = &scales[body.index..][..body.len / block];
+        for ((codes, out), &scale) in codes.zip(out).zip(scales) {
+            let table = sixteen::<F16>(values, scale);
+            let (codes, out) = (codes.as_chunks::<16>().0, out.as_chunks_mut::<64>().0);
+            for (codes, out) in codes.iter().zip(out) {
+                store(out, thirty_two(table, avx2::load16(codes)));
+            }
+        }
+    } else {
+        for at in (0..body.len).step_by(block) {
+            let (start, index) = (body.start + at, body.index + at / block);
+            nibbles_of::<F16>(values, codes, Run { start, len: block, index }, scales, out);
+        }
+    }
+    nibbles_of::<F16>(values, codes, tail, scales, out);
+}
+
+/// One run of nibbles, of any length.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn nibbles_of<const F16: bool>(
+    values: __m512,
+    codes: &[u8],
+    run: Run,
+    scales: &[f32],
+    out: &mut [u8],
+) {
+    if run.len == 0 {
+        return;
+    }
+    let table = sixteen::<F16>(values, scales[run.index]);
+    let codes = codes[run.start / 2..][..run.len.div_ceil(2)].chunks(16);
+    for (codes, out) in codes.zip(out[2 * run.start..][..2 * run.len].chunks_mut(64)) {
+        let mut padded = [0; 16];
+        padded[..codes.len()].copy_from_slice(codes);
+        let mut result = [0; 64];
+        store(&mut result, thirty_two(table, avx2::load16(&padded)));
+        out.copy_from_slice(&result[..out.len()]);
+    }
+}
+
+/// Results of 32 nibbles, by a table of sixteen in both halves.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn thirty_two(table: __m512i, codes: __m128i) -> __m512i {
+    let bytes = _mm512_cvtepu8_epi32(codes);
+    // Each byte b becomes two indices of 16 bits, b and b >> 4. `vpermw` takes 5 bits of each; the
+    // fifth, a bit of the other nibble or 0, chooses between the halves.
+    let indices = _mm512_or_si512(bytes, _mm512_slli_epi32::<12>(bytes));
+    _mm512_permutexvar_epi16(indices, table)
+}
+
+/// Sixteen `round(value * scale)`, BF16 or F16, twice.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn sixteen<const F16: bool>(values: __m512, scale: f32) -> __m512i {
+    // The rounding below must not see a NaN whose payload it would carry into the sign. The one
+    // that infinity times zero makes is harmless.
+    let scale = if scale.is_nan() { f32::NAN } else { scale };
+    let products = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+    _mm512_broadcast_i64x4(if F16 {
+        _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products)
+    } else {
+        let bits = _mm512_castps_si512(products);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+        _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half)))
+    })
+}
+
+/// Transposes whole tiles, 32 rows by 8 columns (2 bytes) or 16 by 4 (4 bytes), what is left of the
+/// rows by [`avx2::transpose`], and gives the rows and columns that are done.
+///
+/// Lane k of vector i holds 16 bytes of row `i + k * lanes`: the loads do what a transpose of the
+/// full square would need two more rounds of shuffles for.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn transpose<const W: usize>(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) -> (usize, usize) {
+    assert!(holds(src, rows, stride, cols, W) && holds(out, cols, out_stride, rows, W));
+    if W != 2 && W != 4 {
+        return (0, 0);
+    }
+    let (tile_rows, tile_cols) = (64 / W, 16 / W);
+    let (high, wide) = (rows - rows % tile_rows, cols - cols % tile_cols);
+    for col in (0..wide).step_by(tile_cols) {
+        for row in (0..high).step_by(tile_rows) {
+            // SAFETY: the tile lies in the box, and both slices were checked to hold the box.
+            unsafe {
+                let src = src.as_ptr().add(row * stride + col * W);
+                let out = out.as_mut_ptr().add(col * out_stride + row * W);
+                if W == 2 {
+                    tile16(src, stride, out, out_stride);
+                } else {
+                    tile32(src, stride, out, out_stride);
+                }
+            }
+        }
+    }
+    if high < rows {
+        let (src, out) = (&src[high * stride..], &mut out[high * W..]);
+        let (more, _) = avx2::transpose::<W>(src, stride, rows - high, wide, out, out_stride);
+        return (high + more, wide);
+    }
+    (high, wide)
+}
+
+/// 16 bytes of each of the rows 0, `step`, `2 * step` and `3 * step`.
+///
+/// # Safety
+/// The rows are readable.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m512i {
+    // SAFETY: the caller's promise; the loads need no alignment.
+    let [a, b, c, d] = unsafe {
+        [
+            _mm_loadu_si128(src.cast()),
+            _mm_loadu_si128(src.add(step * stride).cast()),
+            _mm_loadu_si128(src.add(2 * step * stride).cast()),
+            _mm_loadu_si128(src.add(3 * step * stride).cast()),
+        ]
+    };
+    let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
+    _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(low, c), d)
+}
+
+/// Transposes 32 rows by 8 columns of 2 bytes.
+///
+/// # Safety
+/// 32 rows of 16 bytes are readable at `src`, 8 of 64 bytes writable at `out`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+unsafe fn tile16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+    let [mut a, mut b, mut c] = [[_mm512_setzero_si512(); 8]; 3];
+    for (i, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *a = unsafe { gather(src.add(i * stride), stride, 8) };
+    }
+    for i in [0, 2, 4, 6] {
+        b[i] = _mm512_unpacklo_epi16(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi16(a[i], a[i + 1]);
+    }
+    // Even vectors of b hold columns 0 to 3 of two rows, odd ones columns 4 to 7.
+    for i in [0, 1, 4, 5] {
+        let at = i + i % 2;
+        c[at] = _mm512_unpacklo_epi32(b[i], b[i + 2]);
+        c[at + 1] = _mm512_unpackhi_epi32(b[i], b[i + 2]);
+    }
+    for i in 0..8 {
+        let (x, y) = (c[i / 2], c[i / 2 + 4]);
+        let column =
+            if i % 2 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) };
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(out.add(i * out_stride).cast(), column) };
+    }
+}
+
+/// Transposes 16 rows by 4 columns of 4 bytes.
+///
+/// # Safety
+/// 16 rows of 16 bytes are readable at `src`, 4 of 64 bytes writable at `out`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+    let mut a = [_mm512_setzero_si512(); 4];
+    for (i, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *a = unsafe { gather(src.add(i * stride), stride, 4) };
+    }
+    let b = [
+        _mm512_unpacklo_epi32(a[0], a[1]),
+        _mm512_unpackhi_epi32(a[0], a[1]),
+        _mm512_unpacklo_epi32(a[2], a[3]),
+        _mm512_unpackhi_epi32(a[2], a[3]),
+    ];
+    for i in 0..4 {
+        let (x, y) = (b[i / 2], b[i / 2 + 2]);
+        let column =
+            if i % 2 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) };
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(out.add(i * out_stride).cast(), column) };
+    }
+}
+
+/// [`rows::direct`] with these vectors.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn direct(
+    code: Code,
+    codes: &[u8],
+    to: Float,
+    scales: &Scales<'_>,
+    row_scales: &[f32],
+    out: &mut [u8],
+) {
+    rows::direct(code, codes, to, scales, row_scales, out);
+}
+
+/// [`encode::encode_row`] with these vectors.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn encode_row(
+    code: Code,
+    values: &[f32],
+    scales: &Scales<'_>,
+    row_scales: &[f32],
+    out: &mut [u8],
+) {
+    encode::encode_row(code, values, scales, row_scales, out);
+}
