@@ -154,6 +154,7 @@ impl Mapping {
             encodings,
             native: layout(LayoutName::Native, &raw.native)?,
             transformers: layout(LayoutName::Transformers, &raw.transformers)?,
+            published_plain: raw.published_plain,
             quantization: raw.quantization.clone().map(|q| QuantizationConfig {
                 within: q.within,
                 unquantized: q.unquantized,

@@ -52,6 +52,8 @@ pub struct Resolved {
     pub native: Option<Layout>,
     /// The in-memory layout of transformers.
     pub transformers: Option<Layout>,
+    /// Whether the published checkpoints hold no quantized matrix.
+    pub published_plain: bool,
     /// What config.json of a published checkpoint says of its quantization.
     pub quantization: Option<QuantizationConfig>,
 }

@@ -19,6 +19,8 @@ pub(super) struct RawMapping {
     pub(super) transformers: Option<RawLayout>,
     pub(super) quantization: Option<RawQuantization>,
     #[serde(default)]
+    pub(super) published_plain: bool,
+    #[serde(default)]
     pub(super) set: BTreeMap<String, Vec<RawRow>>,
 }
 

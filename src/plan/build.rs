@@ -328,7 +328,7 @@ fn facets(
             let text = |key: &str| checkpoint.config().string(key).ok().map(str::to_owned);
             let scale_dtype = quantize.scale_dtype;
             let facets = quantize::by_mapping(mapping, &text, scale_dtype, targets, problems);
-            if facets.quantized.is_empty() {
+            if facets.quantized.is_empty() && !mapping.published_plain {
                 return Err(PlanError::Option(format!(
                     "the mapping `{}` does not say which tensors of this checkpoint are quantized; \
                      take them from a checkpoint with --scales-from",
