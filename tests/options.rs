@@ -198,7 +198,12 @@ fn stacked_fp8_experts_are_dequantized_with_their_scales() {
     std::fs::write(dir.path().join("config.json"), config).unwrap();
     let name = "model.language_model.layers.0.mlp.experts.gate_up_proj";
     use safetensors::tensor::{Dtype, TensorView};
+    let down = vec![0; experts * cols / 2 * hidden * 2];
     let tensors = [
+        (
+            name.replace("gate_up", "down"),
+            TensorView::new(Dtype::BF16, vec![experts, cols / 2, hidden], &down),
+        ),
         (name.to_owned(), TensorView::new(Dtype::F8_E4M3, vec![experts, hidden, cols], &codes)),
         (
             format!("{name}_scale_inv"),

@@ -209,8 +209,8 @@ impl Scheme {
                 let groups = given / all_rows;
                 let group = if groups == cols.div_ceil(block[1]) {
                     block[1]
-                } else if groups > 0 && cols.is_multiple_of(groups) {
-                    cols / groups
+                } else if groups == 1 {
+                    cols
                 } else {
                     return None;
                 };
@@ -259,7 +259,7 @@ mod tests {
         let fp8 = [128, 128];
         let group = [1, 32];
         type Case<'a> = (Scheme, &'a [u64], [u64; 2], &'a [u64], Option<([u64; 2], u64, u64)>);
-        let cases: [Case<'_>; 16] = [
+        let cases: [Case<'_>; 17] = [
             (Scheme::Fp8, &[144, 160], fp8, &[2, 2], Some((fp8, 2, 2))),
             (Scheme::Fp8, &[144, 160], fp8, &[4], Some((fp8, 2, 2))),
             (Scheme::Fp8, &[144, 160], fp8, &[], Some(([144, 160], 1, 1))),
@@ -275,6 +275,7 @@ mod tests {
             (Scheme::Int4, &[64, 96], group, &[192], Some(([1, 32], 64, 3))),
             (Scheme::Int4, &[64, 96], group, &[64], Some(([1, 96], 64, 1))),
             (Scheme::Int4, &[64, 96], group, &[3, 64], None),
+            (Scheme::Int4, &[64, 96], group, &[64, 2], None),
             (Scheme::Mxfp4, &[4, 8, 96], group, &[4, 8, 3], Some(([1, 32], 8, 3))),
         ];
         for (scheme, matrix, block, scale, expected) in cases {

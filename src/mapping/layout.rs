@@ -214,7 +214,7 @@ pub struct Rule {
     pub ops: Vec<Op>,
     /// The variable that is stacked, if any.
     pub stack: Option<Var>,
-    /// Extents of every part, where names alone do not tell the checkpoint from the layout.
+    /// Extents of every part, where the mapping states them.
     pub hf_shape: Option<Vec<u64>>,
     /// Whether these are expert weights, which always have the output dtype.
     pub grouped: bool,
@@ -243,7 +243,12 @@ impl Rule {
 
     /// Whether the rule leaves names and values as they are.
     pub fn is_identity(&self) -> bool {
-        self.ops.is_empty() && self.hf == self.to
+        self.ops.is_empty() && self.keeps_names()
+    }
+
+    /// Whether names are the same on both sides, so that only shapes tell one from the other.
+    pub fn keeps_names(&self) -> bool {
+        self.hf == self.to
     }
 
     /// Whether a checkpoint tensor of this shape can be a part.
@@ -251,17 +256,21 @@ impl Rule {
         self.hf_shape.as_ref().is_none_or(|expected| expected == shape)
     }
 
-    /// Whether a layout tensor of this shape can be the `j`-th of the layout.
-    pub fn fits_layout(&self, j: usize, shape: &[u64]) -> bool {
-        let Some(part) = &self.hf_shape else { return true };
-        let tensors = self.assemble(&vec![part.clone(); self.hf.len()]);
-        tensors.is_ok_and(|tensors| tensors.get(j).is_some_and(|t| t.shape == shape))
+    /// Whether layout tensors of this shape can be made of parts.
+    pub fn fits_layout(&self, shape: &[u64]) -> bool {
+        let part = |_| self.part_shape(&vec![shape.to_vec(); self.to.len()]).ok();
+        self.hf_shape.as_ref().is_none_or(|expected| part(expected).as_ref() == Some(expected))
     }
 
     /// Values of the stacked variable; one `None` where the rule does not stack.
-    pub fn stacked(&self) -> impl Iterator<Item = Option<u64>> + use<> {
+    pub fn stacked(&self) -> impl Iterator<Item = Option<u64>> + Clone + use<> {
         let count = self.stack.and_then(|s| self.vars.bound(s));
         (0..count.unwrap_or(1)).map(move |e| count.map(|_| e))
+    }
+
+    /// How many values the stacked variable has; 1 where the rule does not stack.
+    pub fn stacked_count(&self) -> u64 {
+        self.stack.and_then(|s| self.vars.bound(s)).unwrap_or(1)
     }
 
     /// Checkpoint name of a part, at an index of the stacked variable.

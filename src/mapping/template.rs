@@ -47,6 +47,11 @@ impl ConfigKey {
         Ok(ConfigKey { factor, keys, default })
     }
 
+    /// Whether a config must have the integer.
+    fn is_required(&self) -> bool {
+        self.default.is_none()
+    }
+
     /// The integer that `config` gives.
     ///
     /// # Errors
@@ -160,11 +165,12 @@ impl RawTemplate {
                 RawPiece::Literal(l) => Piece::Literal(l.as_str().into()),
                 RawPiece::Rest => Piece::Rest,
                 RawPiece::Index { var, plus, bound } => {
+                    let required = bound.as_ref().is_some_and(ConfigKey::is_required);
                     let bound = bound.as_ref().map(|b| b.resolve(config)).transpose()?;
                     let plus = plus.iter().try_fold(0, |sum: u64, key| {
                         Ok::<_, MappingError>(sum.saturating_add(key.resolve(config)?))
                     })?;
-                    let var = vars.declare(var, bound).ok_or_else(|| {
+                    let var = vars.declare(var, bound, required).ok_or_else(|| {
                         MappingError::template(&self.text, "a variable with two bounds")
                     })?;
                     Piece::Index { var, plus }
@@ -187,31 +193,44 @@ pub struct Var(usize);
 
 /// The index variables of a rule, with their bounds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Variables(Vec<(String, Option<u64>)>);
+pub struct Variables(Vec<Variable>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Variable {
+    name: String,
+    bound: Option<u64>,
+    required: bool,
+}
 
 impl Variables {
-    fn declare(&mut self, name: &str, bound: Option<u64>) -> Option<Var> {
-        if let Some(i) = self.0.iter().position(|(n, _)| n == name) {
-            let known = &mut self.0[i].1;
-            match (*known, bound) {
-                (None, Some(_)) => *known = bound,
+    fn declare(&mut self, name: &str, bound: Option<u64>, required: bool) -> Option<Var> {
+        if let Some(i) = self.0.iter().position(|v| v.name == name) {
+            let known = &mut self.0[i];
+            known.required |= required;
+            match (known.bound, bound) {
+                (None, Some(_)) => known.bound = bound,
                 (Some(a), Some(b)) if a != b => return None,
                 (_, None) | (Some(_), Some(_)) => {}
             }
             return Some(Var(i));
         }
-        self.0.push((name.to_owned(), bound));
+        self.0.push(Variable { name: name.to_owned(), bound, required });
         Some(Var(self.0.len() - 1))
     }
 
     /// The variable of this name.
     pub fn find(&self, name: &str) -> Option<Var> {
-        self.0.iter().position(|(n, _)| n == name).map(Var)
+        self.0.iter().position(|v| v.name == name).map(Var)
     }
 
     /// The first value that the variable cannot take, where the mapping bounds it.
     pub fn bound(&self, var: Var) -> Option<u64> {
-        self.0[var.0].1
+        self.0[var.0].bound
+    }
+
+    /// The variable's bound, where a config must have it: then a checkpoint has all values.
+    pub fn required(&self, var: Var) -> Option<u64> {
+        self.0[var.0].bound.filter(|_| self.0[var.0].required)
     }
 
     /// Whether each of these templates has all variables, and all or none have `{r}`: then what
@@ -256,7 +275,7 @@ impl Bindings {
     /// Every variable of `vars` bound to what `index` makes of its bound, the rest to `rest`: a
     /// sample of what a rule takes.
     pub fn sample(vars: &Variables, index: impl Fn(Option<u64>) -> u64, rest: &str) -> Bindings {
-        let indices = vars.0.iter().map(|(_, bound)| Some(index(*bound))).collect();
+        let indices = vars.0.iter().map(|v| Some(index(v.bound))).collect();
         Bindings { indices, rest: Some(rest.into()) }
     }
 }
@@ -341,6 +360,30 @@ impl NameTemplate {
             }
         }
         Some(name)
+    }
+
+    /// The first variable of the template, where it is an index.
+    pub fn first_index(&self) -> Option<Var> {
+        self.pieces.iter().find_map(|p| match p {
+            Piece::Literal(_) => None,
+            Piece::Index { var, .. } => Some(Some(*var)),
+            Piece::Rest => Some(None),
+        })?
+    }
+
+    /// What names begin with whose first variable is the index `i`: `model.layers.3`.
+    pub fn up_to_index(&self, i: u64) -> Option<String> {
+        let mut start = String::new();
+        for piece in &self.pieces {
+            match piece {
+                Piece::Literal(l) => start.push_str(l),
+                Piece::Index { plus, .. } => {
+                    return Some(format!("{start}{}", i.checked_add(*plus)?));
+                }
+                Piece::Rest => return None,
+            }
+        }
+        None
     }
 
     /// Whether the template has this variable.

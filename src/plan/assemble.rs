@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
+use super::group::{self, Group, Groups};
 use super::matrix::Matrix;
 use super::problems::{Problem, Problems};
 use super::{Fragment, MatrixId};
-use crate::mapping::{Bindings, Layout, Resolved, Rule, Taken};
+use crate::mapping::{Assembled, Bindings, Layout, Resolved, Rule, Taken};
+use crate::source::Checkpoint;
 use crate::tensor::{BoxMap, coalesce};
 
 /// A tensor of the checkpoint's own naming, wherever its elements are.
@@ -46,6 +48,7 @@ fn id(i: usize) -> MatrixId {
 /// Logical tensors of a source that is in the published layout.
 pub fn from_published(
     matrices: &[Matrix],
+    checkpoint: &Checkpoint,
     mapping: &Resolved,
     problems: &mut Problems,
 ) -> LogicalTensors {
@@ -58,7 +61,12 @@ pub fn from_published(
             Entry::Vacant(entry) => {
                 entry.insert(Logical { shape, parts });
             }
-            Entry::Occupied(entry) => problems.add(Problem::SameName, entry.key()),
+            Entry::Occupied(entry) => {
+                let first = &matrices[entry.get().parts[0].0.index()];
+                let stored = |m: &Matrix| &*checkpoint.tensor(m.payload).name;
+                let what = format!("`{}` and `{}`", stored(first), stored(matrix));
+                problems.explain(Problem::SameName, entry.key(), what);
+            }
         }
     }
     logical
@@ -88,51 +96,71 @@ pub fn from_layout(
     }
     let mut logical = LogicalTensors::new();
     for ((_, bindings), (rule, slots)) in groups {
-        let missing = |j: usize| rule.to[j].format(&bindings, &rule.vars).unwrap_or_default();
-        let Some(ids) = all_there(&slots, missing, problems) else { continue };
-        let shapes: Vec<Vec<u64>> =
-            ids.iter().map(|m| matrices[m.index()].logical_dims()).collect();
-        let name_of = |m: MatrixId| &matrices[m.index()].name;
-        let assembled = rule.part_shape(&shapes).and_then(|shape| {
-            let tensors = rule.assemble(&vec![shape.clone(); rule.hf.len()])?;
-            Ok((shape, tensors))
-        });
-        let (shape, tensors) = match assembled {
-            Ok(assembled) => assembled,
-            Err(error) => {
-                problems.explain(Problem::RuleShape, name_of(ids[0]), error);
-                continue;
-            }
-        };
-        if let Some(j) = (0..ids.len()).find(|&j| tensors[j].shape != shapes[j]) {
-            let what = format!("expected {:?}, got {:?}", tensors[j].shape, shapes[j]);
-            problems.explain(Problem::RuleShape, name_of(ids[j]), what);
+        let name = |j: usize| rule.to[j].format(&bindings, &rule.vars).unwrap_or_default();
+        let Some(ids) = all_there(&slots, name, problems) else { continue };
+        let Some((shape, tensors)) = taken_apart(rule, &ids, matrices, problems) else {
+            problems.refuse_matrix(name(0));
             continue;
-        }
+        };
+        let mut parts: BTreeMap<String, Logical> = BTreeMap::new();
         for (tensor, m) in tensors.into_iter().zip(&ids) {
             let of_matrix = matrices[m.index()].logical_map();
             for piece in tensor.pieces {
                 let Some(name) = rule.part_name(piece.part, piece.stacked, &bindings) else {
                     continue;
                 };
-                let entry = logical
-                    .entry(name)
-                    .or_insert_with(|| Logical { shape: shape.clone(), parts: Vec::new() });
-                entry.parts.extend(piece.map.inverse().after(&of_matrix).map(|map| (*m, map)));
+                let empty = || Logical { shape: shape.clone(), parts: Vec::new() };
+                let map = piece.map.inverse().after(&of_matrix).map(|map| (*m, map));
+                parts.entry(name).or_insert_with(empty).parts.extend(map);
+            }
+        }
+        for (name, part) in parts {
+            match logical.entry(name) {
+                Entry::Vacant(entry) => {
+                    entry.insert(part);
+                }
+                Entry::Occupied(entry) => {
+                    let source = |l: &Logical| {
+                        l.parts.first().map_or("", |(m, _)| &*matrices[m.index()].name)
+                    };
+                    let [a, b] = [entry.get(), &part].map(source);
+                    problems.explain(Problem::SameName, entry.key(), format!("`{a}` and `{b}`"));
+                }
             }
         }
     }
-    refuse_doubled(&logical, problems);
     logical
 }
 
-/// Names that more elements land on than their shape has.
-fn refuse_doubled(logical: &LogicalTensors, problems: &mut Problems) {
-    for (name, tensor) in logical {
-        let given: u64 = tensor.parts.iter().map(|(_, m)| m.elements()).sum();
-        if given != tensor.shape.iter().product::<u64>() {
-            problems.add(Problem::SameName, name);
-        }
+/// Shape of the parts of a layout's tensors, and which of their elements are whose.
+fn taken_apart(
+    rule: &Rule,
+    ids: &[MatrixId],
+    matrices: &[Matrix],
+    problems: &mut Problems,
+) -> Option<(Vec<u64>, Vec<Assembled>)> {
+    let shapes: Vec<Vec<u64>> = ids.iter().map(|m| matrices[m.index()].logical_dims()).collect();
+    let mut refuse = |j: usize, what: String| {
+        problems.explain(Problem::RuleShape, &matrices[ids[j].index()].name, what);
+        None
+    };
+    if let Some(j) = empty_part(rule, &shapes) {
+        return refuse(j, format!("expected elements, got {:?}", shapes[j]));
+    }
+    let assembled = rule.part_shape(&shapes).and_then(|shape| {
+        let tensors = rule.assemble(&vec![shape.clone(); rule.hf.len()])?;
+        Ok((shape, tensors))
+    });
+    let (shape, tensors) = match assembled {
+        Ok(assembled) => assembled,
+        Err(error) => return refuse(0, error.to_string()),
+    };
+    if let Some(expected) = rule.hf_shape.as_ref().filter(|e| **e != shape) {
+        return refuse(0, format!("expected parts of {expected:?}, got {shape:?}"));
+    }
+    match (0..ids.len()).find(|&j| tensors[j].shape != shapes[j]) {
+        Some(j) => refuse(j, format!("expected {:?}, got {:?}", tensors[j].shape, shapes[j])),
+        None => Some((shape, tensors)),
     }
 }
 
@@ -144,8 +172,7 @@ pub fn to_layout(
     leftovers: &mut Vec<Leftover>,
     problems: &mut Problems,
 ) -> Vec<Target> {
-    type Slots<'a> = BTreeMap<(usize, Option<u64>), &'a Logical>;
-    let mut groups: BTreeMap<(usize, Bindings), (&Rule, Slots<'_>)> = BTreeMap::new();
+    let mut groups = Groups::new();
     for (name, tensor) in logical {
         match layout.take_hf(name) {
             Some(Taken::Map { row, rule, part, bindings }) => {
@@ -154,82 +181,19 @@ pub fn to_layout(
                     Some(var) => bindings.with(var, None),
                     None => bindings,
                 };
-                let group = groups.entry((row, key)).or_insert_with(|| (rule, Slots::new()));
-                group.1.insert((part, stacked), tensor);
+                let group = groups.entry((row, key)).or_insert_with(|| Group::new(rule));
+                group.parts.insert((part, stacked), tensor);
             }
             Some(Taken::Drop { reason }) => *dropped.entry(reason.to_owned()).or_default() += 1,
             None => leftovers.extend(tensor.parts.iter().map(|(m, _)| *m)),
         }
     }
+    group::add_siblings(&mut groups, layout);
     let mut targets = Vec::new();
-    for ((_, bindings), (rule, slots)) in groups {
-        targets.extend(group_targets(rule, &bindings, &slots, problems));
+    for ((_, bindings), group) in groups {
+        targets.extend(group.targets(&bindings, problems));
     }
     targets
-}
-
-/// The layout's tensors of one rule and one binding of its variables.
-fn group_targets(
-    rule: &Rule,
-    bindings: &Bindings,
-    slots: &BTreeMap<(usize, Option<u64>), &Logical>,
-    problems: &mut Problems,
-) -> Vec<Target> {
-    let target_name = |j: usize| rule.to[j].format(bindings, &rule.vars).unwrap_or_default();
-    let mut complete = true;
-    let mut shapes: Vec<Option<&Vec<u64>>> = vec![None; rule.hf.len()];
-    for (part, shape) in shapes.iter_mut().enumerate() {
-        for stacked in rule.stacked() {
-            let part_name = || rule.part_name(part, stacked, bindings).unwrap_or_default();
-            let Some(tensor) = slots.get(&(part, stacked)) else {
-                problems.explain(
-                    Problem::MissingPart,
-                    &part_name(),
-                    format!("for `{}`", target_name(0)),
-                );
-                complete = false;
-                continue;
-            };
-            let first = *shape.get_or_insert(&tensor.shape);
-            if !rule.fits_part(&tensor.shape) {
-                let what = format!("expected {:?}, got {:?}", rule.hf_shape, tensor.shape);
-                problems.explain(Problem::RuleShape, &part_name(), what);
-                complete = false;
-            } else if *first != tensor.shape {
-                let what = format!("expected {first:?} as the others, got {:?}", tensor.shape);
-                problems.explain(Problem::RuleShape, &part_name(), what);
-                complete = false;
-            }
-        }
-    }
-    let shapes: Option<Vec<Vec<u64>>> =
-        shapes.into_iter().map(Option::<&Vec<u64>>::cloned).collect();
-    let Some(shapes) = shapes.filter(|_| complete) else { return Vec::new() };
-    let assembled = match rule.assemble(&shapes) {
-        Ok(assembled) => assembled,
-        Err(error) => {
-            problems.explain(Problem::RuleShape, &target_name(0), error);
-            return Vec::new();
-        }
-    };
-    let target = |(j, tensor): (usize, crate::mapping::Assembled)| {
-        let fragments = tensor
-            .pieces
-            .iter()
-            .flat_map(|piece| {
-                let parts = slots.get(&(piece.part, piece.stacked)).map_or(&[][..], |t| &t.parts);
-                parts.iter().filter_map(|(m, map)| Some((*m, piece.map.after(map)?)))
-            })
-            .collect();
-        Target {
-            name: target_name(j),
-            expert_axis: rule.expert_axis && !tensor.shape.is_empty(),
-            shape: tensor.shape,
-            fragments: fragments_of(fragments),
-            grouped: rule.grouped,
-        }
-    };
-    assembled.into_iter().enumerate().map(target).collect()
 }
 
 /// Target tensors in the published layout: the logical tensors themselves, those that a rule of
@@ -258,8 +222,19 @@ pub fn to_published(
     targets
 }
 
-fn fragments_of(parts: Vec<(MatrixId, BoxMap)>) -> Vec<Fragment> {
+pub(super) fn fragments_of(parts: Vec<(MatrixId, BoxMap)>) -> Vec<Fragment> {
     coalesce(parts).into_iter().map(|(matrix, map)| Fragment { map, matrix }).collect()
+}
+
+/// The first of these shapes without elements, where the rule's operations move elements.
+///
+/// What has no elements has no bytes that bound its extents, and a config.json can ask for any
+/// number of parts.
+pub(super) fn empty_part<S: AsRef<[u64]>>(rule: &Rule, shapes: &[S]) -> Option<usize> {
+    if rule.ops.is_empty() {
+        return None;
+    }
+    shapes.iter().position(|s| s.as_ref().contains(&0))
 }
 
 fn all_there(

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use regex::Regex;
 
 use super::assemble::{self, Dropped, Leftover, Target};
+use super::complete;
+use super::detect::source_layout;
 use super::matrix::{Matrix, ScaleReading};
 use super::problems::{PlanError, Problem, Problems};
 use super::quantize::{self, FacetTensor, Facets};
 use super::show::{Summary, SummaryParts};
 use super::slice::{self, ExpertParallel, ExpertShard};
 use super::{Body, Directory, Plan, Quantization, Quantized, TensorId, TensorPlan, cover, sources};
-use crate::mapping::{Layout, LayoutName, QuantizationConfig, Resolved, Taken};
+use crate::mapping::{LayoutName, QuantizationConfig, Resolved};
 use crate::source::{Checkpoint, Config};
 use crate::tensor::{DType, Float, Shape};
 
@@ -99,7 +101,7 @@ impl Plan {
         let mut dropped = Dropped::new();
         let mut leftovers: Vec<Leftover> = Vec::new();
         let logical = match source {
-            None => assemble::from_published(&matrices, mapping, &mut problems),
+            None => assemble::from_published(&matrices, checkpoint, mapping, &mut problems),
             Some(layout) => assemble::from_layout(
                 &matrices,
                 layout,
@@ -108,6 +110,7 @@ impl Plan {
                 &mut problems,
             ),
         };
+        complete::check(&logical, mapping, source, target, &mut problems);
         let mut targets = match target {
             None => assemble::to_published(logical, mapping, source.is_some(), &mut leftovers),
             Some(layout) => {
@@ -120,7 +123,14 @@ impl Plan {
         targets.retain(|t| selected(&t.name, options));
         targets.sort_by_cached_key(|t| natural_key(&t.name));
         for pair in targets.windows(2).filter(|w| w[0].name == w[1].name) {
-            problems.add(Problem::SameName, &pair[0].name);
+            let source =
+                |t: &Target| t.fragments.first().map(|f| &*matrices[f.matrix.index()].name);
+            let [a, b] = [&pair[0], &pair[1]].map(|t| source(t).unwrap_or_default());
+            problems.explain(Problem::SameName, &pair[0].name, format!("`{a}` and `{b}`"));
+        }
+        let encoded = facets.quantized.iter().flat_map(|q| &q.members);
+        for fragment in encoded.flat_map(|m| &m.values.fragments) {
+            refuse_uncastable(&matrices[fragment.matrix.index()], &mut problems);
         }
         problems.finish()?;
         if targets.is_empty() && facets.tensors.is_empty() {
@@ -272,20 +282,24 @@ impl Layers<'_> {
         }
         let body = match cover::verbatim_runs(&shape, dtype, &target.fragments, self.matrices) {
             Some(runs) => Body::Verbatim(runs),
-            None => Body::Computed(cover::computed(&shape, dtype, target.fragments.clone())),
+            None => {
+                if dtype.bits() < 8 {
+                    let what = format!("{dtype} cannot be moved element by element");
+                    self.problems.explain(Problem::RuleDtype, &target.name, what);
+                }
+                Body::Computed(cover::computed(&shape, dtype, target.fragments.clone()))
+            }
         };
         self.tensors.push(TensorPlan { name: target.name.as_str().into(), dtype, shape, body });
         Ok(TensorId(id))
     }
 
     fn dtype_of(&mut self, target: &Target) -> DType {
-        let mut dtypes = target.fragments.iter().map(|f| {
-            let m = &self.matrices[f.matrix.index()];
-            (m.dtype, m.scales.is_some())
-        });
-        let Some((first, _)) = dtypes.clone().next() else { return self.dtype.dtype() };
-        let quantized = dtypes.clone().any(|(_, q)| q);
-        let floats = dtypes.clone().all(|(d, q)| q || d.as_float().is_some());
+        let matrices = self.matrices;
+        let mut made_of = target.fragments.iter().map(|f| &matrices[f.matrix.index()]);
+        let Some(first) = made_of.clone().next() else { return self.dtype.dtype() };
+        let quantized = made_of.clone().any(|m| m.scales.is_some());
+        let floats = made_of.clone().all(Matrix::is_castable);
         if self.cast_floats && floats {
             return if self.dtype == Float::F32 { DType::BF16 } else { self.dtype.dtype() };
         }
@@ -294,14 +308,29 @@ impl Layers<'_> {
         {
             return *original;
         }
-        if quantized || (target.grouped && floats) {
+        if quantized || target.grouped {
+            for matrix in made_of {
+                refuse_uncastable(matrix, &mut self.problems);
+            }
             return self.dtype.dtype();
         }
-        if let Some((other, _)) = dtypes.find(|(d, _)| *d != first) {
-            let what = format!("{first} and {other}");
+        if let Some(other) = made_of.find(|m| m.dtype != first.dtype) {
+            let what = format!(
+                "expected {} as `{}`, got {} in `{}`",
+                first.dtype, first.name, other.dtype, other.name
+            );
             self.problems.explain(Problem::RuleDtype, &target.name, what);
         }
-        first
+        first.dtype
+    }
+}
+
+/// Refuses a matrix whose numbers cannot be had as floating-point numbers.
+fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
+    if !matrix.is_castable() && !problems.is_refused(&matrix.name) {
+        problems.refuse_matrix(matrix.name.to_string());
+        let what = format!("expected a quantized matrix, BF16, F16 or F32, got {}", matrix.dtype);
+        problems.explain(Problem::RuleDtype, &matrix.name, what);
     }
 }
 
@@ -391,50 +420,6 @@ fn quantization_of(config: &Config) -> Option<QuantizationConfig> {
         let value = object.as_object()?.get(KEY)?.clone();
         Some(QuantizationConfig { within: Some(name.clone()), unquantized: None, value })
     })
-}
-
-/// Which layout the source is in: the one whose renaming and grouping rules take most of its
-/// names, `hf` where none does.
-fn source_layout(
-    matrices: &[Matrix],
-    checkpoint: &Checkpoint,
-    mapping: &Resolved,
-) -> Result<LayoutName, PlanError> {
-    // A rule speaks for a side where the names of its sides differ or it has operations, and the
-    // tensor's shape is one of that side.
-    let count = |speaks: &dyn Fn(&Matrix) -> bool| matrices.iter().filter(|m| speaks(m)).count();
-    let as_hf = |layout: &Layout, m: &Matrix| {
-        let canonical = mapping.canonical(&m.name);
-        match layout.take_hf(canonical.as_deref().unwrap_or(&m.name)) {
-            Some(Taken::Map { rule, .. }) => {
-                !rule.is_identity() && rule.fits_part(&m.logical_dims())
-            }
-            Some(Taken::Drop { .. }) | None => false,
-        }
-    };
-    let as_layout = |layout: &Layout, m: &Matrix| match layout.take_to(&m.name) {
-        Some(Taken::Map { rule, part, .. }) => {
-            !rule.is_identity() && rule.fits_layout(part, &m.logical_dims())
-        }
-        Some(Taken::Drop { .. }) | None => false,
-    };
-    let hf = count(&|m| mapping.layouts().any(|l| as_hf(l, m)));
-    let mut best = (LayoutName::Hf, hf);
-    for layout in mapping.layouts() {
-        let n = count(&|m| as_layout(layout, m));
-        if n > best.1 {
-            best = (layout.name, n);
-        }
-    }
-    let quantized = matrices.iter().any(|m| m.scales.is_some());
-    let named = matrices.iter().any(|m| mapping.layouts().any(|l| l.take_hf(&m.name).is_some()));
-    if best.1 == 0 && !quantized && !named {
-        return Err(PlanError::UnknownLayout {
-            model: mapping.name.clone(),
-            tensors: checkpoint.tensors().len(),
-        });
-    }
-    Ok(best.0)
 }
 
 /// What is done with matrices that no rule names, and how many there are.

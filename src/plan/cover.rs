@@ -10,11 +10,18 @@ pub fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
             && (0..shape.rank()).all(|a| f.map.target_span(a).1 < shape.dims()[a])
     };
     let total: u64 = fragments.iter().map(|f| f.map.elements()).sum();
-    if Some(total) != shape.elements() || !fragments.iter().all(within) {
+    if Some(total) != shape.elements() {
         return false;
     }
-    if shape.rank() == 0 || total == 0 {
-        return total == 0 || fragments.len() == 1;
+    // Nothing to cover; a box without elements has no last one.
+    if total == 0 {
+        return true;
+    }
+    if !fragments.iter().all(within) {
+        return false;
+    }
+    if shape.rank() == 0 {
+        return fragments.len() == 1;
     }
     // Fragments come in the order of their targets; only those whose first axes meet can overlap.
     let mut open: Vec<&Fragment> = Vec::new();

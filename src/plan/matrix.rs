@@ -62,6 +62,11 @@ impl Matrix {
         map
     }
 
+    /// Whether its elements can be had as floating-point numbers of any type.
+    pub fn is_castable(&self) -> bool {
+        self.scales.is_some() || self.dtype.as_float().is_some()
+    }
+
     /// Columns: the last axis. Rows are all other axes together.
     pub fn cols(&self) -> u64 {
         self.shape.dims().last().copied().unwrap_or(1)

@@ -5,9 +5,13 @@
 
 mod assemble;
 mod build;
+mod complete;
 mod cover;
+mod detect;
 mod grid;
+mod group;
 mod matrix;
+mod orphans;
 mod problems;
 mod quantize;
 mod show;

@@ -1,6 +1,6 @@
 //! What a plan refuses: every problem of a checkpoint at once, with counts and first names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::mapping::MappingError;
@@ -14,12 +14,16 @@ const LISTED: usize = 5;
 pub enum Problem {
     /// A source tensor that no rule of the mapping takes.
     NoRule,
+    /// A layer below the config's number of layers, none of whose tensors is there.
+    MissingLayer,
     /// A tensor that a rule needs beside one that is there.
     MissingPart,
     /// A quantized payload whose scale is not there.
     MissingScale,
-    /// A scale whose payload is not there, or is not quantized.
+    /// A scale or shape tensor whose payload is not there.
     MissingPayload,
+    /// A tensor in a payload's place whose dtype the scheme does not have.
+    PayloadDtype,
     /// A payload that holds no matrix.
     PayloadShape,
     /// A scale of a shape that the payload's shape does not explain.
@@ -30,7 +34,7 @@ pub enum Problem {
     ShapeTensor,
     /// Tensors of a rule whose shapes do not fit together.
     RuleShape,
-    /// Tensors of a rule whose dtypes differ where they are not cast.
+    /// Tensors of a rule whose dtypes cannot be cast, or differ where they are not cast.
     RuleDtype,
     /// Two source tensors that land on one name.
     SameName,
@@ -49,12 +53,18 @@ impl Problem {
             (Problem::NoRule, false) => {
                 "tensors that no rule of the mapping takes (--unmapped keep|drop to go on)"
             }
+            (Problem::MissingLayer, true) => "missing layer",
+            (Problem::MissingLayer, false) => "missing layers",
             (Problem::MissingPart, true) => "missing tensor",
             (Problem::MissingPart, false) => "missing tensors",
             (Problem::MissingScale, true) => "missing scale",
             (Problem::MissingScale, false) => "missing scales",
-            (Problem::MissingPayload, true) => "scale without its quantized payload",
-            (Problem::MissingPayload, false) => "scales without their quantized payloads",
+            (Problem::MissingPayload, true) => "part of a quantized matrix without its payload",
+            (Problem::MissingPayload, false) => {
+                "parts of quantized matrices without their payloads"
+            }
+            (Problem::PayloadDtype, true) => "payload of an impossible dtype",
+            (Problem::PayloadDtype, false) => "payloads of impossible dtypes",
             (Problem::PayloadShape, true) => "payload of an impossible shape",
             (Problem::PayloadShape, false) => "payloads of impossible shapes",
             (Problem::ScaleShape, true) => "scale of an impossible shape",
@@ -65,8 +75,8 @@ impl Problem {
             (Problem::ShapeTensor, false) => "shape tensors that hold no two integers",
             (Problem::RuleShape, true) => "tensor whose shape does not fit its rule",
             (Problem::RuleShape, false) => "tensors whose shapes do not fit their rules",
-            (Problem::RuleDtype, true) => "tensor made of parts of different dtypes",
-            (Problem::RuleDtype, false) => "tensors made of parts of different dtypes",
+            (Problem::RuleDtype, true) => "tensor whose dtype does not fit its rule",
+            (Problem::RuleDtype, false) => "tensors whose dtypes do not fit their rules",
             (Problem::SameName, true) => "name that two tensors land on",
             (Problem::SameName, false) => "names that two tensors land on",
             (Problem::Size, true) => "tensor of an impossible size",
@@ -79,22 +89,70 @@ impl Problem {
 
 /// Problems as they are found; [`Problems::finish`] turns them into an error.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Problems(BTreeMap<Problem, Vec<String>>);
+pub struct Problems {
+    found: BTreeMap<Problem, Found>,
+    /// Matrices of which a part was refused.
+    refused: BTreeSet<String>,
+}
+
+/// How many objects have a problem, and the first few of them.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Found {
+    count: u64,
+    first: Vec<String>,
+}
 
 impl Problems {
     /// Notes that `name` has the problem.
     pub fn add(&mut self, problem: Problem, name: &str) {
-        self.0.entry(problem).or_default().push(format!("`{name}`"));
+        self.note(problem, || format!("`{name}`"));
     }
 
     /// Notes that `name` has the problem, and what exactly.
     pub fn explain(&mut self, problem: Problem, name: &str, what: impl fmt::Display) {
-        self.0.entry(problem).or_default().push(format!("`{name}` ({what})"));
+        self.note(problem, || format!("`{name}` ({what})"));
+    }
+
+    fn note(&mut self, problem: Problem, text: impl FnOnce() -> String) {
+        let found = self.found.entry(problem).or_default();
+        found.count = found.count.saturating_add(1);
+        if found.first.len() < LISTED {
+            found.first.push(text());
+        }
+    }
+
+    /// Notes `count` objects that have the problem, of which `first` gives the first few.
+    ///
+    /// A config.json can ask for more tensors than could ever be listed.
+    pub fn add_many(
+        &mut self,
+        problem: Problem,
+        count: u64,
+        first: impl Iterator<Item = (String, String)>,
+    ) {
+        if count == 0 {
+            return;
+        }
+        let found = self.found.entry(problem).or_default();
+        found.count = found.count.saturating_add(count);
+        let room = LISTED - found.first.len();
+        let shown = usize::try_from(count).map_or(room, |n| n.min(room));
+        found.first.extend(first.take(shown).map(|(name, what)| format!("`{name}` ({what})")));
+    }
+
+    /// Notes that a part of the matrix `name` was refused: what needs the matrix is not missing.
+    pub fn refuse_matrix(&mut self, name: String) {
+        self.refused.insert(name);
+    }
+
+    /// Whether a part of the matrix `name` was refused.
+    pub fn is_refused(&self, name: &str) -> bool {
+        self.refused.contains(name)
     }
 
     /// Whether this problem was noted.
     pub fn has(&self, problem: Problem) -> bool {
-        self.0.contains_key(&problem)
+        self.found.contains_key(&problem)
     }
 
     /// Nothing, where no problem was noted.
@@ -102,20 +160,20 @@ impl Problems {
     /// # Errors
     /// All that was noted.
     pub fn finish(self) -> Result<(), PlanError> {
-        if self.0.is_empty() { Ok(()) } else { Err(PlanError::Refused(self)) }
+        if self.found.is_empty() { Ok(()) } else { Err(PlanError::Refused(self)) }
     }
 }
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (problem, names)) in self.0.iter().enumerate() {
+        for (i, (problem, Found { count, first })) in self.found.iter().enumerate() {
             if i > 0 {
                 f.write_str("; ")?;
             }
-            let n = names.len();
-            write!(f, "{n} {}: {}", problem.heading(n == 1), names[..n.min(LISTED)].join(", "))?;
-            if n > LISTED {
-                write!(f, " and {} more", n - LISTED)?;
+            write!(f, "{count} {}: {}", problem.heading(*count == 1), first.join(", "))?;
+            let listed = u64::try_from(first.len()).expect("a few names");
+            if *count > listed {
+                write!(f, " and {} more", count - listed)?;
             }
         }
         Ok(())
@@ -159,6 +217,21 @@ pub enum PlanError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn more_than_could_be_listed_are_counted() {
+        let mut problems = Problems::default();
+        let names = (0..).map(|i| (format!("w{i}"), "for `x`".to_owned()));
+        problems.add_many(Problem::MissingPart, 1 << 60, names.clone());
+        assert_eq!(
+            problems.to_string(),
+            "1152921504606846976 missing tensors: `w0` (for `x`), `w1` (for `x`), `w2` (for `x`), \
+             `w3` (for `x`), `w4` (for `x`) and 1152921504606846971 more"
+        );
+        let mut none = Problems::default();
+        none.add_many(Problem::MissingPart, 0, names);
+        assert!(none.finish().is_ok());
+    }
 
     #[test]
     fn many_are_counted_and_five_are_named() {

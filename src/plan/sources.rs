@@ -2,9 +2,10 @@
 //! one, everything else is a matrix of its own.
 
 use super::matrix::{Band, Matrix, MatrixScales, ScaleReading, fused_bands};
+use super::orphans::one_of;
 use super::problems::{PlanError, Problem, Problems};
 use crate::codec::{ScaleGrid, Scheme};
-use crate::mapping::{Bindings, Encoding, Resolved};
+use crate::mapping::{Bindings, Encoding, NameTemplate, Resolved};
 use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Shape};
 
@@ -25,8 +26,10 @@ pub fn matrices(
 ) -> Result<Matrices, PlanError> {
     let mut grouping = Grouping {
         checkpoint,
+        mapping,
         reading,
         config_block: checkpoint.config().weight_block_size()?,
+        config_group: checkpoint.config().group_size()?,
         used: vec![false; checkpoint.tensors().len()],
         found: Vec::new(),
         fused_pairs: 0,
@@ -35,25 +38,30 @@ pub fn matrices(
     for encoding in &mapping.encodings {
         grouping.group(encoding);
     }
-    grouping.leftovers(mapping);
+    grouping.orphans();
+    grouping.leftovers();
     let mut found = grouping.found;
     let fused_pairs = grouping.fused_pairs;
     found.sort_by_key(|m| m.payload);
     Ok(Matrices { list: found, fused_pairs })
 }
 
-struct Grouping<'a> {
-    checkpoint: &'a Checkpoint,
+/// A checkpoint's tensors on their way into matrices.
+pub(super) struct Grouping<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) mapping: &'a Resolved,
     reading: ScaleReading,
     config_block: Option<[u64; 2]>,
-    used: Vec<bool>,
+    config_group: Option<u64>,
+    /// Tensors that were taken, or refused.
+    pub(super) used: Vec<bool>,
     found: Vec<Matrix>,
     fused_pairs: u64,
-    problems: &'a mut Problems,
+    pub(super) problems: &'a mut Problems,
 }
 
 /// A payload and its scale, before the scale's rows are dealt out.
-struct Quantized {
+pub(super) struct Quantized {
     payload: SourceId,
     scale: SourceId,
     shape: Shape,
@@ -61,72 +69,92 @@ struct Quantized {
     name: Box<str>,
 }
 
-impl Grouping<'_> {
-    fn tensor(&self, id: SourceId) -> &SourceTensor {
+/// What is there of a quantized matrix.
+pub(super) enum Part {
+    /// No payload: nothing of that name, or something else.
+    Absent,
+    /// A payload that was refused.
+    Refused,
+    /// Payload and scale.
+    There(Quantized),
+}
+
+impl<'a> Grouping<'a> {
+    pub(super) fn tensor(&self, id: SourceId) -> &'a SourceTensor {
         self.checkpoint.tensor(id)
     }
 
     fn group(&mut self, encoding: &Encoding) {
         let ids = (0..).map(SourceId).take(self.checkpoint.tensors().len());
         for id in ids {
-            let tensor = self.checkpoint.tensor(id);
+            let tensor = self.tensor(id);
             if self.used[id.index()] || !encoding.scheme.takes_payload(tensor.dtype) {
                 continue;
             }
-            let Some(bindings) = encoding.payload[0].bind(&tensor.name, &encoding.vars) else {
-                continue;
-            };
+            let bound = encoding.payload.iter().find_map(|t| t.bind(&tensor.name, &encoding.vars));
+            let Some(bindings) = bound else { continue };
             if encoding.fused_shards {
                 self.pair(encoding, &bindings);
-            } else if let Some(q) = self.quantized(encoding, 0, &bindings) {
+            } else if let Part::There(q) = self.quantized(encoding, 0, &bindings) {
                 self.single(encoding, q, &bindings);
             }
         }
     }
 
-    /// Payload and scale number `i` of the encoding; `None` where they are not both there.
-    fn quantized(
-        &mut self,
-        encoding: &Encoding,
-        i: usize,
-        bindings: &Bindings,
-    ) -> Option<Quantized> {
-        let name = |t: &crate::mapping::NameTemplate| t.format(bindings, &encoding.vars);
-        let payload = self.checkpoint.find(&name(&encoding.payload[i])?)?;
-        let scale_name = name(&encoding.scale[i])?;
-        let tensor = self.checkpoint.tensor(payload);
-        let Some(shape) = encoding.scheme.matrix_shape(tensor.dtype, &tensor.shape) else {
+    /// Payload and scale number `i` of the encoding.
+    fn quantized(&mut self, encoding: &Encoding, i: usize, bindings: &Bindings) -> Part {
+        let name = |t: &NameTemplate| t.format(bindings, &encoding.vars).unwrap_or_default();
+        let Some(payload) = self.checkpoint.find(&name(&encoding.payload[i])) else {
+            return Part::Absent;
+        };
+        let tensor = self.tensor(payload);
+        let scheme = encoding.scheme;
+        if self.used[payload.index()] || !scheme.takes_payload(tensor.dtype) {
+            return Part::Absent;
+        }
+        let (matrix, scale_name) = (name(&encoding.matrix[i]), name(&encoding.scale[i]));
+        let scale = self.checkpoint.find(&scale_name);
+        let shape = scheme.matrix_shape(tensor.dtype, &tensor.shape);
+        let Some(shape) = shape.filter(|s| s.elements().is_some_and(|n| n > 0)) else {
             // Bytes of a payload's dtype can be something else, unless their scale is there.
-            if self.checkpoint.find(&scale_name).is_some() || is_only_a_payload(encoding, tensor) {
-                self.used[payload.index()] = true;
-                self.problems.explain(Problem::PayloadShape, &tensor.name, &tensor.shape);
+            if scale.is_none() && !is_only_a_payload(encoding, tensor) {
+                return Part::Absent;
             }
-            return None;
+            let what = format!("expected a matrix, got {} {}", tensor.dtype, tensor.shape);
+            self.problems.explain(Problem::PayloadShape, &tensor.name, what);
+            return self.refuse(&matrix, [Some(payload), scale]);
         };
-        let Some(scale) = self.checkpoint.find(&scale_name) else {
-            self.used[payload.index()] = true;
-            self.problems.explain(
-                Problem::MissingScale,
-                &scale_name,
-                format!("for `{}`, which is {}", tensor.name, tensor.dtype),
-            );
-            return None;
+        let Some(scale) = scale else {
+            let what = format!("for `{}`, which is {}", tensor.name, tensor.dtype);
+            self.problems.explain(Problem::MissingScale, &scale_name, what);
+            return self.refuse(&matrix, [Some(payload), None]);
         };
-        let Some(scale_code) = encoding.scheme.scale_code(self.tensor(scale).dtype) else {
-            let dtype = self.tensor(scale).dtype;
-            self.used[payload.index()] = true;
-            self.used[scale.index()] = true;
-            self.problems.explain(Problem::ScaleDtype, &scale_name, dtype);
-            return None;
+        let given = self.tensor(scale).dtype;
+        let Some(scale_code) = scheme.scale_code(given) else {
+            let expected = one_of(|d| scheme.scale_code(d).is_some());
+            let what = format!("expected {expected}, got {given}");
+            self.problems.explain(Problem::ScaleDtype, &scale_name, what);
+            return self.refuse(&matrix, [Some(payload), Some(scale)]);
         };
-        let name = name(&encoding.matrix[i])?.into_boxed_str();
-        Some(Quantized { payload, scale, shape, scale_code, name })
+        let name = matrix.into_boxed_str();
+        Part::There(Quantized { payload, scale, shape, scale_code, name })
+    }
+
+    /// Takes tensors for a matrix that cannot be made of them.
+    pub(super) fn refuse(&mut self, matrix: &str, parts: [Option<SourceId>; 2]) -> Part {
+        for id in parts.into_iter().flatten() {
+            self.used[id.index()] = true;
+        }
+        let name = self.mapping.canonical(matrix).unwrap_or_else(|| matrix.to_owned());
+        self.problems.refuse_matrix(name);
+        Part::Refused
     }
 
     fn block(&self, encoding: &Encoding) -> [u64; 2] {
         match encoding.scheme {
             Scheme::Fp8 => self.config_block.unwrap_or(encoding.block),
-            Scheme::Fp4 | Scheme::Int4 | Scheme::Mxfp4 => encoding.block,
+            Scheme::Int4 => self.config_group.map_or(encoding.block, |group| [1, group]),
+            Scheme::Fp4 | Scheme::Mxfp4 => encoding.block,
         }
     }
 
@@ -136,7 +164,8 @@ impl Grouping<'_> {
         self.used[q.scale.index()] = true;
         let given = &self.tensor(q.scale).shape;
         let Some(grid) = encoding.scheme.scale_grid(&q.shape, given, block) else {
-            self.scale_shape_problem(&q, block);
+            let expected = plain_scale(&q.shape, block).to_string();
+            self.scale_shape_problem(&q, block, &expected);
             return;
         };
         let bands = plain_bands(&q, &grid);
@@ -147,14 +176,15 @@ impl Grouping<'_> {
     fn shape_tensor(&mut self, encoding: &Encoding, bindings: &Bindings) -> Option<SourceId> {
         let name = encoding.shape.as_ref()?.format(bindings, &encoding.vars)?;
         let Some(id) = self.checkpoint.find(&name) else {
-            self.problems.add(Problem::MissingPart, &name);
+            let payload = encoding.payload[0].format(bindings, &encoding.vars).unwrap_or_default();
+            self.problems.explain(Problem::MissingPart, &name, format!("for `{payload}`"));
             return None;
         };
         self.used[id.index()] = true;
         let tensor = self.tensor(id);
         let integers = matches!(tensor.dtype, DType::I32 | DType::I64);
         if !integers || tensor.shape.elements() != Some(2) {
-            let what = format!("{} {}", tensor.dtype, tensor.shape);
+            let what = format!("expected I32 or I64 [2], got {} {}", tensor.dtype, tensor.shape);
             self.problems.explain(Problem::ShapeTensor, &name, what);
         }
         Some(id)
@@ -162,11 +192,44 @@ impl Grouping<'_> {
 
     /// A pair whose rows were quantized as one.
     fn pair(&mut self, encoding: &Encoding, bindings: &Bindings) {
-        let parts = [0, 1].map(|i| self.quantized(encoding, i, bindings));
-        let [Some(first), Some(second)] = parts else {
-            // What is missing was noted, or it is no pair: the next encoding may take it.
-            return;
-        };
+        match [0, 1].map(|i| self.quantized(encoding, i, bindings)) {
+            [Part::There(first), Part::There(second)] => self.fused(encoding, first, second),
+            [Part::There(q), Part::Absent] => self.half(encoding, q, 1, bindings),
+            [Part::Absent, Part::There(q)] => self.half(encoding, q, 0, bindings),
+            // One was refused, so the scales of the other say nothing.
+            [Part::There(q), Part::Refused] | [Part::Refused, Part::There(q)] => {
+                self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
+            }
+            [Part::Absent | Part::Refused, Part::Absent | Part::Refused] => {}
+        }
+    }
+
+    /// A matrix of a pair without number `other`: which scale serves which row cannot be known.
+    fn half(&mut self, encoding: &Encoding, q: Quantized, other: usize, bindings: &Bindings) {
+        let name = encoding.payload[other].format(bindings, &encoding.vars).unwrap_or_default();
+        let payload = self.tensor(q.payload);
+        match self.checkpoint.find(&name) {
+            None => {
+                let what = format!("for `{}`, which was quantized with it", payload.name);
+                self.problems.explain(Problem::MissingPart, &name, what);
+            }
+            Some(id) => {
+                let (with, dtype, got) = (&payload.name, payload.dtype, self.tensor(id).dtype);
+                let what = format!("expected {dtype} as `{with}`, got {got}");
+                self.problems.explain(Problem::PayloadDtype, &name, what);
+                let other = encoding.matrix[other].format(bindings, &encoding.vars);
+                let scale = encoding.scale.iter().find_map(|t| {
+                    let scale = t.format(bindings, &encoding.vars)?;
+                    self.checkpoint.find(&scale).filter(|s| *s != q.scale)
+                });
+                self.refuse(&other.unwrap_or_default(), [Some(id), scale]);
+            }
+        }
+        self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
+    }
+
+    /// Both matrices of a pair.
+    fn fused(&mut self, encoding: &Encoding, first: Quantized, second: Quantized) {
         let block = self.block(encoding);
         for q in [&first, &second] {
             self.used[q.payload.index()] = true;
@@ -197,14 +260,34 @@ impl Grouping<'_> {
             }
         });
         let Some((shards, [of_first, of_second])) = bands.flatten() else {
-            self.scale_shape_problem(&first, block);
-            self.scale_shape_problem(&second, block);
+            self.alone(encoding, [first, second], block);
             return;
         };
         self.fused_pairs += u64::from(shards > 1);
         for (q, bands) in [(first, of_first), (second, of_second)] {
             let grid = ScaleGrid { block, plane_rows: q.shape.dims()[0], rows: 0, cols };
             self.add(encoding, q, &grid, bands, None);
+        }
+    }
+
+    /// A pair that no number of shards explains: each scale must explain itself.
+    fn alone(&mut self, encoding: &Encoding, pair: [Quantized; 2], block: [u64; 2]) {
+        let grids = [&pair[0], &pair[1]]
+            .map(|q| encoding.scheme.scale_grid(&q.shape, &self.tensor(q.scale).shape, block));
+        if let [Some(first), Some(second)] = grids {
+            for (q, grid) in pair.into_iter().zip([first, second]) {
+                let bands = plain_bands(&q, &grid);
+                self.add(encoding, q, &grid, bands, None);
+            }
+            return;
+        }
+        for (q, grid) in pair.iter().zip(grids) {
+            if grid.is_some() {
+                self.refuse(&q.name, [None, None]);
+                continue;
+            }
+            let plain = plain_scale(&q.shape, block);
+            self.scale_shape_problem(q, block, &format!("{plain} or the rows of fused shards"));
         }
     }
 
@@ -236,40 +319,34 @@ impl Grouping<'_> {
         });
     }
 
-    fn scale_shape_problem(&mut self, q: &Quantized, block: [u64; 2]) {
-        let scale = self.checkpoint.tensor(q.scale);
-        let what = format!(
-            "{} for a payload that decodes to {} in blocks of {}x{}",
-            scale.shape, q.shape, block[0], block[1]
-        );
+    fn scale_shape_problem(&mut self, q: &Quantized, block: [u64; 2], expected: &str) {
+        let scale = self.tensor(q.scale);
+        let (got, of, [rows, cols]) = (&scale.shape, &q.shape, block);
+        let what = format!("expected {expected}, got {got}: {of} in blocks of {rows}x{cols}");
         self.problems.explain(Problem::ScaleShape, &scale.name, what);
+        self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
     }
 
-    /// What no encoding took: plain tensors, and parts whose payload is not there.
-    fn leftovers(&mut self, mapping: &Resolved) {
+    /// What no encoding took: plain tensors.
+    fn leftovers(&mut self) {
         for id in (0..).map(SourceId).take(self.checkpoint.tensors().len()) {
             if self.used[id.index()] {
                 continue;
             }
-            let tensor = self.checkpoint.tensor(id);
-            let orphan = is_a_part(mapping, &tensor.name)
-                && !mapping.layouts().any(|l| l.writes_out(&tensor.name));
-            if orphan {
-                self.problems.add(Problem::MissingPayload, &tensor.name);
-                continue;
-            }
+            let tensor = self.tensor(id);
             let (name, dtype, shape) = (tensor.name.clone(), tensor.dtype, tensor.shape.clone());
             self.found.push(Matrix::plain(name, id, dtype, shape));
         }
     }
 }
 
-/// Whether a name is one of scales or shapes.
-fn is_a_part(mapping: &Resolved, name: &str) -> bool {
-    mapping.encodings.iter().any(|e| {
-        let mut parts = e.scale.iter().chain(&e.shape);
-        parts.any(|t| t.bind(name, &e.vars).is_some())
-    })
+/// Shape of the scales of a matrix in blocks of its rows and columns.
+fn plain_scale(matrix: &Shape, block: [u64; 2]) -> Shape {
+    let mut dims = matrix.dims().to_vec();
+    if let [.., rows, cols] = dims.as_mut_slice() {
+        (*rows, *cols) = (rows.div_ceil(block[0]), cols.div_ceil(block[1]));
+    }
+    Shape::new(dims)
 }
 
 /// Whether a tensor of this dtype under a payload's name can be nothing but a payload.

@@ -125,6 +125,30 @@ impl Config {
             })?;
         Ok(Some(block))
     }
+
+    /// Columns that an INT4 scale serves by `quantization_config.config_groups`
+    /// (compressed-tensors); `None` where the config gives none, or groups of different sizes.
+    ///
+    /// # Errors
+    /// Where one is not an integer above 0.
+    pub fn group_size(&self) -> Result<Option<u64>, ConfigError> {
+        const GROUPS: &str = "quantization_config.config_groups";
+        let groups = self.get(GROUPS).and_then(Value::as_object);
+        let mut sizes = Vec::new();
+        for name in groups.into_iter().flat_map(Map::keys) {
+            let key = format!("{GROUPS}.{name}.weights.group_size");
+            // -1 and null stand for one scale a row.
+            if self.get(&key).is_some_and(|value| *value != -1) {
+                let positive = |value: &Value| value.as_u64().filter(|n| *n > 0);
+                sizes.push(self.typed(&key, "an integer above 0", positive)?);
+            }
+        }
+        sizes.dedup();
+        Ok(match sizes.as_slice() {
+            [size] => Some(*size),
+            _ => None,
+        })
+    }
 }
 
 fn descend<'a>(map: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {

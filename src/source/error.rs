@@ -111,8 +111,9 @@ pub enum SourceError {
     },
     /// The index names files by something else than their plain names.
     #[error(
-        "`{index}` lists files outside its directory: \
-         expected plain names that end in `.safetensors`, got {names}"
+        "`{index}` lists {} outside its directory: \
+         expected plain names that end in `.safetensors`, got {names}",
+        counted(names.count, "file")
     )]
     FileNames {
         /// The index.
@@ -121,7 +122,7 @@ pub enum SourceError {
         names: Several<String>,
     },
     /// The index lists a tensor twice.
-    #[error("`{index}` lists tensors more than once: {tensors}")]
+    #[error("`{index}` lists {} more than once: {tensors}", counted(tensors.count, "tensor"))]
     ListedTwice {
         /// The index.
         index: PathBuf,
@@ -151,7 +152,11 @@ pub enum SourceError {
         partial: usize,
     },
     /// Tensors that the index lists and their shard lacks.
-    #[error("`{index}` lists {} tensors that their shard does not hold: {tensors}", tensors.count)]
+    #[error(
+        "`{index}` lists {} that {} does not hold: {tensors}",
+        counted(tensors.count, "tensor"),
+        if tensors.count == 1 { "its shard" } else { "their shard" }
+    )]
     MissingTensors {
         /// The index.
         index: PathBuf,
@@ -159,7 +164,11 @@ pub enum SourceError {
         tensors: Several<Misplaced>,
     },
     /// Tensors that two shards hold.
-    #[error("`{dir}`: {} tensors are in two shards: {tensors}", tensors.count)]
+    #[error(
+        "`{dir}`: {} {} in two shards: {tensors}",
+        counted(tensors.count, "tensor"),
+        if tensors.count == 1 { "is" } else { "are" }
+    )]
     StoredTwice {
         /// The directory.
         dir: PathBuf,
@@ -346,6 +355,11 @@ impl fmt::Display for Paths<'_> {
         }
         Ok(())
     }
+}
+
+/// A number of things, in words.
+fn counted(n: usize, thing: &str) -> String {
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }
 
 /// How to fetch what may be the name of a model; a bare word is more often a mistyped directory.

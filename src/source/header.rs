@@ -19,6 +19,9 @@ use crate::tensor::{DType, Shape};
 /// Largest header in bytes (crate `safetensors`, `MAX_HEADER_SIZE`).
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// Most axes of a tensor: what PyTorch and NumPy take.
+pub const MAX_AXES: usize = 64;
+
 /// Bytes of the length that stands before a header.
 pub const LENGTH_BYTES: u64 = 8;
 
@@ -45,6 +48,14 @@ pub enum HeaderError {
     Duplicate {
         /// Name of the tensor.
         tensor: Box<str>,
+    },
+    /// More axes than any reader takes.
+    #[error("tensor `{tensor}`: expected at most {MAX_AXES} axes, got {axes}")]
+    Axes {
+        /// Name of the tensor.
+        tensor: Box<str>,
+        /// Number of its axes.
+        axes: usize,
     },
     /// Shape times dtype is not a number of bytes, or one of 2^61 or more.
     #[error("tensor `{tensor}`: {dtype} {shape} is not a whole number of bytes below 2^61")]
@@ -142,6 +153,9 @@ fn check_cover(tensors: &[SourceTensor]) -> Result<u64, HeaderError> {
 }
 
 fn check_size(t: &SourceTensor) -> Result<(), HeaderError> {
+    if t.shape.rank() > MAX_AXES {
+        return Err(HeaderError::Axes { tensor: t.name.clone(), axes: t.shape.rank() });
+    }
     let Some(expected) = t.shape.bytes(t.dtype) else {
         let (tensor, shape) = (t.name.clone(), t.shape.clone());
         return Err(HeaderError::Shape { tensor, dtype: t.dtype, shape });

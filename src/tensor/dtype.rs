@@ -54,6 +54,11 @@ impl DType {
         (DType::U64, "U64", 64),
     ];
 
+    /// All types, smallest first.
+    pub fn all() -> impl Iterator<Item = DType> {
+        Self::ALL.iter().map(|(d, _, _)| *d)
+    }
+
     /// The type that a safetensors header calls `name`, or `None`.
     pub fn parse(name: &str) -> Option<DType> {
         Self::ALL.iter().find(|(_, n, _)| *n == name).map(|(d, _, _)| *d)

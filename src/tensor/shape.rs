@@ -24,9 +24,11 @@ impl Shape {
         self.0.len()
     }
 
-    /// Number of elements; `None` on overflow.
+    /// Number of elements; `None` where the extents above 0 multiply beyond 64 bits, whatever
+    /// their order.
     pub fn elements(&self) -> Option<u64> {
-        self.0.iter().try_fold(1u64, |n, &d| n.checked_mul(d))
+        let n = self.0.iter().try_fold(1u64, |n, &d| n.checked_mul(d.max(1)))?;
+        Some(if self.0.contains(&0) { 0 } else { n })
     }
 
     /// Bytes of a tensor of this shape; `None` on overflow or where the bits fill no whole byte.
@@ -76,6 +78,8 @@ mod tests {
         assert_eq!(Shape::from([4]).bytes(DType::F4), Some(2));
         assert_eq!(Shape::from([u64::MAX, 2]).bytes(DType::U8), None);
         assert_eq!(Shape::from([1 << 61]).bytes(DType::F64), None);
+        assert_eq!(Shape::from([1 << 40, 0]).bytes(DType::U8), Some(0));
+        assert_eq!(Shape::from([0, 1 << 40, 1 << 40]).bytes(DType::U8), None);
     }
 
     #[test]

@@ -80,6 +80,25 @@ fn quantization_is_found_where_it_is() {
 }
 
 #[test]
+fn groups_of_one_size_are_found() {
+    let groups = |groups: serde_json::Value| {
+        let config = config(json!({ "quantization_config": { "config_groups": groups } }));
+        config.group_size().map_err(|e| e.to_string())
+    };
+    let sized = |size: serde_json::Value| json!({ "weights": { "group_size": size } });
+    let [a, b] = [sized(json!(32)), sized(json!(128))];
+    assert_eq!(config(json!({})).group_size(), Ok(None));
+    assert_eq!(groups(json!({})), Ok(None));
+    assert_eq!(groups(json!({ "group_0": a })), Ok(Some(32)));
+    assert_eq!(groups(json!({ "group_0": a, "group_1": a })), Ok(Some(32)));
+    assert_eq!(groups(json!({ "group_0": a, "group_1": b })), Ok(None));
+    assert_eq!(groups(json!({ "group_0": sized(json!(-1)), "group_1": b })), Ok(Some(128)));
+    let expected = "config.json: `quantization_config.config_groups.group_0.weights.group_size`: \
+                    expected an integer above 0, got `0`";
+    assert_eq!(groups(json!({ "group_0": sized(json!(0)) })), Err(expected.to_owned()));
+}
+
+#[test]
 fn order_and_bytes_are_kept() {
     let text = b"{ \"z\": 1,\n \"a\": 2 }\n";
     let config = Config::parse(text.to_vec()).expect("an object");

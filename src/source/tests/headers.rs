@@ -51,6 +51,14 @@ fn every_kind_of_lie_is_refused() {
             r#"{"x":{"dtype":"U8","dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#.into(),
             "`dtype` occurs twice",
         ),
+        (
+            only("U8", &format!("[4{}]", ",1".repeat(64)), "[0,4]"),
+            "tensor `x`: expected at most 64 axes, got 65",
+        ),
+        (
+            and(&format!(r#","y":{}"#, entry("U8", "[0,4294967296,4294967296]", "[4,4]"))),
+            "tensor `y`: U8 [0, 4294967296, 4294967296] is not a whole number of bytes below 2^61",
+        ),
         (only("F8_E9M9", "[4]", "[0,4]"), "tensor `x` has the unknown dtype `F8_E9M9`"),
         (only("U8", "[-4]", "[0,4]"), "invalid value: integer `-4`, expected u64"),
         (only("U8", "[4.0]", "[0,4]"), "invalid type: floating point `4.0`, expected u64"),

@@ -120,7 +120,7 @@ fn bad_json_is_refused_with_its_position() {
         (
             INDEX,
             "{\"weight_map\": {\"x\": \"a.safetensors\", \"x\": \"b.safetensors\"}}",
-            "`DIR/model.safetensors.index.json` lists tensors more than once: `x`",
+            "`DIR/model.safetensors.index.json` lists 1 tensor more than once: `x`",
         ),
         (
             INDEX,
@@ -151,7 +151,7 @@ fn file_names_that_leave_the_directory_are_refused() {
     ] {
         let got = Dir::new().index(&[("x", name)]).refusal();
         let expected = format!(
-            "`DIR/model.safetensors.index.json` lists files outside its directory: \
+            "`DIR/model.safetensors.index.json` lists 1 file outside its directory: \
              expected plain names that end in `.safetensors`, got `{name}`"
         );
         assert_eq!(got, expected);
@@ -184,7 +184,7 @@ fn a_tensor_in_two_shards_is_refused() {
         dir.shard("a.safetensors", &[tensor("x")])
             .shard("b.safetensors", &[tensor("x"), tensor("y")])
     };
-    let expected = "`DIR`: 1 tensors are in two shards: `x` (`a.safetensors` and `b.safetensors`)";
+    let expected = "`DIR`: 1 tensor is in two shards: `x` (`a.safetensors` and `b.safetensors`)";
     assert_eq!(shards(Dir::new()).refusal(), expected);
     let indexed = shards(Dir::new()).index(&[("x", "a.safetensors"), ("y", "b.safetensors")]);
     assert_eq!(indexed.refusal(), expected);

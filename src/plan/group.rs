@@ -1,0 +1,148 @@
+//! Parts of one rule at one binding of its variables, and the layout's tensors made of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::assemble::{Logical, Target, empty_part, fragments_of};
+use super::problems::{Problem, Problems};
+use crate::mapping::{Assembled, Bindings, Layout, Row, Rule};
+
+/// Missing parts that are looked at one by one: a config.json can ask for any number of them.
+const WALKED: usize = 1 << 16;
+
+/// Groups by the row of their rule and what its variables are bound to, the stacked one unbound.
+pub type Groups<'a> = BTreeMap<(usize, Bindings), Group<'a>>;
+
+/// The logical tensors that a rule takes at one binding.
+#[derive(Debug)]
+pub struct Group<'a> {
+    rule: &'a Rule,
+    /// By position among the rule's names, and value of the stacked variable.
+    pub parts: BTreeMap<(usize, Option<u64>), &'a Logical>,
+}
+
+impl<'a> Group<'a> {
+    /// A group that nothing was found of yet.
+    pub fn new(rule: &'a Rule) -> Group<'a> {
+        Group { rule, parts: BTreeMap::new() }
+    }
+
+    /// The layout's tensors; none where the group was refused.
+    pub fn targets(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<Target> {
+        let rule = self.rule;
+        let target_name = |j: usize| rule.to[j].format(bindings, &rule.vars).unwrap_or_default();
+        if !self.is_complete(bindings, &target_name(0), problems) {
+            return Vec::new();
+        }
+        let Some(shapes) = self.shapes(bindings, problems) else { return Vec::new() };
+        let assembled = match rule.assemble(&shapes) {
+            Ok(assembled) => assembled,
+            Err(error) => {
+                problems.explain(Problem::RuleShape, &target_name(0), error);
+                return Vec::new();
+            }
+        };
+        let target = |(j, tensor)| self.target(target_name(j), tensor);
+        assembled.into_iter().enumerate().map(target).collect()
+    }
+
+    fn target(&self, name: String, tensor: Assembled) -> Target {
+        let fragments = tensor
+            .pieces
+            .iter()
+            .flat_map(|piece| {
+                let part = self.parts.get(&(piece.part, piece.stacked));
+                let parts = part.map_or(&[][..], |t| &t.parts);
+                parts.iter().filter_map(|(m, map)| Some((*m, piece.map.after(map)?)))
+            })
+            .collect();
+        Target {
+            name,
+            expert_axis: self.rule.expert_axis && !tensor.shape.is_empty(),
+            shape: tensor.shape,
+            fragments: fragments_of(fragments),
+            grouped: self.rule.grouped,
+        }
+    }
+
+    /// Whether every part is there; notes those that are not.
+    fn is_complete(&self, bindings: &Bindings, target: &str, problems: &mut Problems) -> bool {
+        let rule = self.rule;
+        let parts = u64::try_from(rule.hf.len()).expect("a rule has few names");
+        let expected = parts.saturating_mul(rule.stacked_count());
+        let there = u64::try_from(self.parts.len()).expect("tensors are counted in 32 bits");
+        if expected == there {
+            return true;
+        }
+        if problems.is_refused(target) {
+            return false;
+        }
+        let all = rule.stacked().flat_map(|s| (0..rule.hf.len()).map(move |part| (part, s)));
+        let missing = || all.clone().filter(|key| !self.parts.contains_key(key));
+        let name = |(part, s): (usize, Option<u64>)| rule.part_name(part, s, bindings);
+        let known = missing().take(WALKED).filter_map(name);
+        let refused: BTreeSet<String> = known.filter(|n| problems.is_refused(n)).collect();
+        let refused_count = u64::try_from(refused.len()).expect("tensors are counted in 32 bits");
+        let names = missing().filter_map(name).filter(|n| !refused.contains(n));
+        let first = names.map(|name| (name, format!("for `{target}`")));
+        problems.add_many(Problem::MissingPart, expected - there - refused_count, first);
+        false
+    }
+
+    /// The shape of every part of the rule, one for all values of the stacked variable.
+    fn shapes(&self, bindings: &Bindings, problems: &mut Problems) -> Option<Vec<Vec<u64>>> {
+        let rule = self.rule;
+        let usual: Vec<&[u64]> = (0..rule.hf.len()).map(|part| self.usual_shape(part)).collect();
+        let mut fit = true;
+        for ((part, stacked), tensor) in &self.parts {
+            let got = &tensor.shape;
+            let what = if let Some(expected) = rule.hf_shape.as_ref().filter(|e| *e != got) {
+                format!("expected {expected:?}, got {got:?}")
+            } else if got != usual[*part] {
+                format!("expected {:?} as the others, got {got:?}", usual[*part])
+            } else if empty_part(rule, &[got]).is_some() {
+                format!("expected elements, got {got:?}")
+            } else {
+                continue;
+            };
+            let name = rule.part_name(*part, *stacked, bindings).unwrap_or_default();
+            problems.explain(Problem::RuleShape, &name, what);
+            fit = false;
+        }
+        fit.then(|| usual.into_iter().map(<[u64]>::to_vec).collect())
+    }
+
+    /// The shape that most tensors of a part have.
+    fn usual_shape(&self, part: usize) -> &[u64] {
+        let mut counts: BTreeMap<&[u64], usize> = BTreeMap::new();
+        for (_, tensor) in self.parts.iter().filter(|((p, _), _)| *p == part) {
+            *counts.entry(&tensor.shape).or_default() += 1;
+        }
+        counts.into_iter().max_by_key(|(_, n)| *n).map(|(s, _)| s).unwrap_or_default()
+    }
+}
+
+/// Adds the groups that are wholly absent beside others of the same experts.
+///
+/// Grouped tensors of one module come together: where `experts.gate_and_up_projs` can be made,
+/// `experts.down_projs` is expected too.
+pub fn add_siblings<'a>(groups: &mut Groups<'a>, layout: &'a Layout) {
+    let name = |rule: &Rule, bindings: &Bindings| rule.to[0].format(bindings, &rule.vars);
+    let there = groups.iter().filter(|(_, group)| group.rule.grouped);
+    let there: Vec<(Bindings, Option<String>)> =
+        there.map(|((_, b), group)| (b.clone(), name(group.rule, b))).collect();
+    let mut provided: BTreeSet<String> = there.iter().filter_map(|(_, n)| n.clone()).collect();
+    for (bindings, target) in there {
+        let Some((module, _)) = target.as_deref().and_then(|n| n.rsplit_once('.')) else {
+            continue;
+        };
+        for (row, line) in layout.rows.iter().enumerate() {
+            let Row::Map(rule) = line else { continue };
+            let sibling = name(rule, &bindings).filter(|n| rule.grouped && !provided.contains(n));
+            let Some(sibling) = sibling else { continue };
+            if sibling.rsplit_once('.').is_some_and(|(m, _)| m == module) {
+                provided.insert(sibling);
+                groups.insert((row, bindings.clone()), Group::new(rule));
+            }
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! A config.json that the files do not bear out.
+
+use serde_json::json;
+
+use crate::common::toy::Toy;
+use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, refused};
+
+#[test]
+fn a_config_that_the_files_do_not_bear_out_is_refused() {
+    let cases: &[Case] = &[
+        (
+            MIMO,
+            |t| t.set("n_routed_experts", 2),
+            "3 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+             `~.2.down_proj.weight`, `~.2.gate_proj.weight`, `~.2.up_proj.weight`",
+        ),
+        (
+            MIMO,
+            |t| t.set("n_routed_experts", 5),
+            "6 missing tensors: `~.3.gate_proj.weight` (for `~.gate_and_up_projs`), \
+             `~.3.up_proj.weight` (for `~.gate_and_up_projs`), `~.4.gate_proj.weight` (for \
+             `~.gate_and_up_projs`), `~.4.up_proj.weight` (for `~.gate_and_up_projs`), \
+             `~.3.down_proj.weight` (for `~.down_projs`) and 1 more",
+        ),
+        (
+            MIMO,
+            |t| t.set("n_routed_experts", 1u64 << 60),
+            "3458764513820540919 missing tensors: `~.3.gate_proj.weight` (for \
+             `~.gate_and_up_projs`), `~.3.up_proj.weight` (for `~.gate_and_up_projs`), \
+             `~.4.gate_proj.weight` (for `~.gate_and_up_projs`), `~.4.up_proj.weight` (for \
+             `~.gate_and_up_projs`), `~.5.gate_proj.weight` (for `~.gate_and_up_projs`) and \
+             3458764513820540914 more",
+        ),
+        (
+            MIMO,
+            |t| t.set("n_routed_experts", "3"),
+            "config.json has no integer `n_routed_experts`, which the mapping needs",
+        ),
+        (
+            MIMO,
+            |t| t.unset("n_routed_experts"),
+            "config.json has no integer `n_routed_experts`, which the mapping needs",
+        ),
+        (
+            MIMO,
+            |t| t.set("num_hidden_layers", 1),
+            "18 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+             `model.layers.1.input_layernorm.weight`, `~.0.down_proj.weight`, \
+             `~.0.gate_proj.weight`, `~.0.up_proj.weight`, `~.1.down_proj.weight` and 13 more",
+        ),
+        (
+            MIMO,
+            |t| t.set("num_hidden_layers", 3),
+            "1 missing layer: `model.layers.2` (by config.json there are 3)",
+        ),
+        (
+            MIMO,
+            |t| t.set("num_hidden_layers", 1u64 << 60),
+            "1152921504606846974 missing layers: `model.layers.2` (by config.json there are \
+             1152921504606846976), `model.layers.3` (by config.json there are \
+             1152921504606846976), `model.layers.4` (by config.json there are \
+             1152921504606846976), `model.layers.5` (by config.json there are \
+             1152921504606846976), `model.layers.6` (by config.json there are \
+             1152921504606846976) and 1152921504606846969 more",
+        ),
+        (
+            MIMO,
+            |t| t.set("moe_intermediate_size", 128),
+            "9 tensors whose shapes do not fit their rules: `~.0.gate_proj.weight` (expected \
+             [128, 160], got [144, 160]), `~.1.gate_proj.weight` (expected [128, 160], got \
+             [144, 160]), `~.2.gate_proj.weight` (expected [128, 160], got [144, 160]), \
+             `~.0.up_proj.weight` (expected [128, 160], got [144, 160]), `~.1.up_proj.weight` \
+             (expected [128, 160], got [144, 160]) and 4 more",
+        ),
+        (
+            MIMO,
+            |t| t.set("quantization_config.weight_block_size", 128),
+            "config.json: `quantization_config.weight_block_size`: expected two integers above \
+             0, got `128`",
+        ),
+        (
+            MIMO,
+            |t| t.set("quantization_config.weight_block_size", json!([64, 64])),
+            "24 scales of impossible shapes: `model.layers.0.self_attn.k_proj.weight_scale_inv` \
+             (expected [6, 3] or the rows of fused shards, got [4, 2]: [384, 160] in blocks of \
+             64x64), `model.layers.0.self_attn.v_proj.weight_scale_inv` (expected [4, 3] or the \
+             rows of fused shards, got [2, 2]: [256, 160] in blocks of 64x64), \
+             `model.layers.1.self_attn.k_proj.weight_scale_inv` (expected [6, 3] or the rows of \
+             fused shards, got [4, 2]: [384, 160] in blocks of 64x64), \
+             `model.layers.1.self_attn.v_proj.weight_scale_inv` (expected [4, 3] or the rows of \
+             fused shards, got [2, 2]: [256, 160] in blocks of 64x64), \
+             `model.mtp.layers.0.self_attn.k_proj.weight_scale_inv` (expected [6, 3] or the \
+             rows of fused shards, got [4, 2]: [384, 160] in blocks of 64x64) and 19 more",
+        ),
+        (
+            MIMO,
+            |t| t.configure(json!({})),
+            "config.json has no integer `num_key_value_heads`, which the mapping needs",
+        ),
+        (
+            FLASH,
+            |t| t.set("n_routed_experts", 2),
+            "12 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+             `layers.0.ffn.experts.2.w1.weight`, `layers.0.ffn.experts.2.w2.weight`, \
+             `layers.0.ffn.experts.2.w3.weight`, `~.2.w1.weight`, `~.2.w2.weight` and 7 more",
+        ),
+        (
+            FLASH,
+            |t| t.set("num_hidden_layers", 2),
+            "30 names that two tensors land on: `mtp.0.attn.attn_sink` \
+             (`layers.2.attn.attn_sink` and `mtp.0.attn.attn_sink`), \
+             `mtp.0.attn.kv_norm.weight` (`layers.2.attn.kv_norm.weight` and \
+             `mtp.0.attn.kv_norm.weight`), `mtp.0.attn.q_norm.weight` \
+             (`layers.2.attn.q_norm.weight` and `mtp.0.attn.q_norm.weight`), \
+             `mtp.0.attn.wkv.weight` (`layers.2.attn.wkv.weight` and `mtp.0.attn.wkv.weight`), \
+             `mtp.0.attn.wo_a.weight` (`layers.2.attn.wo_a.weight` and \
+             `mtp.0.attn.wo_a.weight`) and 25 more",
+        ),
+        (
+            FLASH,
+            |t| t.set("num_hidden_layers", 5),
+            "2 missing layers: `layers.3` (by config.json there are 5), `layers.4` (by \
+             config.json there are 5)",
+        ),
+        (
+            FLASH,
+            |t| t.unset("num_hidden_layers"),
+            "config.json has no integer `num_hidden_layers`, which the mapping needs",
+        ),
+        (
+            BASE,
+            |t| t.set("n_routed_experts", 4),
+            "9 missing tensors: `layers.0.ffn.experts.3.w1.weight` (for \
+             `model.layers.0.mlp.experts.gate_and_up_projs`), \
+             `layers.0.ffn.experts.3.w3.weight` (for \
+             `model.layers.0.mlp.experts.gate_and_up_projs`), `~.3.w1.weight` (for \
+             `model.layers.1.mlp.experts.gate_and_up_projs`), `~.3.w3.weight` (for \
+             `model.layers.1.mlp.experts.gate_and_up_projs`), \
+             `layers.0.ffn.experts.3.w2.weight` (for `model.layers.0.mlp.experts.down_projs`) \
+             and 4 more",
+        ),
+        (
+            KIMI,
+            |t| t.set("text_config.n_routed_experts", 2),
+            "3 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+             `~.2.down_proj.weight`, `~.2.gate_proj.weight`, `~.2.up_proj.weight`",
+        ),
+        (
+            KIMI,
+            |t| t.set("text_config.n_routed_experts", 4),
+            "3 missing tensors: `~.3.gate_proj.weight` (for `model.~.gate_and_up_projs`), \
+             `~.3.up_proj.weight` (for `model.~.gate_and_up_projs`), `~.3.down_proj.weight` \
+             (for `model.~.down_projs`)",
+        ),
+        (
+            KIMI,
+            |t| t.set("text_config.num_hidden_layers", 1),
+            "23 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+             `language_model.model.layers.1.input_layernorm.weight`, `~.0.down_proj.weight`, \
+             `~.0.gate_proj.weight`, `~.0.up_proj.weight`, `~.1.down_proj.weight` and 18 more",
+        ),
+        (
+            KIMI,
+            |t| t.unset("text_config.n_routed_experts"),
+            "config.json has no integer `n_routed_experts`, which the mapping needs",
+        ),
+        (
+            KIMI,
+            |t| {
+                t.set(
+                    "text_config.quantization_config.config_groups.group_0.weights.group_size",
+                    48,
+                )
+            },
+            "6 scales of impossible shapes: `~.0.gate_proj.weight_scale` (expected [64, 2], got \
+             [64, 3]: [64, 96] in blocks of 1x48), `~.0.up_proj.weight_scale` (expected [64, \
+             2], got [64, 3]: [64, 96] in blocks of 1x48), `~.1.gate_proj.weight_scale` \
+             (expected [64, 2], got [64, 3]: [64, 96] in blocks of 1x48), \
+             `~.1.up_proj.weight_scale` (expected [64, 2], got [64, 3]: [64, 96] in blocks of \
+             1x48), `~.2.gate_proj.weight_scale` (expected [64, 2], got [64, 3]: [64, 96] in \
+             blocks of 1x48) and 1 more",
+        ),
+        (
+            QWEN,
+            |t| t.set("text_config.num_experts", 3),
+            "4 tensors whose shapes do not fit their rules: \
+             `model.language_model.layers.0.mlp.experts.gate_up_proj` (expected [3, 96, 80], \
+             got [4, 96, 80]), `~.gate_up_proj` (expected [3, 96, 80], got [4, 96, 80]), \
+             `model.language_model.layers.0.mlp.experts.down_proj` (expected [3, 40, 96], got \
+             [4, 40, 96]), `~.down_proj` (expected [3, 40, 96], got [4, 40, 96])",
+        ),
+        (
+            QWEN,
+            |t| t.set("text_config.num_experts", 5),
+            "4 tensors whose shapes do not fit their rules: \
+             `model.language_model.layers.0.mlp.experts.gate_up_proj` (expected [5, 96, 80], \
+             got [4, 96, 80]), `~.gate_up_proj` (expected [5, 96, 80], got [4, 96, 80]), \
+             `model.language_model.layers.0.mlp.experts.down_proj` (expected [5, 40, 96], got \
+             [4, 40, 96]), `~.down_proj` (expected [5, 40, 96], got [4, 40, 96])",
+        ),
+        (
+            QWEN,
+            |t| t.set("text_config.num_hidden_layers", 1),
+            "11 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+             `model.language_model.layers.1.input_layernorm.weight`, `~.down_proj`, \
+             `~.gate_up_proj`, `model.language_model.layers.1.mlp.gate.weight`, \
+             `model.language_model.layers.1.post_attention_layernorm.weight` and 6 more",
+        ),
+        (
+            QWEN,
+            |t| t.unset("text_config.moe_intermediate_size"),
+            "config.json has no integer `moe_intermediate_size`, which the mapping needs",
+        ),
+    ];
+    refused(Toy::golden, cases);
+}
