@@ -1,35 +1,60 @@
-//! Decoded chunks: least recently used go first, and a chunk is decoded by one reader at a time.
+//! Bytes that were made once: least recently used go first, and no two readers make the same.
 //!
-//! The budget counts chunks that are being decoded as well as those that lie ready. Where it is
-//! smaller than what is being decoded, nothing is kept: a budget of 0 is a cache of nothing.
+//! The budget counts what is being made as well as what lies ready. Where it is smaller than what
+//! is being made, nothing is kept: a budget of 0 is a cache of nothing.
 
+use std::hash::Hash;
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use lru::LruCache;
 
-/// Which chunk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ChunkKey {
-    /// Position of the tensor in the plan.
-    pub tensor: u32,
-    /// Chunk of the tensor's grid.
-    pub chunk: u64,
-}
-
-/// How a reader came by a chunk.
+/// How a reader came by its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It lay ready.
+    /// They lay ready.
     Hit,
-    /// Another reader was decoding it.
+    /// Another reader was making them.
     Waited,
-    /// This reader decoded it.
-    Decoded,
+    /// This reader made them.
+    Made,
 }
 
-type Bytes = Arc<Vec<u8>>;
+/// Bytes that start at a page: decoding into a buffer 16 bytes off a cache line takes twice as long.
+#[derive(Debug)]
+pub struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
 
-/// The decoding of a chunk that others wait for. `E` is what a decoding fails with.
+impl Buffer {
+    const PAGE: usize = 4096;
+
+    fn new(len: usize) -> Buffer {
+        let bytes = vec![0; len + Buffer::PAGE];
+        let start = bytes.as_ptr().align_offset(Buffer::PAGE).min(Buffer::PAGE);
+        Buffer { bytes, start, len }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.len]
+    }
+}
+
+type Bytes = Arc<Buffer>;
+
+/// What is being made while others wait for it. `E` is what making it fails with.
 struct Flight<E> {
     result: Mutex<Option<Result<Bytes, E>>>,
     landed: Condvar,
@@ -37,22 +62,22 @@ struct Flight<E> {
 
 enum Slot<E> {
     Ready(Bytes),
-    Decoding(Arc<Flight<E>>),
+    Making(Arc<Flight<E>>),
 }
 
-struct State<E> {
-    slots: LruCache<ChunkKey, Slot<E>>,
+struct State<K: Hash + Eq, E> {
+    slots: LruCache<K, Slot<E>>,
     bytes: u64,
-    /// Buffers that were evicted, for the next chunks of their sizes.
-    spare: Vec<Vec<u8>>,
+    /// Buffers that were evicted, for the next of their sizes.
+    spare: Vec<Buffer>,
 }
 
 /// Evicted buffers that are kept for reuse: their pages are there already.
-const SPARES: usize = 4;
+const SPARES: usize = 8;
 
-/// A cache of decoded chunks with a byte budget.
-pub struct ChunkCache<E> {
-    state: Mutex<State<E>>,
+/// A cache with a byte budget.
+pub struct Cache<K: Hash + Eq + Copy, E: Clone> {
+    state: Mutex<State<K, E>>,
     budget: u64,
 }
 
@@ -65,14 +90,14 @@ fn size(bytes: &[u8]) -> u64 {
     u64::try_from(bytes.len()).expect("a usize fits in 64 bits")
 }
 
-impl<E: Clone> ChunkCache<E> {
+impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
     /// An empty cache that holds up to `budget` bytes.
-    pub fn new(budget: u64) -> ChunkCache<E> {
+    pub fn new(budget: u64) -> Cache<K, E> {
         let state = State { slots: LruCache::unbounded(), bytes: 0, spare: Vec::new() };
-        ChunkCache { state: Mutex::new(state), budget }
+        Cache { state: Mutex::new(state), budget }
     }
 
-    /// Bytes that lie ready or are being decoded.
+    /// Bytes that lie ready or are being made.
     pub fn bytes(&self) -> u64 {
         lock(&self.state).bytes
     }
@@ -82,25 +107,25 @@ impl<E: Clone> ChunkCache<E> {
         self.budget
     }
 
-    /// The chunk, decoded by `decode` into a buffer of `len` bytes where it is not there.
+    /// The bytes of `key`, made by `make` in a buffer of `len` bytes where they are not there.
     ///
-    /// While one reader decodes, others who ask for the same chunk wait for it. A failure reaches
-    /// all who waited and is not kept. `abandoned` is what they get where the decoder panics.
+    /// While one reader makes them, others who ask for the same wait. A failure reaches all who
+    /// waited and is not kept. `abandoned` is what they get where `make` panics.
     ///
     /// # Errors
-    /// What `decode` fails with.
+    /// What `make` fails with.
     pub fn get(
         &self,
-        key: ChunkKey,
+        key: K,
         len: usize,
         abandoned: E,
-        decode: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        make: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(Bytes, Outcome), E> {
         let (flight, mut buffer) = {
             let mut state = lock(&self.state);
             match state.slots.get(&key) {
                 Some(Slot::Ready(bytes)) => return Ok((Arc::clone(bytes), Outcome::Hit)),
-                Some(Slot::Decoding(flight)) => {
+                Some(Slot::Making(flight)) => {
                     let flight = Arc::clone(flight);
                     drop(state);
                     return flight.wait().map(|bytes| (bytes, Outcome::Waited));
@@ -108,7 +133,7 @@ impl<E: Clone> ChunkCache<E> {
                 None => {}
             }
             let flight = Arc::new(Flight { result: Mutex::new(None), landed: Condvar::new() });
-            state.slots.put(key, Slot::Decoding(Arc::clone(&flight)));
+            state.slots.put(key, Slot::Making(Arc::clone(&flight)));
             state.bytes += u64::try_from(len).expect("a usize fits in 64 bits");
             state.evict(self.budget);
             let spare = state.spare.iter().position(|b| b.len() == len);
@@ -116,11 +141,11 @@ impl<E: Clone> ChunkCache<E> {
         };
         let mut landing =
             Landing { cache: self, key, len, flight: &flight, result: Err(abandoned) };
-        let mut bytes = buffer.take().unwrap_or_else(|| vec![0; len]);
-        landing.result = decode(&mut bytes).map(|()| Arc::new(bytes));
+        let mut bytes = buffer.take().unwrap_or_else(|| Buffer::new(len));
+        landing.result = make(&mut bytes).map(|()| Arc::new(bytes));
         let result = landing.result.clone();
         drop(landing);
-        result.map(|bytes| (bytes, Outcome::Decoded))
+        result.map(|bytes| (bytes, Outcome::Made))
     }
 }
 
@@ -136,16 +161,16 @@ impl<E: Clone> Flight<E> {
     }
 }
 
-/// Ends a flight, also when the decoder panics.
-struct Landing<'a, E: Clone> {
-    cache: &'a ChunkCache<E>,
-    key: ChunkKey,
+/// Ends a flight, also when making the bytes panics.
+struct Landing<'a, K: Hash + Eq + Copy, E: Clone> {
+    cache: &'a Cache<K, E>,
+    key: K,
     len: usize,
     flight: &'a Flight<E>,
     result: Result<Bytes, E>,
 }
 
-impl<E: Clone> Drop for Landing<'_, E> {
+impl<K: Hash + Eq + Copy, E: Clone> Drop for Landing<'_, K, E> {
     fn drop(&mut self) {
         {
             let mut state = lock(&self.cache.state);
@@ -165,8 +190,8 @@ impl<E: Clone> Drop for Landing<'_, E> {
     }
 }
 
-impl<E> State<E> {
-    /// Lets the least recently used ready chunks go until the budget is kept.
+impl<K: Hash + Eq + Copy, E> State<K, E> {
+    /// Lets the least recently used that lie ready go until the budget is kept.
     fn evict(&mut self, budget: u64) {
         let mut busy = Vec::new();
         while self.bytes > budget {
@@ -179,7 +204,7 @@ impl<E> State<E> {
                         self.spare.push(buffer);
                     }
                 }
-                Some((key, decoding @ Slot::Decoding(_))) => busy.push((key, decoding)),
+                Some((key, making @ Slot::Making(_))) => busy.push((key, making)),
                 None => break,
             }
         }
@@ -196,10 +221,6 @@ mod tests {
 
     use super::*;
 
-    fn key(chunk: u64) -> ChunkKey {
-        ChunkKey { tensor: 0, chunk }
-    }
-
     fn fill(value: u8) -> impl FnOnce(&mut [u8]) -> Result<(), String> {
         move |out| {
             out.fill(value);
@@ -207,37 +228,37 @@ mod tests {
         }
     }
 
-    fn outcome(cache: &ChunkCache<String>, chunk: u64) -> Outcome {
+    fn outcome(cache: &Cache<u64, String>, chunk: u64) -> Outcome {
         let value = u8::try_from(chunk).unwrap();
-        let (bytes, outcome) = cache.get(key(chunk), 10, String::new(), fill(value)).unwrap();
-        assert_eq!(*bytes, vec![value; 10]);
+        let (bytes, outcome) = cache.get(chunk, 10, String::new(), fill(value)).unwrap();
+        assert_eq!(**bytes, [value; 10]);
         outcome
     }
 
     #[test]
     fn least_recently_used_go_first() {
-        let cache = ChunkCache::new(30);
+        let cache = Cache::new(30);
         for chunk in [1, 2, 3] {
-            assert_eq!(outcome(&cache, chunk), Outcome::Decoded);
+            assert_eq!(outcome(&cache, chunk), Outcome::Made);
         }
         assert_eq!(outcome(&cache, 1), Outcome::Hit);
-        assert_eq!(outcome(&cache, 4), Outcome::Decoded);
+        assert_eq!(outcome(&cache, 4), Outcome::Made);
         assert_eq!(outcome(&cache, 1), Outcome::Hit);
-        assert_eq!(outcome(&cache, 2), Outcome::Decoded);
+        assert_eq!(outcome(&cache, 2), Outcome::Made);
         assert_eq!(cache.bytes(), 30);
     }
 
     #[test]
     fn a_budget_of_nothing_keeps_nothing() {
-        let cache = ChunkCache::new(0);
-        assert_eq!(outcome(&cache, 1), Outcome::Decoded);
-        assert_eq!(outcome(&cache, 1), Outcome::Decoded);
+        let cache = Cache::new(0);
+        assert_eq!(outcome(&cache, 1), Outcome::Made);
+        assert_eq!(outcome(&cache, 1), Outcome::Made);
         assert_eq!(cache.bytes(), 0);
     }
 
     #[test]
     fn many_readers_decode_once() {
-        let cache = ChunkCache::<String>::new(100);
+        let cache = Cache::<u64, String>::new(100);
         let (decodings, start) = (AtomicU64::new(0), Barrier::new(8));
         std::thread::scope(|scope| {
             for _ in 0..8 {
@@ -250,8 +271,8 @@ mod tests {
                         out.fill(7);
                         Ok(())
                     };
-                    let (bytes, _) = cache.get(key(1), 10, String::new(), decode).unwrap();
-                    assert_eq!(*bytes, [7; 10]);
+                    let (bytes, _) = cache.get(1, 10, String::new(), decode).unwrap();
+                    assert_eq!(**bytes, [7; 10]);
                 });
             }
         });
@@ -259,33 +280,41 @@ mod tests {
     }
 
     #[test]
+    fn buffers_start_at_a_page() {
+        for len in [0, 1, 4096, 100_000] {
+            let buffer = Buffer::new(len);
+            assert_eq!((buffer.len(), buffer.as_ptr().align_offset(4096)), (len, 0));
+        }
+    }
+
+    #[test]
     fn failures_are_not_kept() {
-        let cache = ChunkCache::<String>::new(100);
-        let failed = cache.get(key(1), 10, String::new(), |_| Err("no".to_owned()));
+        let cache = Cache::<u64, String>::new(100);
+        let failed = cache.get(1, 10, String::new(), |_| Err("no".to_owned()));
         assert_eq!(failed.unwrap_err(), "no");
         assert_eq!(cache.bytes(), 0);
-        assert_eq!(outcome(&cache, 1), Outcome::Decoded);
+        assert_eq!(outcome(&cache, 1), Outcome::Made);
     }
 
     #[test]
     fn a_panic_frees_the_chunk_and_tells_who_waits() {
-        let cache = ChunkCache::<String>::new(100);
+        let cache = Cache::<u64, String>::new(100);
         let decoding = Barrier::new(2);
         std::thread::scope(|scope| {
             let dying = scope.spawn(|| {
-                let _ = cache.get(key(1), 10, "abandoned".to_owned(), |_| {
+                let _ = cache.get(1, 10, "abandoned".to_owned(), |_| {
                     decoding.wait();
                     std::thread::sleep(std::time::Duration::from_millis(20));
                     panic!("a bug in a decoder");
                 });
             });
             decoding.wait();
-            let waited = cache.get(key(1), 10, String::new(), fill(1));
+            let waited = cache.get(1, 10, String::new(), fill(1));
             assert!(dying.join().is_err());
             // Whoever came in time was told; whoever came late decoded anew.
             assert!(waited.is_ok() || waited.is_err_and(|e| e == "abandoned"));
         });
-        let kept = if cache.bytes() > 0 { Outcome::Hit } else { Outcome::Decoded };
+        let kept = if cache.bytes() > 0 { Outcome::Hit } else { Outcome::Made };
         assert_eq!(outcome(&cache, 1), kept);
     }
 }

@@ -1,11 +1,13 @@
 //! Decodes one chunk of a computed tensor: every fragment that reaches into it, into place.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
+use super::cache::{Buffer, Cache};
 use super::counters::{Counters, add};
 use super::placement::{Placement, Span, placements};
 use crate::codec::{Code, Orientation, Scales, Tile, copy2d, decode, scale_to_f32};
-use crate::plan::{ChunkBox, Computed, Matrix, MatrixScales};
+use crate::plan::{ChunkBox, Computed, Matrix, MatrixId, MatrixScales};
 use crate::source::{Checkpoint, ReadError, SourceId};
 use crate::tensor::{DType, Float, Shape};
 
@@ -16,6 +18,8 @@ struct Scratch {
     scale_bytes: Vec<u8>,
     scales: Vec<f32>,
     decoded: Vec<u8>,
+    /// Whether transposed strips are read from slabs.
+    slabs: bool,
 }
 
 thread_local! {
@@ -27,10 +31,46 @@ pub fn len(n: u64) -> usize {
     usize::try_from(n).expect("a box of a chunk fits in memory")
 }
 
+/// Why a chunk could not be made; shared by all who wait for it.
+#[derive(Clone, Debug)]
+pub enum Failure {
+    /// The source gave an error.
+    Source(Arc<ReadError>),
+    /// Whoever read the rows that this chunk waited for died of it.
+    Abandoned,
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Failure {
+        Failure::Source(Arc::new(error))
+    }
+}
+
+/// Rows of a matrix, whole, as the checkpoint stores them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SlabKey {
+    payload: SourceId,
+    row: u64,
+    rows: u64,
+}
+
+/// Stored rows that several transposed chunks are decoded from.
+pub type Slabs = Cache<SlabKey, Failure>;
+
+/// Strips of a matrix that are this part of its width or more are read as they are.
+const WIDE_STRIP: u64 = 2;
+
 /// What a chunk is decoded from and counted in.
 pub struct ChunkReader<'a> {
     pub checkpoint: &'a Checkpoint,
     pub counters: &'a Counters,
+    /// A chunk of a transposed matrix is a narrow strip of its rows: 2048 runs of 128 bytes cost
+    /// 1 ms and more in system calls (`cargo test --lib cost_of_a_run -- --ignored --nocapture`),
+    /// the whole 8 MiB are read in as much. So from the second chunk on, the rows are read whole
+    /// and kept for the next.
+    pub slabs: &'a Slabs,
+    /// For each matrix, whether it is read for the first time, and so perhaps for the last.
+    pub first_read: &'a dyn Fn(MatrixId) -> bool,
 }
 
 impl ChunkReader<'_> {
@@ -41,17 +81,18 @@ impl ChunkReader<'_> {
     pub fn fill<'m>(
         &self,
         computed: &Computed,
-        matrix_of: impl Fn(crate::plan::MatrixId) -> &'m Matrix,
+        matrix_of: impl Fn(MatrixId) -> &'m Matrix,
         shape: &Shape,
         dtype: DType,
         chunk: ChunkBox,
         out: &mut [u8],
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let element = len(u64::from(dtype.bits() / 8));
         let row_bytes = len(computed.grid.row_bytes);
         SCRATCH.with_borrow_mut(|scratch| {
             for fragment in computed.fragments_of(chunk.plane) {
                 let matrix = matrix_of(fragment.matrix);
+                scratch.slabs = !(self.first_read)(fragment.matrix);
                 for p in placements(fragment, matrix, shape, chunk) {
                     let mut place = Place { out, row_bytes, element, dtype };
                     self.place(matrix, &p, &mut place, scratch)?;
@@ -67,7 +108,7 @@ impl ChunkReader<'_> {
         p: &Placement,
         place: &mut Place<'_>,
         scratch: &mut Scratch,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let dense_target = p.to_cols.step == 1 || p.to_cols.count == 1;
         let nibbles = code_of(matrix).is_some_and(|c| c.bits() == 4);
         let aligned = !nibbles || p.cols.start.is_multiple_of(2);
@@ -96,7 +137,7 @@ impl ChunkReader<'_> {
         p: &Placement,
         place: &mut Place<'_>,
         scratch: &mut Scratch,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let at = len(p.to_rows.start) * place.row_bytes + len(p.to_cols.start) * place.element;
         let stride = place.row_bytes * len(p.to_rows.step);
         let orientation =
@@ -112,7 +153,7 @@ impl ChunkReader<'_> {
         p: &Placement,
         place: &mut Place<'_>,
         scratch: &mut Scratch,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let around = |s: Span, start: u64| Span {
             start,
             step: 1,
@@ -154,8 +195,8 @@ impl ChunkReader<'_> {
         out: &Out,
         bytes: &mut [u8],
         scratch: &mut Scratch,
-    ) -> Result<(), ReadError> {
-        let Scratch { payload, scale_bytes, scales, .. } = scratch;
+    ) -> Result<(), Failure> {
+        let Scratch { payload, scale_bytes, scales, slabs, .. } = scratch;
         let bits = match code_of(matrix) {
             Some(code) => u64::from(code.bits()),
             None => u64::from(matrix.dtype.bits()),
@@ -163,17 +204,27 @@ impl ChunkReader<'_> {
         let row_bytes = matrix.cols() * bits / 8;
         let width = len((cols.count * bits).div_ceil(8));
         let height = len(rows.count);
-        payload.resize((width * height).max(payload.len()), 0);
-        let at = rows.start * row_bytes + cols.start * bits / 8;
-        self.read_rows(matrix.payload, at, width, row_bytes, height, payload)?;
+        let slab = if *slabs && out.orientation == Orientation::Transposed {
+            self.slab(matrix, rows, row_bytes, u64::try_from(width).expect("a usize"))?
+        } else {
+            None
+        };
+        let (payload, stride) = match &slab {
+            Some(slab) => (&slab[len(cols.start * bits / 8)..], len(row_bytes)),
+            None => {
+                payload.resize((width * height).max(payload.len()), 0);
+                let at = rows.start * row_bytes + cols.start * bits / 8;
+                self.read_rows(matrix.payload, at, width, row_bytes, height, payload)?;
+                (payload.as_slice(), width)
+            }
+        };
         let Some(quantized) = &matrix.scales else {
             let to = &mut bytes[out.at..];
             match (matrix.dtype.as_float(), out.float()) {
                 (Some(from), Some(float)) if from.dtype() != float.dtype() => {
                     let code = code_of_float(from);
                     let (rows, cols) = (height, len(cols.count));
-                    let tile =
-                        Tile { code, bytes: payload, stride: width, rows, cols, scales: None };
+                    let tile = Tile { code, bytes: payload, stride, rows, cols, scales: None };
                     decode(&tile, float, out.orientation, to, out.stride);
                 }
                 _ => {
@@ -181,7 +232,7 @@ impl ChunkReader<'_> {
                     copy2d(
                         out.element,
                         payload,
-                        width,
+                        stride,
                         height,
                         cols,
                         out.orientation,
@@ -208,15 +259,15 @@ impl ChunkReader<'_> {
             scale_bytes.resize(n_rows * n_cols * scale_width, 0);
             let scale_element = u64::try_from(scale_width).expect("a few bytes");
             let at = ((band.row + scale_rows.0) * quantized.cols + scale_cols.0) * scale_element;
-            let stride = quantized.cols * scale_element;
-            self.read_rows(band.scale, at, n_cols * scale_width, stride, n_rows, scale_bytes)?;
+            let row = quantized.cols * scale_element;
+            self.read_rows(band.scale, at, n_cols * scale_width, row, n_rows, scale_bytes)?;
             scales.resize(n_rows * n_cols, 0.0);
             scale_to_f32(quantized.scale, scale_bytes, scales);
             let first = len(start - rows.start);
             let tile = Tile {
                 code: quantized.code(),
-                bytes: &payload[first * width..],
-                stride: width,
+                bytes: &payload[first * stride..],
+                stride,
                 rows: len(end - start),
                 cols: len(cols.count),
                 scales: Some(Scales {
@@ -236,6 +287,28 @@ impl ChunkReader<'_> {
         Ok(())
     }
 
+    /// Stored rows of a matrix, whole; `None` where strips of `width` bytes are wide enough to be
+    /// read alone, or the cache would not hold the rows beside others.
+    fn slab(
+        &self,
+        matrix: &Matrix,
+        rows: Span,
+        row_bytes: u64,
+        width: u64,
+    ) -> Result<Option<Arc<Buffer>>, Failure> {
+        let bytes = rows.count * row_bytes;
+        if width * WIDE_STRIP >= row_bytes || bytes > self.slabs.budget() / 2 {
+            return Ok(None);
+        }
+        let payload = matrix.payload;
+        let key = SlabKey { payload, row: rows.start, rows: rows.count };
+        let (slab, _) = self.slabs.get(key, len(bytes), Failure::Abandoned, |buffer| {
+            add(&self.counters.source_bytes, bytes);
+            self.checkpoint.read(payload, rows.start * row_bytes, buffer).map_err(Failure::from)
+        })?;
+        Ok(Some(slab))
+    }
+
     fn read_rows(
         &self,
         id: SourceId,
@@ -244,10 +317,10 @@ impl ChunkReader<'_> {
         stride: u64,
         rows: usize,
         out: &mut [u8],
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let bytes = u64::try_from(width * rows).expect("a usize fits in 64 bits");
         add(&self.counters.source_bytes, bytes);
-        self.checkpoint.read_rows(id, at, width, stride, rows, out, width)
+        self.checkpoint.read_rows(id, at, width, stride, rows, out, width).map_err(Failure::from)
     }
 }
 

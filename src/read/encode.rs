@@ -6,10 +6,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::chunk::{ChunkReader, len};
+use super::chunk::{ChunkReader, Failure, len};
 use crate::codec::{Scales, block_amax, encode, f32_to_scale, scale_to_f32};
 use crate::plan::{Band, ChunkBox, Encoded, Facet, Matrix, MatrixId, Member, Quantized, ScaleOf};
-use crate::source::{Checkpoint, ReadError};
+use crate::source::Checkpoint;
 use crate::tensor::DType;
 
 /// Rows that are taken at a time where every row has scales of its own.
@@ -48,7 +48,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
     ///
     /// # Errors
     /// What the source fails with.
-    pub fn fill(&self, facet: &Encoded, chunk: ChunkBox, out: &mut [u8]) -> Result<(), ReadError> {
+    pub fn fill(&self, facet: &Encoded, chunk: ChunkBox, out: &mut [u8]) -> Result<(), Failure> {
         let first = chunk.plane * facet.grid.rows + chunk.row;
         let rows = first..first + chunk.rows;
         SCRATCH.with_borrow_mut(|scratch| match facet.facet {
@@ -64,7 +64,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         rows: Range<u64>,
         out: &mut [u8],
         scratch: &mut Scratch,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let member = &self.quantized.members[facet.member];
         let block = self.quantized.block;
         let row_bytes = len(facet.grid.row_bytes);
@@ -105,7 +105,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         rows: Range<u64>,
         member: &Member,
         scratch: &mut Scratch,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let block = self.quantized.block[0];
         let first = band.scale_row(rows.start, block);
         let last = band.scale_row(rows.end - 1, block);
@@ -135,7 +135,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         rows: Range<u64>,
         out: &mut [u8],
         scratch: &mut Scratch,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let width = self.quantized.scale.bytes();
         let row_bytes = len(self.quantized.members[member].scale_cols) * width;
         let mut row = rows.start;
@@ -157,7 +157,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         of: usize,
         scale_rows: Range<u64>,
         scratch: &mut Scratch,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let Quantized { scheme, scale, block, ref members } = *self.quantized;
         let cols = len(members[of].scale_cols);
         scratch.scales.clear();
@@ -215,7 +215,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         member: &Member,
         rows: Range<u64>,
         values: &mut Values,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Failure> {
         let cols = len(member.cols());
         let n = len(rows.end - rows.start) * cols;
         values.bytes.resize(n * 4, 0);

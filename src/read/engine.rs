@@ -1,11 +1,11 @@
 //! The engine: a plan, the checkpoint that it reads, and a cache of decoded chunks.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::ReadError;
-use super::cache::{ChunkCache, ChunkKey, Outcome};
-use super::chunk::ChunkReader;
+use super::cache::{Cache, Outcome};
+use super::chunk::{ChunkReader, Failure, Slabs};
 use super::counters::{CounterSnapshot, Counters, add};
 use super::encode::Encoder;
 use super::placement::transposes;
@@ -13,6 +13,9 @@ use crate::plan::{
     Body, Computed, Encoded, Fragment, Grid, MatrixId, Origin, Plan, Run, TensorId, TensorPlan,
 };
 use crate::source::Checkpoint;
+
+/// Most bytes of stored rows that are kept for the next chunk.
+const MAX_SLAB_BYTES: u64 = 256 << 20;
 
 /// What an engine may use.
 #[derive(Clone, Copy, Debug)]
@@ -25,18 +28,28 @@ pub struct EngineOptions {
 pub struct Engine {
     checkpoint: Arc<Checkpoint>,
     plan: Arc<Plan>,
-    cache: ChunkCache<ReadError>,
+    chunks: Cache<(TensorId, u64), ReadError>,
+    slabs: Slabs,
     counters: Counters,
-    /// For each matrix, whether something of it was read.
-    touched: Box<[AtomicBool]>,
+    /// For each matrix, how often it was read: not at all, once, or more.
+    touched: Box<[AtomicU8]>,
 }
 
 impl Engine {
     /// An engine with an empty cache. `plan` was built from `checkpoint`.
     pub fn new(checkpoint: Arc<Checkpoint>, plan: Arc<Plan>, options: EngineOptions) -> Engine {
-        let touched = plan.matrices.iter().map(|_| AtomicBool::new(false)).collect();
-        let cache = ChunkCache::new(options.cache_bytes);
-        Engine { checkpoint, plan, cache, counters: Counters::default(), touched }
+        let touched = plan.matrices.iter().map(|_| AtomicU8::new(0)).collect();
+        // One expert's gate and up of the largest models are 32 MiB; more than a few are not read at
+        // a time.
+        let slab_bytes = (options.cache_bytes / 4).min(MAX_SLAB_BYTES);
+        Engine {
+            checkpoint,
+            plan,
+            chunks: Cache::new(options.cache_bytes - slab_bytes),
+            slabs: Cache::new(slab_bytes),
+            counters: Counters::default(),
+            touched,
+        }
     }
 
     /// The plan that it serves.
@@ -51,7 +64,8 @@ impl Engine {
 
     /// Its counters now.
     pub fn counters(&self) -> CounterSnapshot {
-        self.counters.snapshot(self.cache.bytes(), self.cache.budget())
+        let bytes = self.chunks.bytes() + self.slabs.bytes();
+        self.counters.snapshot(bytes, self.chunks.budget() + self.slabs.budget())
     }
 
     /// Reads bytes `at..at + out.len()` of a tensor of the view.
@@ -112,7 +126,7 @@ impl Engine {
             let (now, later) = left.split_at_mut(here);
             self.of(run.origin)
                 .read(run.source, run.offset + into, now)
-                .map_err(|source| failed(tensor, source))?;
+                .map_err(|e| failed(tensor, e))?;
             let n = u64::try_from(here).expect("a usize fits in 64 bits");
             add(&self.counters.verbatim_bytes, n);
             add(&self.counters.source_bytes, n);
@@ -142,13 +156,13 @@ impl Engine {
             let chunk = grid.chunk_at(at);
             let (start, bytes) = grid.extent(chunk);
             let length = usize::try_from(bytes).expect("a chunk fits in memory");
-            let key = ChunkKey { tensor: id.0, chunk };
+            let key = (id, chunk);
             let (decoded, outcome) =
-                self.cache.get(key, length, ReadError::Abandoned, |buffer| make(chunk, buffer))?;
+                self.chunks.get(key, length, ReadError::Abandoned, |buffer| make(chunk, buffer))?;
             match outcome {
                 Outcome::Hit => add(&self.counters.chunk_hits, 1),
                 Outcome::Waited => add(&self.counters.chunk_waits, 1),
-                Outcome::Decoded => {
+                Outcome::Made => {
                     add(&self.counters.chunk_misses, 1);
                     add(&self.counters.decoded_bytes, bytes);
                 }
@@ -172,9 +186,9 @@ impl Engine {
     ) -> Result<(), ReadError> {
         let chunk = computed.grid.chunk_box(chunk);
         self.touch_all(tensor, computed.fragments_of(chunk.plane))?;
-        self.reader()
+        self.reader(&|id| self.first_read(id))
             .fill(computed, |id| self.plan.matrix(id), &tensor.shape, tensor.dtype, chunk, out)
-            .map_err(|source| failed(tensor, source))
+            .map_err(|e| failed(tensor, e))
     }
 
     fn encode(
@@ -189,23 +203,39 @@ impl Engine {
         for member in &quantized.members {
             self.touch_all(tensor, &member.values.fragments)?;
         }
+        let first_read = |id| self.first_read(id);
         let encoder = Encoder {
-            reader: self.reader(),
+            reader: self.reader(&first_read),
             original: self.plan.original.as_deref(),
             matrix_of: |id| self.plan.matrix(id),
             quantized,
         };
-        encoder.fill(encoded, chunk, out).map_err(|source| failed(tensor, source))
+        encoder.fill(encoded, chunk, out).map_err(|e| failed(tensor, e))
     }
 
-    fn reader(&self) -> ChunkReader<'_> {
-        ChunkReader { checkpoint: &self.checkpoint, counters: &self.counters }
+    fn reader<'a>(&'a self, first_read: &'a dyn Fn(MatrixId) -> bool) -> ChunkReader<'a> {
+        ChunkReader {
+            checkpoint: &self.checkpoint,
+            counters: &self.counters,
+            slabs: &self.slabs,
+            first_read,
+        }
+    }
+
+    fn first_read(&self, id: MatrixId) -> bool {
+        self.touched[id.index()].load(Ordering::Acquire) < 2
     }
 
     fn touch_all(&self, tensor: &TensorPlan, fragments: &[Fragment]) -> Result<(), ReadError> {
         for fragment in fragments {
-            if !self.touched[fragment.matrix.index()].load(Ordering::Acquire) {
-                self.touch(tensor, fragment.matrix, transposes(&fragment.map))?;
+            let touched = &self.touched[fragment.matrix.index()];
+            match touched.load(Ordering::Acquire) {
+                0 => {
+                    self.touch(tensor, fragment.matrix, transposes(&fragment.map))?;
+                    touched.store(1, Ordering::Release);
+                }
+                1 => touched.store(2, Ordering::Release),
+                _ => {}
             }
         }
         Ok(())
@@ -216,7 +246,7 @@ impl Engine {
     fn touch(&self, tensor: &TensorPlan, id: MatrixId, strips: bool) -> Result<(), ReadError> {
         let matrix = self.plan.matrix(id);
         if let Some(shape_tensor) = matrix.shape_tensor {
-            let got = self.stated_shape(shape_tensor).map_err(|source| failed(tensor, source))?;
+            let got = self.stated_shape(shape_tensor).map_err(|e| failed(tensor, e))?;
             let dims = matrix.shape.dims();
             let same = dims.len() == 2 && (0..2).all(|i| u64::try_from(got[i]) == Ok(dims[i]));
             if !same {
@@ -232,7 +262,6 @@ impl Engine {
             let payload = self.checkpoint.tensor(matrix.payload);
             self.checkpoint.will_need(matrix.payload, 0, payload.bytes);
         }
-        self.touched[id.index()].store(true, Ordering::Release);
         Ok(())
     }
 
@@ -255,6 +284,9 @@ impl Engine {
     }
 }
 
-fn failed(tensor: &TensorPlan, source: crate::source::ReadError) -> ReadError {
-    ReadError::Source { tensor: tensor.name.clone(), source: Arc::new(source) }
+fn failed(tensor: &TensorPlan, failure: impl Into<Failure>) -> ReadError {
+    match failure.into() {
+        Failure::Source(source) => ReadError::Source { tensor: tensor.name.clone(), source },
+        Failure::Abandoned => ReadError::Abandoned,
+    }
 }
