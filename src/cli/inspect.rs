@@ -14,6 +14,6 @@ pub fn run(args: &InspectArgs, plan: &PlanOptions) -> anyhow::Result<()> {
     if args.json {
         output::print_json(&planned.plan.to_json())
     } else {
-        output::print(&planned.plan.to_string())
+        output::print(&format!("{}\n", planned.plan))
     }
 }
