@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::{Tensor, Zeros, assert_same, engine, golden, tensors_of, tensors_of_engine};
 use half::{bf16, f16};
 use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{PlanOptions, Quantization, Quantize};
+use mount_ckpt::plan::{PlanOptions, Quantization, Quantize, ScaleReading};
 use mount_ckpt::source::Checkpoint;
 use mount_ckpt::tensor::Float;
 
@@ -476,4 +476,49 @@ fn a_router_bias_of_a_hash_layer_does_not_come_back() {
             !comes_back
         );
     }
+}
+
+#[test]
+fn scales_of_the_largest_magnitude_show_in_the_codes() {
+    // K and V of numbers that are all different, quantized on their fused grid: the codes alone
+    // tell that grid from the plain one.
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = restorable("mimo-v2-flash", dir.path());
+    let mut native =
+        tensors_of_engine(&engine("mimo-v2-flash", &checkpoint, &to(LayoutName::Native)));
+    let mut state = 1u32;
+    let mut number = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        // From 0.5 to 1 in steps of 2^-16, before BF16.
+        bf16::from_f32(f32::from_bits(0x3F00_0000 | (state >> 9 & 0x7F_FFFF))).to_le_bytes()
+    };
+    for (name, (_, _, bytes)) in &mut native {
+        if name.contains("k_proj") || name.contains("v_proj") {
+            let scaled = |pair: &mut [u8]| pair.copy_from_slice(&number());
+            bytes.chunks_mut(2).for_each(scaled);
+            // One largest number in each block of the fused grid; none in rows 128 to 255 of K, which
+            // are a block of the plain one.
+            let rows =
+                if name.contains("k_proj") { [5, 300].as_slice() } else { &[10, 70, 140, 198] };
+            for row in rows {
+                for col in [3, 150] {
+                    bytes[(row * 160 + col) * 2..][..2]
+                        .copy_from_slice(&bf16::from_f32(4.0).to_le_bytes());
+                }
+            }
+        }
+    }
+    let source = dir.path().join("native");
+    write(&source, &config_of(&checkpoint), &native);
+    let back = written("mimo-v2-flash", &source, &quantized(None), dir.path().join("back"));
+    let audit_of = |scale_reading| {
+        let options = PlanOptions { scale_reading, ..PlanOptions::default() };
+        let engine = engine("mimo-v2-flash", &back, &options);
+        mount_ckpt::read::audit(engine.checkpoint(), engine.plan()).unwrap()
+    };
+    let fused = audit_of(ScaleReading::Fused);
+    assert!(fused.blocks > 80, "{fused:?}");
+    assert_eq!(fused.with_largest, fused.blocks);
+    let plain = audit_of(ScaleReading::Automodel);
+    assert!(plain.with_largest < plain.blocks, "{plain:?}");
 }

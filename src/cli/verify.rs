@@ -7,7 +7,7 @@ use super::pieces::for_each_piece;
 use super::progress::{Progress, rate};
 use super::request::{EngineOptions, PlanOptions};
 use super::size::Size;
-use crate::read::Engine;
+use crate::read::{BlockAudit, Engine, audit};
 use serde::Serialize;
 
 /// How many failures are told one by one.
@@ -20,6 +20,7 @@ struct Verdict {
     tensors: usize,
     bytes: u64,
     seconds: f64,
+    fp8_blocks: Option<BlockAudit>,
     failures: usize,
     first_failures: Vec<String>,
 }
@@ -33,8 +34,11 @@ pub fn run(args: &VerifyArgs, plan: &PlanOptions, engine: &EngineOptions) -> any
     let source = planned.checkpoint.dir().display().to_string();
     let summary = planned.plan.summary.to_string();
     let threads = engine.threads;
-    let (engine, _checkpoint) = planned.engine(engine);
-    let verdict = read_all(&engine, &open::tensors(&engine), threads);
+    let (engine, checkpoint) = planned.engine(engine);
+    let mut verdict = read_all(&engine, &open::tensors(&engine), threads);
+    if verdict.ok {
+        verdict.fp8_blocks = Some(audit(&checkpoint, engine.plan())?).filter(|a| a.blocks > 0);
+    }
     if args.json {
         output::print_json(&verdict)?;
     } else {
@@ -54,9 +58,15 @@ fn told(verdict: &Verdict) -> String {
     let passed = verdict.tensors - verdict.failures;
     let size = Size(verdict.bytes).rounded();
     let rate = rate(verdict.bytes, std::time::Duration::from_secs_f64(verdict.seconds));
+    let blocks = verdict.fp8_blocks.map_or_else(String::new, |audit| {
+        format!(
+            "FP8 blocks: {} of {} hold the largest code, as scales of amax / 448 make them\n",
+            audit.with_largest, audit.blocks
+        )
+    });
     format!(
         "headers, names, shapes: passed\n\
-         data: {passed} of {} tensors passed, {size} read at {rate}\n",
+         data: {passed} of {} tensors passed, {size} read at {rate}\n{blocks}",
         verdict.tensors
     )
 }
@@ -80,6 +90,7 @@ fn read_all(engine: &Engine, tensors: &[ViewTensor], threads: usize) -> Verdict 
         tensors: tensors.len(),
         bytes: progress.done(),
         seconds: progress.elapsed().as_secs_f64(),
+        fp8_blocks: None,
         failures: failures.len(),
         first_failures: failures.into_iter().take(TOLD).collect(),
     }

@@ -6,6 +6,7 @@
 //! ```
 //! Any split of a read gives the same bytes. Nothing is decoded under a lock.
 
+mod audit;
 mod cache;
 mod chunk;
 mod counters;
@@ -15,6 +16,7 @@ mod placement;
 
 use std::sync::Arc;
 
+pub use audit::{BlockAudit, audit};
 pub use counters::CounterSnapshot;
 pub use engine::{Engine, EngineOptions};
 
