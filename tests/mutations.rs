@@ -8,6 +8,7 @@ use mount_ckpt::mapping::LayoutName;
 use mount_ckpt::plan::{ExpertParallel, PlanOptions, Quantize, TensorId};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
+use proptest::test_runner::RngSeed;
 use safetensors::Dtype;
 
 const FAMILIES: [&str; 5] =
@@ -164,8 +165,16 @@ fn read_all(toy: &Toy, options: &PlanOptions) {
     }
 }
 
+/// The same 96 changes every time; `MUTATIONS=N` tries N others.
+fn config() -> ProptestConfig {
+    let others = std::env::var("MUTATIONS").ok().and_then(|n| n.parse().ok());
+    let rng_seed = if others.is_some() { RngSeed::Random } else { RngSeed::Fixed(1) };
+    let cases = others.unwrap_or(96);
+    ProptestConfig { failure_persistence: None, cases, rng_seed, ..Default::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 96, ..Default::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn one_change_of_a_checkpoint_never_panics(

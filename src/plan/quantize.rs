@@ -258,8 +258,17 @@ fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
         out.push(Geometry { payload, scale: Shape::new(scale), bands, matrix });
     }
     if let (true, Some(shards)) = (encoding.fused_shards, encoding.back.shards) {
-        let rows = [0, 1].map(|i| parts[i].shape[0]);
-        if rows.iter().any(|r| shards == 0 || !r.is_multiple_of(shards)) {
+        let [first, second] = parts else { return None };
+        let ([first_rows, first_cols], [second_rows, second_cols]) =
+            (&first.shape[..], &second.shape[..])
+        else {
+            return None;
+        };
+        let rows = [*first_rows, *second_rows];
+        // One grid lies over the rows of both.
+        if first_cols != second_cols
+            || rows.iter().any(|r| shards == 0 || !r.is_multiple_of(shards))
+        {
             return None;
         }
         let scale_rows = rows.map(|r| shards * (r / shards).div_ceil(block[0]));
