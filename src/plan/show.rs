@@ -105,7 +105,10 @@ impl fmt::Display for Summary {
         }
         if let Some((reading, pairs)) = self.fused_scales {
             match reading {
-                ScaleReading::Fused => write!(f, "; K/V scales fused in {pairs} layers")?,
+                ScaleReading::Fused => {
+                    let layers = if pairs == 1 { "layer" } else { "layers" };
+                    write!(f, "; K/V scales fused in {pairs} {layers}")?;
+                }
                 ScaleReading::Automodel => write!(f, "; K/V scales read as Automodel does")?,
             }
         }
