@@ -42,7 +42,7 @@ pub fn run(args: &ExportArgs, plan: &PlanOptions, engine: &EngineOptions) -> any
     let plan_json = planned.plan.to_json();
     // Owners and modes are those of whoever writes the files.
     let owner = Owner { uid: 0, gid: 0, file_mode: 0o444, dir_mode: 0o555 };
-    let view = open::view(planned.engine(engine), plan, &owner)?;
+    let view = open::view(planned.engine(engine, false), plan, &owner)?;
     let files = in_writing_order(open::files(&view)?);
     let marker = marker(&source, &plan_json, &files)?;
     claim(&out, &marker)?;

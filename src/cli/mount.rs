@@ -70,7 +70,11 @@ fn try_serve(request: &MountRequest, report: &mut Option<Report>) -> anyhow::Res
         file_mode: kernel.file_mode,
         dir_mode: kernel.dir_mode,
     };
-    let view = open::view(planned.engine(&request.engine), &request.plan, &owner)?;
+    let view = open::view(
+        planned.engine(&request.engine, request.kernel.direct_io),
+        &request.plan,
+        &owner,
+    )?;
     let options = open::mount_options(&source, kernel, &request.engine);
     let ready = || {
         claim.release();

@@ -116,9 +116,14 @@ pub fn locate_and_plan(src: &Path, options: &PlanOptions) -> anyhow::Result<Plan
 }
 
 impl Planned {
-    /// What computes the view.
-    pub fn engine(self, options: &EngineOptions) -> (Arc<Engine>, Arc<Checkpoint>) {
-        let options = read::EngineOptions { cache_bytes: options.cache_size };
+    /// What computes the view; `direct_io` where its readers bypass the kernel's page cache.
+    pub fn engine(
+        self,
+        options: &EngineOptions,
+        direct_io: bool,
+    ) -> (Arc<Engine>, Arc<Checkpoint>) {
+        let options =
+            read::EngineOptions { cache_bytes: options.cache_size, keep_given: direct_io };
         let engine = Engine::new(self.checkpoint.clone(), self.plan, options);
         (Arc::new(engine), self.checkpoint)
     }

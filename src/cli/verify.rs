@@ -34,7 +34,7 @@ pub fn run(args: &VerifyArgs, plan: &PlanOptions, engine: &EngineOptions) -> any
     let source = planned.checkpoint.dir().display().to_string();
     let summary = planned.plan.summary.to_string();
     let threads = engine.threads;
-    let (engine, checkpoint) = planned.engine(engine);
+    let (engine, checkpoint) = planned.engine(engine, false);
     let mut verdict = read_all(&engine, &open::tensors(&engine), threads);
     if verdict.ok {
         verdict.fp8_blocks = Some(audit(&checkpoint, engine.plan())?).filter(|a| a.blocks > 0);

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::cache::{Buffer, Cache};
+use super::cache::{Buffer, Cache, Outcome};
 use super::counters::{Counters, add};
 use super::placement::{Placement, Span, placements};
 use crate::codec::{Code, Orientation, Scales, Tile, copy2d, decode, scale_to_f32};
@@ -56,6 +56,21 @@ pub struct SlabKey {
 
 /// Stored rows that several transposed chunks are decoded from.
 pub type Slabs = Cache<SlabKey, Failure>;
+
+/// A slab while a strip of it is decoded; when every strip was, it goes.
+struct Slab<'a> {
+    bytes: Arc<Buffer>,
+    key: SlabKey,
+    given: u64,
+    slabs: &'a Slabs,
+}
+
+impl Drop for Slab<'_> {
+    fn drop(&mut self) {
+        self.bytes = Arc::default();
+        self.slabs.given(&self.key, self.given);
+    }
+}
 
 /// Strips of a matrix that are this part of its width or more are read as they are.
 const WIDE_STRIP: u64 = 2;
@@ -210,7 +225,7 @@ impl ChunkReader<'_> {
             None
         };
         let (payload, stride) = match &slab {
-            Some(slab) => (&slab[len(cols.start * bits / 8)..], len(row_bytes)),
+            Some(slab) => (&slab.bytes[len(cols.start * bits / 8)..], len(row_bytes)),
             None => {
                 payload.resize((width * height).max(payload.len()), 0);
                 let at = rows.start * row_bytes + cols.start * bits / 8;
@@ -295,18 +310,20 @@ impl ChunkReader<'_> {
         rows: Span,
         row_bytes: u64,
         width: u64,
-    ) -> Result<Option<Arc<Buffer>>, Failure> {
+    ) -> Result<Option<Slab<'_>>, Failure> {
         let bytes = rows.count * row_bytes;
         if width * WIDE_STRIP >= row_bytes || bytes > self.slabs.budget() / 2 {
             return Ok(None);
         }
         let payload = matrix.payload;
         let key = SlabKey { payload, row: rows.start, rows: rows.count };
-        let (slab, _) = self.slabs.get(key, len(bytes), Failure::Abandoned, |buffer| {
+        let (slab, outcome) = self.slabs.get(key, len(bytes), Failure::Abandoned, |buffer| {
             add(&self.counters.source_bytes, bytes);
             self.checkpoint.read(payload, rows.start * row_bytes, buffer).map_err(Failure::from)
         })?;
-        Ok(Some(slab))
+        // The strip of the first chunk was read without a slab: whoever makes one counts it too.
+        let strips = if outcome == Outcome::Made { 2 } else { 1 };
+        Ok(Some(Slab { bytes: slab, key, given: strips * width * rows.count, slabs: self.slabs }))
     }
 
     fn read_rows(

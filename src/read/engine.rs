@@ -22,6 +22,9 @@ const MAX_SLAB_BYTES: u64 = 256 << 20;
 pub struct EngineOptions {
     /// Bytes of decoded chunks that are kept, those being decoded included.
     pub cache_bytes: u64,
+    /// Whether a chunk is kept after every byte of it was given to a reader: for readers that
+    /// bypass the kernel's page cache, which keeps it for all others.
+    pub keep_given: bool,
 }
 
 /// Serves the bytes of a plan's tensors.
@@ -29,6 +32,7 @@ pub struct Engine {
     checkpoint: Arc<Checkpoint>,
     plan: Arc<Plan>,
     chunks: Cache<(TensorId, u64), ReadError>,
+    keep_given: bool,
     slabs: Slabs,
     counters: Counters,
     /// For each matrix, how often it was read: not at all, once, or more.
@@ -46,6 +50,7 @@ impl Engine {
             checkpoint,
             plan,
             chunks: Cache::new(options.cache_bytes - slab_bytes),
+            keep_given: options.keep_given,
             slabs: Cache::new(slab_bytes),
             counters: Counters::default(),
             touched,
@@ -171,7 +176,12 @@ impl Engine {
             let here = (length - into).min(left.len());
             let (now, later) = left.split_at_mut(here);
             now.copy_from_slice(&decoded[into..into + here]);
-            at += u64::try_from(here).expect("a usize fits in 64 bits");
+            drop(decoded);
+            let here = u64::try_from(here).expect("a usize fits in 64 bits");
+            if !self.keep_given {
+                self.chunks.given(&key, here);
+            }
+            at += here;
             left = later;
         }
         Ok(())

@@ -59,7 +59,11 @@ pub fn engine(model: &str, dir: &Path, options: &PlanOptions) -> Engine {
 /// An engine over a checkpoint, by any mapping.
 pub fn engine_of(mapping: &Mapping, dir: &Path, options: &PlanOptions) -> Engine {
     let (checkpoint, plan) = planned(mapping, dir, options).unwrap_or_else(|e| panic!("{e}"));
-    Engine::new(checkpoint, Arc::new(plan), EngineOptions { cache_bytes: 64 << 20 })
+    Engine::new(
+        checkpoint,
+        Arc::new(plan),
+        EngineOptions { cache_bytes: 64 << 20, keep_given: false },
+    )
 }
 
 fn planned(

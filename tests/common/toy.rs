@@ -245,5 +245,9 @@ fn open(model: &str, dir: &Path, options: &PlanOptions) -> Result<Engine, String
     let mapping =
         mapping.resolve(&|key| checkpoint.config().int(key).ok()).map_err(|e| e.to_string())?;
     let plan = Plan::build(&checkpoint, &mapping, options).map_err(|e| e.to_string())?;
-    Ok(Engine::new(checkpoint, Arc::new(plan), EngineOptions { cache_bytes: 64 << 20 }))
+    Ok(Engine::new(
+        checkpoint,
+        Arc::new(plan),
+        EngineOptions { cache_bytes: 64 << 20, keep_given: true },
+    ))
 }
