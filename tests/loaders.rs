@@ -169,6 +169,24 @@ fn automodel_agrees_with_and_loads_native_views() {
 }
 
 #[test]
+fn the_examples_load_a_view() {
+    let (Some(place), Some(reference)) = (Place::new(), reference()) else { return };
+    let checkpoint = reference.join("deepseek-v4/checkpoint");
+    let mut example = Python::Base.command().unwrap();
+    example.arg(here("examples/load_transformers.py"));
+    must(example.arg(place.mount("transformers", &checkpoint, &["--to", "transformers"])));
+
+    let mut example = Python::Base.command().unwrap();
+    // Both ranks are here, whatever the machine's name resolves to.
+    example.env("GLOO_SOCKET_IFNAME", "lo");
+    // What torchrun is.
+    example.args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]);
+    example.arg(here("examples/load_dcp.py"));
+    let said = must(example.arg(place.mount("native", &checkpoint, &["--to", "native"])));
+    assert!(said.contains("rank 0 of 2") && said.contains("rank 1 of 2"), "{said}");
+}
+
+#[test]
 fn an_entry_of_the_hub_cache_is_a_source() {
     let (Some(place), Some(mut make)) = (Place::new(), Python::Base.script("hub_cache.py")) else {
         return;
