@@ -1,0 +1,33 @@
+"""Load a checkpoint with transformers through a mount: no conversion on load, no copy on disk.
+
+    mount-ckpt --to transformers SRC MNT
+    python load_transformers.py MNT
+
+Needs `torch` and `transformers` >= 5.23. Nothing here knows of mount-ckpt.
+"""
+
+import sys
+import time
+
+import torch
+import transformers
+
+directory = sys.argv[1]
+config = transformers.AutoConfig.from_pretrained(directory)
+vision = config.architectures[0].endswith("ForConditionalGeneration")
+auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+
+started = time.monotonic()
+model, report = auto.from_pretrained(directory, dtype="auto", output_loading_info=True)
+seconds = time.monotonic() - started
+
+complaints = {what: sorted(map(str, names))[:5] for what, names in report.items() if names}
+if complaints:
+    sys.exit(f"{directory}: {complaints}")
+held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+print(f"{type(model).__name__}: {held / 1e6:.1f} MB in {seconds:.1f} s, every key of the checkpoint used, none missing")
+
+with torch.no_grad():
+    tokens = torch.arange(16).unsqueeze(0)
+    likeliest = model.eval()(input_ids=tokens, use_cache=False).logits[0, -1].argmax()
+print(f"after tokens 0 to 15, the likeliest is {likeliest}")

@@ -1,0 +1,124 @@
+"""nemo-automodel on native views of freshly made checkpoints of the families that have a native layout of their own.
+
+    python automodel.py FAMILY=CHECKPOINT=MOUNT[=ADAPTER_VIEW]...
+
+For each family,
+1. its adapter, fed with the checkpoint, must give ADAPTER_VIEW, tensor for tensor and bit for bit. That is MOUNT, except for
+   MiMo, whose K and V scales Automodel reads in its own way (`--kv-scales automodel`);
+2. its `_HuggingFaceStorageReader` and `dcp.load` must fill empty tensors with what MOUNT holds;
+3. its model, built with `enable_hf_state_dict_adapter: false`, must have parameters of just those names and shapes, and its
+   checkpointer must load MOUNT into them.
+"""
+
+import importlib
+import re
+import sys
+import tempfile
+import warnings
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from nemo_automodel.components.checkpoint._backports.hf_storage import _HuggingFaceStorageReader
+from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
+from nemo_automodel.components.checkpoint.config import CheckpointingConfig
+from nemo_automodel.components.models.common.utils import BackendConfig
+from nemo_automodel.components.models.kimi_k25_vl import state_dict_adapter as kimi_adapter
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers.initialization import no_init_weights
+
+from compare import UNSIGNED_ZEROS, assert_same, read
+
+CLASSES = {
+    "mimo-v2-flash": ("mimo_v2_flash", "MiMoV2FlashForCausalLM"),
+    "deepseek-v4": ("deepseek_v4", "DeepseekV4ForCausalLM"),
+    "kimi-k25-vl": ("kimi_k25_vl", "KimiK25VLForConditionalGeneration"),
+    "qwen3-vl-moe": ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
+}
+# What the class has no modules for.
+UNUSED = {"mimo-v2-flash": r"model\.mtp\."}
+
+
+def decode_on_cpu():
+    """The Kimi adapter asks for CUDA by name; its function takes any device."""
+    decode = kimi_adapter.dequantize_int4
+    kimi_adapter.dequantize_int4 = lambda *tensors, device: decode(*tensors, device="cpu")
+
+
+def build(family, directory, adapter):
+    module, name = CLASSES[family]
+    module = importlib.import_module(f"nemo_automodel.components.models.{module}.model")
+    backend = BackendConfig(
+        attn="sdpa",
+        linear="torch",
+        rms_norm="torch_fp32",
+        experts="torch",
+        dispatcher="torch",
+        enable_hf_state_dict_adapter=adapter,
+    )
+    # Qwen3-VL's constructor initializes weights, and asks for the current CUDA device to do so.
+    with no_init_weights():
+        return getattr(module, name).from_pretrained(str(directory), backend=backend)
+
+
+def check_adapter(family, checkpoint, view):
+    adapter = build(family, checkpoint, adapter=True).state_dict_adapter
+    adapter.dtype = torch.bfloat16
+    converted = adapter.from_hf(read(checkpoint))
+    assert_same(f"{family}, {type(adapter).__name__}", converted, read(view), family not in UNSIGNED_ZEROS)
+    return f"{type(adapter).__name__}.from_hf gives the same {len(converted)} tensors"
+
+
+def check_reader(family, mount):
+    expected = read(mount)
+    tensors = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    dcp.load(tensors, storage_reader=_HuggingFaceStorageReader(path=str(mount)), no_dist=True)
+    assert_same(f"{family}, dcp.load", tensors, expected)
+    return "dcp.load reads them"
+
+
+def check_model(family, mount):
+    model = build(family, mount, adapter=False)
+    stored = read(mount)
+    unused = {name for name in stored if family in UNUSED and re.match(UNUSED[family], name)}
+    odd = sorted(set(model.state_dict()) ^ (set(stored) - unused))
+    assert not odd, f"{family}: names on one side only: {odd[:5]}"
+    with torch.no_grad():
+        for parameter in model.state_dict().values():
+            parameter.fill_(7)
+    scratch = tempfile.mkdtemp()
+    config = CheckpointingConfig(
+        checkpoint_dir=scratch, model_cache_dir=scratch, model_repo_id=str(mount), save_consolidated=False
+    )
+    checkpointer = Checkpointer(config, dp_rank=0, tp_rank=0, pp_rank=0)
+
+    def load():
+        checkpointer.load_base_model(model, torch.device("cpu"), scratch, str(mount))
+
+    # Where a model has no such attribute at all, Automodel 0.7.0 takes its checkpoint for one in the vendor's names and
+    # renames what it finds as transformers would. With the attribute, if only None, names are taken as they are.
+    try:
+        load()
+        alone = "also without `state_dict_adapter = None`"
+    except CheckpointException as failure:
+        alone = f"without `state_dict_adapter = None`: {str(failure).strip().splitlines()[-1]}"
+    model.state_dict_adapter = None
+    load()
+    loaded = model.state_dict()
+    # A parameter's dtype is the class's choice: router gates are F32 in a checkpoint and BF16 in a model, for one.
+    expected = {name: stored[name].to(tensor.dtype) for name, tensor in loaded.items()}
+    assert_same(f"{family}, {type(model).__name__}", loaded, expected)
+    return f"{type(model).__name__} loads {len(loaded)} of them ({alone})"
+
+
+warnings.filterwarnings("ignore")
+transformers.utils.logging.set_verbosity_error()
+decode_on_cpu()
+for argument in sys.argv[1:]:
+    family, checkpoint, mount, *view = argument.split("=")
+    said = [
+        check_adapter(family, checkpoint, *(view or [mount])),
+        check_reader(family, mount),
+        check_model(family, mount),
+    ]
+    print(f"{family}: " + "; ".join(said))
