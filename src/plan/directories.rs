@@ -1,0 +1,201 @@
+//! Puts tensors into directories: dtypes, expert-parallel cuts, the order of names.
+
+use std::collections::BTreeMap;
+
+use super::assemble::Target;
+use super::matrix::Matrix;
+use super::options::PlanOptions;
+use super::problems::{PlanError, Problem, Problems};
+use super::quantize::FacetTensor;
+use super::slice::{self, ExpertParallel};
+use super::{Body, Directory, TensorId, TensorPlan, cover};
+use crate::mapping::LayoutName;
+use crate::tensor::{DType, Float, Shape};
+
+/// Puts tensors into directories, sharing those that no cut changes.
+pub struct Layers<'a> {
+    pub tensors: Vec<TensorPlan>,
+    pub matrices: &'a [Matrix],
+    pub dtype: Float,
+    pub cast_floats: bool,
+    pub plain_dtypes: &'a BTreeMap<String, DType>,
+    pub problems: Problems,
+}
+
+impl Layers<'_> {
+    pub fn directories(
+        &mut self,
+        targets: &[Target],
+        to: LayoutName,
+        options: &PlanOptions,
+    ) -> Result<Vec<Directory>, PlanError> {
+        let cuts = options.expert_parallel.is_some() || options.expert_shard.is_some();
+        if cuts && to == LayoutName::Hf {
+            let why = "--ep-size and --ep-shard-size cut grouped experts, which the layout `hf` \
+                       does not have; use --to native or --to transformers";
+            return Err(PlanError::Option(why.to_owned()));
+        }
+        let shard = |t: &Target, problems: &mut Problems| match options.expert_shard {
+            Some(shard) if t.expert_axis => Some(slice::axis_shard(t, shard, problems)),
+            Some(_) | None => None,
+        };
+        let (size, ranks) = match options.expert_parallel {
+            None => (1, vec![]),
+            Some(ExpertParallel { size, rank: Some(rank) }) => (size, vec![rank]),
+            Some(ExpertParallel { size, rank: None }) => (size, (0..size).collect()),
+        };
+        let at_root = options.expert_parallel.is_some_and(|ep| ep.rank.is_some());
+        let mut directories = Vec::with_capacity(ranks.len() + 1);
+        let mut whole: Vec<Option<TensorId>> = vec![None; targets.len()];
+        if !at_root {
+            for (slot, target) in whole.iter_mut().zip(targets) {
+                let sharded = shard(target, &mut self.problems);
+                *slot = Some(self.add(sharded.as_ref().unwrap_or(target))?);
+            }
+            let tensors = whole.iter().copied().flatten().collect();
+            directories.push(Directory { name: String::new(), tensors });
+        }
+        for rank in ranks {
+            let mut tensors = Vec::with_capacity(targets.len());
+            for (slot, target) in whole.iter_mut().zip(targets) {
+                tensors.push(match (target.expert_axis, *slot) {
+                    (true, _) => {
+                        let cut = slice::expert_slice(target, size, rank, &mut self.problems);
+                        let sharded = shard(&cut, &mut self.problems);
+                        self.add(sharded.as_ref().unwrap_or(&cut))?
+                    }
+                    (false, Some(id)) => id,
+                    (false, None) => *slot.insert(self.add(target)?),
+                });
+            }
+            let name = if at_root { String::new() } else { slice::directory_name(rank, size) };
+            directories.push(Directory { name, tensors });
+        }
+        Ok(directories)
+    }
+
+    /// Adds facets to the root, in the order of all names.
+    pub fn add_facets(
+        &mut self,
+        facets: Vec<FacetTensor>,
+        options: &PlanOptions,
+        directories: &mut [Directory],
+    ) -> Result<(), PlanError> {
+        let Some(root) = directories.first_mut().filter(|_| !facets.is_empty()) else {
+            return Ok(());
+        };
+        for facet in facets.into_iter().filter(|f| options.selects(&f.name)) {
+            let id = u32::try_from(self.tensors.len()).map_err(|_| PlanError::TooMany)?;
+            let FacetTensor { name, dtype, shape, body } = facet;
+            if shape.bytes(dtype).is_none() {
+                self.problems.explain(Problem::Size, &name, format!("{shape} {dtype}"));
+            }
+            self.tensors.push(TensorPlan { name: name.into(), dtype, shape, body });
+            root.tensors.push(TensorId(id));
+        }
+        root.tensors.sort_by_cached_key(|id| natural_key(&self.tensors[id.index()].name));
+        for pair in root.tensors.windows(2) {
+            let [a, b] = [pair[0], pair[1]].map(|id| &self.tensors[id.index()].name);
+            if a == b {
+                self.problems.add(Problem::SameName, a);
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, target: &Target) -> Result<TensorId, PlanError> {
+        let id = u32::try_from(self.tensors.len()).map_err(|_| PlanError::TooMany)?;
+        let dtype = self.dtype_of(target);
+        let shape = Shape::new(target.shape.as_slice());
+        if shape.bytes(dtype).is_none() {
+            self.problems.explain(Problem::Size, &target.name, format!("{shape} {dtype}"));
+        } else if !cover::covers(&shape, &target.fragments) {
+            self.problems.explain(
+                Problem::RuleShape,
+                &target.name,
+                "its parts leave gaps or overlap",
+            );
+        }
+        let body = match cover::verbatim_runs(&shape, dtype, &target.fragments, self.matrices) {
+            Some(runs) => Body::Verbatim(runs),
+            None => {
+                if dtype.bits() < 8 {
+                    let what = format!("{dtype} cannot be moved element by element");
+                    self.problems.explain(Problem::RuleDtype, &target.name, what);
+                }
+                Body::Computed(cover::computed(&shape, dtype, target.fragments.clone()))
+            }
+        };
+        self.tensors.push(TensorPlan { name: target.name.as_str().into(), dtype, shape, body });
+        Ok(TensorId(id))
+    }
+
+    fn dtype_of(&mut self, target: &Target) -> DType {
+        let matrices = self.matrices;
+        let mut made_of = target.fragments.iter().map(|f| &matrices[f.matrix.index()]);
+        let Some(first) = made_of.clone().next() else { return self.dtype.dtype() };
+        let quantized = made_of.clone().any(|m| m.scales.is_some());
+        let floats = made_of.clone().all(Matrix::is_castable);
+        if self.cast_floats && floats {
+            return if self.dtype == Float::F32 { DType::BF16 } else { self.dtype.dtype() };
+        }
+        if let (Some(original), true) = (self.plain_dtypes.get(&target.name), floats)
+            && original.as_float().is_some()
+        {
+            return *original;
+        }
+        if quantized || target.grouped {
+            for matrix in made_of {
+                refuse_uncastable(matrix, &mut self.problems);
+            }
+            return self.dtype.dtype();
+        }
+        if let Some(other) = made_of.find(|m| m.dtype != first.dtype) {
+            let what = format!(
+                "expected {} as `{}`, got {} in `{}`",
+                first.dtype, first.name, other.dtype, other.name
+            );
+            self.problems.explain(Problem::RuleDtype, &target.name, what);
+        }
+        first.dtype
+    }
+}
+
+/// Refuses a matrix whose numbers cannot be had as floating-point numbers.
+pub fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
+    if !matrix.is_castable() && !problems.is_refused(&matrix.name) {
+        problems.refuse_matrix(matrix.name.to_string());
+        let what = format!("expected a quantized matrix, BF16, F16 or F32, got {}", matrix.dtype);
+        problems.explain(Problem::RuleDtype, &matrix.name, what);
+    }
+}
+
+/// Sorts `layers.2` before `layers.10`.
+pub fn natural_key(name: &str) -> Vec<(u64, String)> {
+    let mut key = Vec::new();
+    let mut left = name;
+    while !left.is_empty() {
+        let text = left.find(|c: char| c.is_ascii_digit()).unwrap_or(left.len());
+        let (word, rest) = left.split_at(text);
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let (number, rest) = rest.split_at(digits);
+        key.push((0, word.to_owned()));
+        if !number.is_empty() {
+            key.push((number.parse().unwrap_or(u64::MAX), String::new()));
+        }
+        left = rest;
+    }
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_sort_by_their_numbers() {
+        let mut names = ["layers.10.a", "layers.2.b", "layers.2.a", "layers.1.a", "embed"];
+        names.sort_by_cached_key(|n| natural_key(n));
+        assert_eq!(names, ["embed", "layers.1.a", "layers.2.a", "layers.2.b", "layers.10.a"]);
+    }
+}
