@@ -14,7 +14,7 @@ use crate::plan::{
 };
 use crate::source::Checkpoint;
 
-/// Most bytes of stored rows that are kept for the next chunk.
+/// Most bytes of stored rows that are kept for the next chunk, or asked for ahead of strips.
 const MAX_SLAB_BYTES: u64 = 256 << 20;
 
 /// What an engine may use.
@@ -252,7 +252,7 @@ impl Engine {
     }
 
     /// Before the first decoding of a matrix: checks the extents that its shape tensor states, and
-    /// asks for its payload where it will be read in strips.
+    /// asks for its payload where that is one matrix and will be read in strips.
     fn touch(&self, tensor: &TensorPlan, id: MatrixId, strips: bool) -> Result<(), ReadError> {
         let matrix = self.plan.matrix(id);
         if let Some(shape_tensor) = matrix.shape_tensor {
@@ -268,9 +268,10 @@ impl Engine {
                 });
             }
         }
-        if strips {
-            let payload = self.checkpoint.tensor(matrix.payload);
-            self.checkpoint.will_need(matrix.payload, 0, payload.bytes);
+        // The experts of a whole layer in one payload are more than one strip wants.
+        let bytes = self.checkpoint.tensor(matrix.payload).bytes;
+        if strips && bytes <= MAX_SLAB_BYTES {
+            self.checkpoint.will_need(matrix.payload, 0, bytes);
         }
         Ok(())
     }
