@@ -23,7 +23,7 @@ use checkpoint::{
 use fuser::SessionACL;
 use half::bf16;
 use mount_ckpt::daemon::{DaemonError, mountpoint};
-use mount_ckpt::fuse::{self, MountOptions, Mounted};
+use mount_ckpt::fuse::{self, Filesystem, MountOptions, Mounted};
 use mount_ckpt::mapping::Mapping;
 use mount_ckpt::plan::{Plan, PlanOptions};
 use mount_ckpt::read::{Engine, EngineOptions};
@@ -97,7 +97,7 @@ fn mount(source: &Path, at: &Path) -> Result<Mounted> {
         fs_name: source.display().to_string(),
         extra: Vec::new(),
     };
-    let mounted = fuse::mount(view, at, &options);
+    let mounted = fuse::mount(Filesystem::new(view, options.direct_io), at, &options);
     Ok(mounted.map_err(|why| DaemonError::Mount { at: at.to_owned(), why })?)
 }
 

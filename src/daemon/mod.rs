@@ -14,7 +14,7 @@ pub mod mountpoint;
 pub mod signals;
 pub mod unmount;
 
-use crate::fuse::{self, MountOptions};
+use crate::fuse::{self, Filesystem, MountOptions};
 use crate::view::View;
 use nix::errno::Errno;
 use sd_notify::NotifyState;
@@ -80,7 +80,8 @@ pub fn mount_and_wait(
 ) -> Result<(), DaemonError> {
     let at = at.to_owned();
     signals.mounting();
-    let mounted = match fuse::mount(view, &at, options) {
+    let filesystem = Filesystem::new(view, options.direct_io);
+    let mounted = match fuse::mount(filesystem, &at, options) {
         Ok(mounted) => mounted,
         Err(why) => return Err(DaemonError::Mount { at, why }),
     };

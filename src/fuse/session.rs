@@ -15,10 +15,6 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{major, minor};
 
-use crate::view::View;
-
-use super::Filesystem;
-
 const DEVICE: &str = "/dev/fuse";
 
 /// How the kernel shows a view.
@@ -156,14 +152,17 @@ fn fusermount(at: &Path, lazy: bool) -> io::Result<()> {
     Err(io::Error::new(kind, text))
 }
 
-/// Shows `view` at the directory `at` and returns once the kernel has it. Threads of this process
-/// answer from then on: call it after the last fork.
+/// Shows a file system at the directory `at` and returns once the kernel has it. Threads of this
+/// process answer from then on: call it after the last fork.
 ///
 /// # Errors
 /// Where `at` cannot be mounted on, or the options contradict each other.
-pub fn mount(view: Arc<View>, at: &Path, options: &MountOptions) -> io::Result<Mounted> {
+pub fn mount(
+    filesystem: impl fuser::Filesystem,
+    at: &Path,
+    options: &MountOptions,
+) -> io::Result<Mounted> {
     let at = fs::canonicalize(at)?;
-    let filesystem = Filesystem::new(view, options.direct_io);
     let session = Session::new(filesystem, &at, &config(options))?.spawn()?;
     let threads = keep_mounted(session);
     let end = Arc::new(End::default());

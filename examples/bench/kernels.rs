@@ -1,0 +1,137 @@
+//! Decoders, encoders and transposes on one core, against memcpy.
+
+use std::hint::black_box;
+
+use anyhow::Result;
+use mount_ckpt::codec::{Code, Level, Orientation, Scales, Tile, copy2d_at, decode_at, encode_at};
+use mount_ckpt::plan::Grid;
+use mount_ckpt::tensor::{Float, Shape};
+
+use super::table::{Row, Value, compare};
+
+/// A matrix of MiMo's experts.
+const ROWS: usize = 2048;
+const COLS: usize = 4096;
+/// Matrices of a run: 64 MiB of BF16, more than a core's cache holds.
+const MATRICES: usize = 4;
+const ELEMENTS: usize = MATRICES * ROWS * COLS;
+
+/// What all kernels read and write.
+struct Memory {
+    codes: Vec<u8>,
+    numbers: Vec<f32>,
+    scales: Vec<f32>,
+    out: Vec<u8>,
+}
+
+/// The rows of all kernels, for each level of this machine that has a target.
+pub fn rows(rounds: usize, wanted: &impl Fn(&str) -> bool) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let mut memory = Memory {
+        codes: (0..2 * ELEMENTS).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect(),
+        numbers: (0..ELEMENTS).map(|i| (i * 7919 % 10_007) as f32 * 1e-3 - 5.0).collect(),
+        scales: (0..ROWS * COLS / 32).map(|i| 1e-3 + i as f32 * 1e-9).collect(),
+        out: vec![1; 2 * ELEMENTS],
+    };
+    for level in Level::available() {
+        if level == Level::PORTABLE {
+            continue;
+        }
+        for (what, at_least, run) in kernels(level) {
+            let name = format!("{what}, {}", level.name());
+            if !wanted(&name) {
+                continue;
+            }
+            // The encoders' target is the bytes that they read.
+            let moved = if what.starts_with("encode") { 4 * ELEMENTS } else { 2 * ELEMENTS };
+            let mut from = vec![1u8; moved];
+            let mut to = vec![1u8; moved];
+            let rates = compare(
+                rounds,
+                || {
+                    run(level, &mut memory);
+                    Ok(moved as u64)
+                },
+                || {
+                    black_box(&mut to).copy_from_slice(black_box(&from));
+                    Ok(moved as u64)
+                },
+            )?;
+            from.clear();
+            rows.push(Row { name, against: "memcpy", value: Value::Ratio { rates, at_least } });
+        }
+    }
+    Ok(rows)
+}
+
+type Kernel = fn(Level, &mut Memory);
+
+fn kernels(level: Level) -> [(&'static str, f64, Kernel); 10] {
+    let fp8 = if level.name() == "avx512" { 0.45 } else { 0.35 };
+    [
+        ("FP8 to BF16, transposed", fp8, |l, m| transposed(l, Code::E4M3, m)),
+        ("FP8 to BF16, straight", 0.6, |l, m| straight(l, Code::E4M3, m)),
+        ("INT4 to BF16, transposed", 0.4, |l, m| transposed(l, Code::Int4, m)),
+        ("INT4 to BF16, straight", 0.6, |l, m| straight(l, Code::Int4, m)),
+        ("FP4 to BF16, transposed", 0.4, |l, m| transposed(l, Code::E2M1, m)),
+        ("FP4 to BF16, straight", 0.6, |l, m| straight(l, Code::E2M1, m)),
+        ("transpose of BF16", 0.5, transpose),
+        ("encode FP8", 0.25, |l, m| encode(l, Code::E4M3, m)),
+        ("encode INT4", 0.25, |l, m| encode(l, Code::Int4, m)),
+        ("encode FP4", 0.25, |l, m| encode(l, Code::E2M1, m)),
+    ]
+}
+
+/// Scales of a code over a matrix, from a column on.
+fn scales_from(code: Code, values: &[f32], col: usize) -> Scales<'_> {
+    let block = if code == Code::E4M3 { [128, 128] } else { [1, 32] };
+    Scales { values, stride: COLS / block[1], block, phase: [0, col] }
+}
+
+/// As the engine decodes the experts of a grouped tensor: chunk by chunk, each a strip of columns.
+fn transposed(level: Level, code: Code, memory: &mut Memory) {
+    let Memory { codes, scales, out, .. } = memory;
+    let wide = usize::try_from(chunk_rows(code)).expect("thousands");
+    let row = code.row_bytes(COLS);
+    for (codes, out) in codes.chunks(ROWS * row).zip(out.chunks_mut(2 * ROWS * COLS)) {
+        for col in (0..COLS).step_by(wide) {
+            let bytes = &codes[code.row_bytes(col)..];
+            let scales = Some(scales_from(code, scales, col));
+            let tile = Tile { code, bytes, stride: row, rows: ROWS, cols: wide, scales };
+            let out = &mut out[2 * ROWS * col..];
+            decode_at(level, &tile, Float::BF16, Orientation::Transposed, out, 2 * ROWS);
+        }
+    }
+}
+
+/// Rows of a chunk of `gate_and_up_projs`, which are columns of the stored matrices.
+fn chunk_rows(_: Code) -> u64 {
+    Grid::new(&Shape::from([42, 4096, 4096]), 2).chunk_rows
+}
+
+fn straight(level: Level, code: Code, memory: &mut Memory) {
+    let Memory { codes, scales, out, .. } = memory;
+    let row = code.row_bytes(COLS);
+    for (bytes, out) in codes.chunks(ROWS * row).zip(out.chunks_mut(2 * ROWS * COLS)) {
+        let scales = Some(scales_from(code, scales, 0));
+        let tile = Tile { code, bytes, stride: row, rows: ROWS, cols: COLS, scales };
+        decode_at(level, &tile, Float::BF16, Orientation::Straight, out, 2 * COLS);
+    }
+}
+
+fn transpose(level: Level, memory: &mut Memory) {
+    let Memory { codes, out, .. } = memory;
+    let matrices = codes.chunks(2 * ROWS * COLS).zip(out.chunks_mut(2 * ROWS * COLS));
+    for (from, to) in matrices {
+        copy2d_at(level, 2, from, 2 * COLS, ROWS, COLS, Orientation::Transposed, to, 2 * ROWS);
+    }
+}
+
+fn encode(level: Level, code: Code, memory: &mut Memory) {
+    let Memory { numbers, scales, out, .. } = memory;
+    let row = code.row_bytes(COLS);
+    for (numbers, out) in numbers.chunks(ROWS * COLS).zip(out.chunks_mut(ROWS * row)) {
+        let scales = scales_from(code, scales, 0);
+        encode_at(level, code, numbers, COLS, ROWS, COLS, Some(&scales), out, row);
+    }
+}

@@ -1,0 +1,145 @@
+//! Mounts in processes of their own, made by starting this program again.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use mount_ckpt::cli;
+use mount_ckpt::daemon::unmount::{Unmount, unmount};
+use mount_ckpt::fuse::MountOptions;
+use mount_ckpt::mapping::Mapping;
+use mount_ckpt::plan::{Plan, PlanOptions};
+use mount_ckpt::read::{Engine, EngineOptions};
+use mount_ckpt::source::Checkpoint;
+use mount_ckpt::view::{View, ViewOptions};
+
+use super::null;
+
+/// First argument of a process that serves.
+pub const SERVE: &str = "serve";
+
+/// Who answers the reads of a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// `mount-ckpt -f`.
+    MountCkpt,
+    /// The null file system.
+    Null,
+}
+
+/// A mount that is up; dropped, it is taken down.
+pub struct Mount {
+    child: Child,
+    at: PathBuf,
+    /// From the start of the process to an answer of the mount.
+    pub took: Duration,
+}
+
+impl Mount {
+    /// Mounts a view of `source` at `at` and returns once it answers.
+    pub fn new(server: Server, source: &Path, at: &Path, options: &[&str]) -> Result<Mount> {
+        fs::create_dir_all(at)?;
+        let name = match server {
+            Server::MountCkpt => "view",
+            Server::Null => "null",
+        };
+        let start = Instant::now();
+        let child = Command::new(std::env::current_exe()?)
+            .args([SERVE, name])
+            .args(options)
+            .args([source, at])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let mut mount = Mount { child, at: at.to_owned(), took: Duration::ZERO };
+        let stats = at.join(".mount-ckpt/stats.json");
+        while fs::read(&stats).is_err() {
+            if let Some(status) = mount.child.try_wait()? {
+                bail!("the mount of `{}` ended: {status}", source.display());
+            }
+            ensure!(start.elapsed().as_secs() < 60, "no answer from `{}`", at.display());
+            thread::sleep(Duration::from_millis(1));
+        }
+        mount.took = start.elapsed();
+        Ok(mount)
+    }
+
+    /// The mount point.
+    pub fn at(&self) -> &Path {
+        &self.at
+    }
+
+    /// A line of the process's `/proc/PID/status`, in bytes.
+    pub fn memory(&self, line: &str) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let value = status.lines().find_map(|l| l.strip_prefix(line)?.strip_prefix(':'));
+        let kib = value.and_then(|v| v.trim().strip_suffix(" kB"));
+        Ok(kib.with_context(|| format!("no {line}"))?.parse::<u64>()? * 1024)
+    }
+
+    /// A counter of the engine.
+    pub fn counter(&self, name: &str) -> Result<u64> {
+        let stats = fs::read(self.at.join(".mount-ckpt/stats.json"))?;
+        let stats: serde_json::Value = serde_json::from_slice(&stats)?;
+        stats["engine"][name].as_u64().with_context(|| format!("no counter `{name}`"))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if let Err(error) = unmount(&self.at, Unmount::Lazy) {
+            eprintln!("{error}");
+        }
+        // A session ends with its mount; whoever does not is ended.
+        for _ in 0..5000 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a process that was started by [`Mount::new`] does.
+pub fn serve(arguments: &[OsString]) -> ExitCode {
+    let [server, rest @ ..] = arguments else { return ExitCode::FAILURE };
+    if server == "view" {
+        let command = ["mount-ckpt", "-f", "--log-level", "error"].map(OsString::from);
+        return cli::main(command.into_iter().chain(rest.iter().cloned()));
+    }
+    match serve_null(rest) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("null file system: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve_null(arguments: &[OsString]) -> Result<()> {
+    let [options @ .., source, at] = arguments else { bail!("no directories") };
+    let checkpoint = Arc::new(Checkpoint::open(Path::new(source))?);
+    let config = checkpoint.config();
+    let types: Vec<String> = config.model_types().into_iter().map(ToOwned::to_owned).collect();
+    let mapping = Mapping::for_model_types(&types)?.resolve(&|key| config.int(key).ok())?;
+    let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default())?);
+    let cache = EngineOptions { cache_bytes: 0, keep_given: false };
+    let engine = Arc::new(Engine::new(Arc::clone(&checkpoint), plan, cache));
+    let view = Arc::new(View::build(engine, checkpoint, &ViewOptions::default())?);
+    let options = MountOptions {
+        threads: thread::available_parallelism()?.get(),
+        read_ahead: 4 << 20,
+        direct_io: options.iter().any(|o| o == "--direct-io"),
+        acl: fuser::SessionACL::Owner,
+        fs_name: "null".to_owned(),
+        extra: Vec::new(),
+    };
+    null::serve(view, Path::new(at), &options)
+}

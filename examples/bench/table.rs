@@ -1,0 +1,90 @@
+//! Runs two things in turn and keeps the ratio of their rates; absolute numbers beside them.
+
+use std::fmt::Write as _;
+use std::time::Instant;
+
+use anyhow::Result;
+
+/// What a row holds against its target.
+pub enum Value {
+    /// Rates of the subject and of the baseline, in GB/s, one pair for each round.
+    Ratio { rates: Vec<[f64; 2]>, at_least: f64 },
+    /// Numbers that must not exceed a limit, in a unit.
+    Number { measured: Vec<f64>, at_most: f64, unit: &'static str },
+    /// Nothing was measured, for this reason.
+    Missing(String),
+}
+
+/// A line of the table.
+pub struct Row {
+    pub name: String,
+    pub against: &'static str,
+    pub value: Value,
+}
+
+/// Runs `subject` and `baseline` in turn, `rounds` times after a round that is not counted; each
+/// gives the bytes that it moved.
+pub fn compare(
+    rounds: usize,
+    mut subject: impl FnMut() -> Result<u64>,
+    mut baseline: impl FnMut() -> Result<u64>,
+) -> Result<Vec<[f64; 2]>> {
+    let mut rates = Vec::with_capacity(rounds + 1);
+    for _ in 0..=rounds {
+        rates.push([rate(&mut subject)?, rate(&mut baseline)?]);
+    }
+    rates.remove(0);
+    Ok(rates)
+}
+
+/// GB/s of what moves the bytes that it gives.
+fn rate(run: &mut impl FnMut() -> Result<u64>) -> Result<f64> {
+    let start = Instant::now();
+    let bytes = run()?;
+    Ok(bytes as f64 / start.elapsed().as_secs_f64() / 1e9)
+}
+
+/// The middle of some numbers; of an even count the upper one.
+pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+impl Row {
+    /// The row of the table as Markdown.
+    pub fn markdown(&self) -> String {
+        let mut line = format!("| {} | {} | ", self.name, self.against);
+        match &self.value {
+            Value::Ratio { rates, at_least } => {
+                let ratios = || rates.iter().map(|[subject, baseline]| subject / baseline);
+                let (low, high) = ratios().fold((f64::MAX, 0.0f64), |(low, high), ratio| {
+                    (low.min(ratio), high.max(ratio))
+                });
+                let [subject, baseline] = [0, 1].map(|i| median(rates.iter().map(|pair| pair[i])));
+                let _ = write!(
+                    line,
+                    "{:.2} ({low:.2} to {high:.2}) | {at_least} | {subject:.2} : {baseline:.2} GB/s |",
+                    median(ratios()),
+                );
+            }
+            Value::Number { measured, at_most, unit } => {
+                let all = || measured.iter().copied();
+                let (low, high) = all().fold((f64::MAX, 0.0f64), |(l, h), n| (l.min(n), h.max(n)));
+                let middle = median(all());
+                let _ = write!(
+                    line,
+                    "{middle:.2} ({low:.2} to {high:.2}) {unit} | at most {at_most} {unit} | |"
+                );
+            }
+            Value::Missing(why) => {
+                let _ = write!(line, "not measured | | {why} |");
+            }
+        }
+        line
+    }
+}
+
+/// The head of the table.
+pub const HEAD: &str =
+    "| row | against | median (range) | at least | medians |\n|---|---|---|---|---|";
