@@ -85,7 +85,7 @@ fn mount(source: &Path, at: &Path) -> Result<Mounted> {
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default())?);
     println!("\n{}", plan.summary);
     // What computes tensors as they are read, and the files that show them.
-    let cache = EngineOptions { cache_bytes: 64 << 20, keep_given: false };
+    let cache = EngineOptions { cache_bytes: 64 << 20, keep_given: false, threads: 2 };
     let engine = Arc::new(Engine::new(Arc::clone(&checkpoint), plan, cache));
     let shards = ViewOptions { shard_size: 4_000_000, ..ViewOptions::default() };
     let view = Arc::new(View::build(engine, checkpoint, &shards)?);

@@ -28,6 +28,7 @@ use fuser::{
     WriteFlags,
 };
 
+use crate::read::Buffer;
 use crate::view::{Attr, Content, Ino, Kind, View, ViewError};
 
 pub use session::{MountOptions, Mounted, mount};
@@ -53,7 +54,7 @@ const NO_HANDLE: FileHandle = FileHandle(0);
 
 thread_local! {
     /// What a request thread reads into, as large as its largest read: a read allocates nothing.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static BUFFER: RefCell<Buffer> = RefCell::default();
 }
 
 /// Answers the kernel's requests from a [`View`].
@@ -300,9 +301,7 @@ impl fuser::Filesystem for Filesystem {
             return reply.data(&text[start..end]);
         }
         BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < size {
-                buffer.resize(size, 0);
-            }
+            buffer.grow(size);
             match guarded(|| self.view.read(Ino(ino.0), offset, &mut buffer[..size])) {
                 Ok(n) => reply.data(&buffer[..n]),
                 Err(errno) => reply.error(errno),

@@ -53,13 +53,13 @@ proptest! {
         cache_bytes in select(&[0u64, 100_000, 1 << 30][..]),
         keep_given in any::<bool>(),
     ) {
-        let kept = EngineOptions { cache_bytes: 1 << 30, keep_given: true };
+        let kept = EngineOptions { cache_bytes: 1 << 30, keep_given: true, threads: 2 };
         let once = engine(view, kept);
         let n = once.plan().tensors.len();
         let id = TensorId(u32::try_from(tensor.index(n)).unwrap());
         let expected = whole(&once, id);
 
-        let split = engine(view, EngineOptions { cache_bytes, keep_given });
+        let split = engine(view, EngineOptions { cache_bytes, keep_given, threads: 2 });
         let mut edges: Vec<usize> = cuts.iter().map(|i| i.index(expected.len() + 1)).collect();
         edges.extend([0, expected.len()]);
         edges.sort_unstable();
@@ -78,7 +78,7 @@ proptest! {
 
 #[test]
 fn a_read_behind_the_end_is_refused() {
-    let engine = engine(VIEWS[0], EngineOptions { cache_bytes: 0, keep_given: false });
+    let engine = engine(VIEWS[0], EngineOptions { cache_bytes: 0, keep_given: false, threads: 2 });
     let bytes = engine.plan().tensor(TensorId(0)).bytes();
     let error = engine.read(TensorId(0), bytes - 1, &mut [0; 2]).unwrap_err().to_string();
     assert!(error.contains(&format!("cannot read 2 bytes at {}", bytes - 1)), "{error}");

@@ -130,7 +130,7 @@ fn serve_null(arguments: &[OsString]) -> Result<()> {
     let types: Vec<String> = config.model_types().into_iter().map(ToOwned::to_owned).collect();
     let mapping = Mapping::for_model_types(&types)?.resolve(&|key| config.int(key).ok())?;
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default())?);
-    let cache = EngineOptions { cache_bytes: 0, keep_given: false };
+    let cache = EngineOptions { cache_bytes: 0, keep_given: false, threads: 2 };
     let engine = Arc::new(Engine::new(Arc::clone(&checkpoint), plan, cache));
     let view = Arc::new(View::build(engine, checkpoint, &ViewOptions::default())?);
     let options = MountOptions {

@@ -122,8 +122,11 @@ impl Planned {
         options: &EngineOptions,
         direct_io: bool,
     ) -> (Arc<Engine>, Arc<Checkpoint>) {
-        let options =
-            read::EngineOptions { cache_bytes: options.cache_size, keep_given: direct_io };
+        let options = read::EngineOptions {
+            cache_bytes: options.cache_size,
+            keep_given: direct_io,
+            threads: options.threads,
+        };
         let engine = Engine::new(self.checkpoint.clone(), self.plan, options);
         (Arc::new(engine), self.checkpoint)
     }

@@ -38,7 +38,8 @@ fn mounted(source: &Dir, direct_io: bool) -> (Mounted, TempDir) {
         fs_name: SOURCE.to_owned(),
         extra: Vec::new(),
     };
-    let mounted = mount(Arc::new(view(source)), at.path(), &options).expect("a mount");
+    let filesystem = Filesystem::new(Arc::new(view(source)), options.direct_io);
+    let mounted = mount(filesystem, at.path(), &options).expect("a mount");
     (mounted, at)
 }
 

@@ -67,9 +67,14 @@ impl Matrix {
         self.scales.is_some() || self.dtype.as_float().is_some()
     }
 
-    /// Columns: the last axis. Rows are all other axes together.
+    /// Columns: the last axis.
     pub fn cols(&self) -> u64 {
         self.shape.dims().last().copied().unwrap_or(1)
+    }
+
+    /// Rows: all axes but the last together.
+    pub fn rows(&self) -> u64 {
+        self.shape.dims().split_last().map_or(1, |(_, outer)| outer.iter().product())
     }
 }
 

@@ -4,10 +4,11 @@
 //! is being made, nothing is kept: a budget of 0 is a cache of nothing.
 
 use std::hash::Hash;
-use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use lru::LruCache;
+
+use super::buffer::Buffer;
 
 /// How a reader came by its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,39 +21,8 @@ pub enum Outcome {
     Made,
 }
 
-/// Bytes that start at a page: decoding into a buffer 16 bytes off a cache line takes twice as long.
-#[derive(Debug, Default)]
-pub struct Buffer {
-    bytes: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Buffer {
-    const PAGE: usize = 4096;
-
-    fn new(len: usize) -> Buffer {
-        let bytes = vec![0; len + Buffer::PAGE];
-        let start = bytes.as_ptr().align_offset(Buffer::PAGE).min(Buffer::PAGE);
-        Buffer { bytes, start, len }
-    }
-}
-
-impl Deref for Buffer {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.len]
-    }
-}
-
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..self.start + self.len]
-    }
-}
-
-type Bytes = Arc<Buffer>;
+/// Bytes that were made, shared by all who read them.
+pub type Bytes = Arc<Buffer>;
 
 /// What is being made while others wait for it. `E` is what making it fails with.
 struct Flight<E> {
@@ -61,7 +31,7 @@ struct Flight<E> {
 }
 
 enum Slot<E> {
-    /// The bytes, and how many of them readers were given.
+    /// The bytes, and how much use is left in them.
     Ready(Bytes, u64),
     Making(Arc<Flight<E>>),
 }
@@ -80,6 +50,27 @@ const SPARES: usize = 8;
 pub struct Cache<K: Hash + Eq + Copy, E: Clone> {
     state: Mutex<State<K, E>>,
     budget: u64,
+    allocate: fn(usize) -> Buffer,
+}
+
+/// What is asked of a cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<K> {
+    /// The key.
+    pub key: K,
+    /// How many bytes it has.
+    pub len: usize,
+    /// How much use they are, in the unit of [`Cache::given`].
+    pub uses: u64,
+}
+
+/// What a reader finds.
+enum Found<E> {
+    Ready(Bytes),
+    /// Another reader makes it.
+    Busy(Arc<Flight<E>>),
+    /// This reader makes it; a buffer of its size may lie around.
+    Absent(Arc<Flight<E>>, Option<Buffer>),
 }
 
 /// A panic elsewhere cannot leave the state half changed: no user code runs under the lock.
@@ -92,10 +83,10 @@ fn size(bytes: &[u8]) -> u64 {
 }
 
 impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
-    /// An empty cache that holds up to `budget` bytes.
-    pub fn new(budget: u64) -> Cache<K, E> {
+    /// An empty cache that holds up to `budget` bytes in buffers that `allocate` makes.
+    pub fn new(budget: u64, allocate: fn(usize) -> Buffer) -> Cache<K, E> {
         let state = State { slots: LruCache::unbounded(), bytes: 0, spare: Vec::new() };
-        Cache { state: Mutex::new(state), budget }
+        Cache { state: Mutex::new(state), budget, allocate }
     }
 
     /// Bytes that lie ready or are being made.
@@ -108,7 +99,12 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
         self.budget
     }
 
-    /// The bytes of `key`, made by `make` in a buffer of `len` bytes where they are not there.
+    /// Whether somebody made or makes the bytes of `key`.
+    pub fn has(&self, key: &K) -> bool {
+        lock(&self.state).slots.peek(key).is_some()
+    }
+
+    /// The bytes of a key, made by `make` where they are not there.
     ///
     /// While one reader makes them, others who ask for the same wait. A failure reaches all who
     /// waited and is not kept. `abandoned` is what they get where `make` panics.
@@ -117,50 +113,76 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
     /// What `make` fails with.
     pub fn get(
         &self,
-        key: K,
-        len: usize,
+        wanted: Wanted<K>,
         abandoned: E,
         make: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(Bytes, Outcome), E> {
-        let (flight, mut buffer) = {
-            let mut state = lock(&self.state);
-            match state.slots.get(&key) {
-                Some(Slot::Ready(bytes, _)) => return Ok((Arc::clone(bytes), Outcome::Hit)),
-                Some(Slot::Making(flight)) => {
-                    let flight = Arc::clone(flight);
-                    drop(state);
-                    return flight.wait().map(|bytes| (bytes, Outcome::Waited));
-                }
-                None => {}
+        match self.find(wanted) {
+            Found::Ready(bytes) => Ok((bytes, Outcome::Hit)),
+            Found::Busy(flight) => flight.wait().map(|bytes| (bytes, Outcome::Waited)),
+            Found::Absent(flight, spare) => {
+                self.make(wanted, &flight, spare, abandoned, make).map(|b| (b, Outcome::Made))
             }
-            let flight = Arc::new(Flight { result: Mutex::new(None), landed: Condvar::new() });
-            state.slots.put(key, Slot::Making(Arc::clone(&flight)));
-            state.bytes += u64::try_from(len).expect("a usize fits in 64 bits");
-            state.evict(self.budget);
-            let spare = state.spare.iter().position(|b| b.len() == len);
-            (flight, spare.map(|i| state.spare.swap_remove(i)))
-        };
-        let mut landing =
-            Landing { cache: self, key, len, flight: &flight, result: Err(abandoned) };
-        let mut bytes = buffer.take().unwrap_or_else(|| Buffer::new(len));
-        landing.result = make(&mut bytes).map(|()| Arc::new(bytes));
-        let result = landing.result.clone();
-        drop(landing);
-        result.map(|bytes| (bytes, Outcome::Made))
+        }
     }
-}
 
-impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
-    /// Notes that a reader was given `n` of the bytes of `key`; they go once as many were given
-    /// as there are.
+    /// As [`Cache::get`], but `None` where another reader makes the bytes just now.
+    ///
+    /// # Errors
+    /// What `make` fails with.
+    pub fn get_unless_busy(
+        &self,
+        wanted: Wanted<K>,
+        abandoned: E,
+        make: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Option<(Bytes, Outcome)>, E> {
+        match self.find(wanted) {
+            Found::Ready(bytes) => Ok(Some((bytes, Outcome::Hit))),
+            Found::Busy(_) => Ok(None),
+            Found::Absent(flight, spare) => {
+                self.make(wanted, &flight, spare, abandoned, make).map(|b| Some((b, Outcome::Made)))
+            }
+        }
+    }
+
+    fn find(&self, Wanted { key, len, .. }: Wanted<K>) -> Found<E> {
+        let mut state = lock(&self.state);
+        match state.slots.get(&key) {
+            Some(Slot::Ready(bytes, _)) => return Found::Ready(Arc::clone(bytes)),
+            Some(Slot::Making(flight)) => return Found::Busy(Arc::clone(flight)),
+            None => {}
+        }
+        let flight = Arc::new(Flight { result: Mutex::new(None), landed: Condvar::new() });
+        state.slots.put(key, Slot::Making(Arc::clone(&flight)));
+        state.bytes += u64::try_from(len).expect("a usize fits in 64 bits");
+        state.evict(self.budget);
+        let spare = state.spare.iter().position(|b| b.len() == len);
+        Found::Absent(flight, spare.map(|i| state.spare.swap_remove(i)))
+    }
+
+    fn make(
+        &self,
+        wanted: Wanted<K>,
+        flight: &Flight<E>,
+        spare: Option<Buffer>,
+        abandoned: E,
+        make: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Bytes, E> {
+        let mut landing = Landing { cache: self, wanted, flight, result: Err(abandoned) };
+        let mut bytes = spare.unwrap_or_else(|| (self.allocate)(wanted.len));
+        landing.result = make(&mut bytes).map(|()| Arc::new(bytes));
+        landing.result.clone()
+    }
+
+    /// Notes that so much use was made of the bytes of `key`; they go once none is left.
     ///
     /// A reader that takes everything once, whose bytes the kernel keeps, so works in a few buffers
     /// that stay in a core's cache instead of first touching a gigabyte.
-    pub fn given(&self, key: &K, n: u64) {
+    pub fn given(&self, key: &K, uses: u64) {
         let mut state = lock(&self.state);
-        if let Some(Slot::Ready(bytes, given)) = state.slots.peek_mut(key) {
-            *given += n;
-            if *given >= size(bytes)
+        if let Some(Slot::Ready(_, left)) = state.slots.peek_mut(key) {
+            *left = left.saturating_sub(uses);
+            if *left == 0
                 && let Some(Slot::Ready(bytes, _)) = state.slots.pop(key)
             {
                 state.recycle(bytes);
@@ -184,8 +206,7 @@ impl<E: Clone> Flight<E> {
 /// Ends a flight, also when making the bytes panics.
 struct Landing<'a, K: Hash + Eq + Copy, E: Clone> {
     cache: &'a Cache<K, E>,
-    key: K,
-    len: usize,
+    wanted: Wanted<K>,
     flight: &'a Flight<E>,
     result: Result<Bytes, E>,
 }
@@ -196,11 +217,13 @@ impl<K: Hash + Eq + Copy, E: Clone> Drop for Landing<'_, K, E> {
             let mut state = lock(&self.cache.state);
             match &self.result {
                 Ok(bytes) => {
-                    state.slots.put(self.key, Slot::Ready(Arc::clone(bytes), 0));
+                    let slot = Slot::Ready(Arc::clone(bytes), self.wanted.uses);
+                    state.slots.put(self.wanted.key, slot);
                 }
                 Err(_) => {
-                    state.slots.pop(&self.key);
-                    state.bytes -= u64::try_from(self.len).expect("a usize fits in 64 bits");
+                    state.slots.pop(&self.wanted.key);
+                    let len = u64::try_from(self.wanted.len);
+                    state.bytes -= len.expect("a usize fits in 64 bits");
                 }
             }
             state.evict(self.cache.budget);
@@ -251,16 +274,25 @@ mod tests {
         }
     }
 
+    fn cache(budget: u64) -> Cache<u64, String> {
+        Cache::new(budget, Buffer::new)
+    }
+
+    /// Ten bytes that are read once.
+    fn ten(key: u64) -> Wanted<u64> {
+        Wanted { key, len: 10, uses: 10 }
+    }
+
     fn outcome(cache: &Cache<u64, String>, chunk: u64) -> Outcome {
         let value = u8::try_from(chunk).unwrap();
-        let (bytes, outcome) = cache.get(chunk, 10, String::new(), fill(value)).unwrap();
+        let (bytes, outcome) = cache.get(ten(chunk), String::new(), fill(value)).unwrap();
         assert_eq!(**bytes, [value; 10]);
         outcome
     }
 
     #[test]
     fn least_recently_used_go_first() {
-        let cache = Cache::new(30);
+        let cache = cache(30);
         for chunk in [1, 2, 3] {
             assert_eq!(outcome(&cache, chunk), Outcome::Made);
         }
@@ -273,7 +305,7 @@ mod tests {
 
     #[test]
     fn a_budget_of_nothing_keeps_nothing() {
-        let cache = Cache::new(0);
+        let cache = cache(0);
         assert_eq!(outcome(&cache, 1), Outcome::Made);
         assert_eq!(outcome(&cache, 1), Outcome::Made);
         assert_eq!(cache.bytes(), 0);
@@ -281,7 +313,7 @@ mod tests {
 
     #[test]
     fn many_readers_decode_once() {
-        let cache = Cache::<u64, String>::new(100);
+        let cache = cache(100);
         let (decodings, start) = (AtomicU64::new(0), Barrier::new(8));
         std::thread::scope(|scope| {
             for _ in 0..8 {
@@ -294,7 +326,7 @@ mod tests {
                         out.fill(7);
                         Ok(())
                     };
-                    let (bytes, _) = cache.get(1, 10, String::new(), decode).unwrap();
+                    let (bytes, _) = cache.get(ten(1), String::new(), decode).unwrap();
                     assert_eq!(**bytes, [7; 10]);
                 });
             }
@@ -304,7 +336,7 @@ mod tests {
 
     #[test]
     fn what_was_given_whole_goes() {
-        let cache = Cache::new(30);
+        let cache = cache(30);
         for n in [4, 6] {
             assert_eq!(outcome(&cache, 1), if n == 4 { Outcome::Made } else { Outcome::Hit });
             cache.given(&1, n);
@@ -316,17 +348,27 @@ mod tests {
     }
 
     #[test]
-    fn buffers_start_at_a_page() {
-        for len in [0, 1, 4096, 100_000] {
-            let buffer = Buffer::new(len);
-            assert_eq!((buffer.len(), buffer.as_ptr().align_offset(4096)), (len, 0));
-        }
+    fn who_does_not_wait_is_told_that_it_is_busy() {
+        let cache = cache(30);
+        let (bytes, outcome) = cache
+            .get(ten(1), String::new(), |_| {
+                assert!(cache.has(&1));
+                let busy = cache.get_unless_busy(ten(1), String::new(), fill(2)).unwrap();
+                assert!(busy.is_none());
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!((bytes.len(), outcome), (10, Outcome::Made));
+        let ready = cache.get_unless_busy(ten(1), String::new(), fill(2)).unwrap();
+        assert_eq!(ready.map(|(_, outcome)| outcome), Some(Outcome::Hit));
+        let made = cache.get_unless_busy(ten(2), String::new(), fill(2)).unwrap();
+        assert_eq!(made.map(|(bytes, outcome)| (bytes[0], outcome)), Some((2, Outcome::Made)));
     }
 
     #[test]
     fn failures_are_not_kept() {
-        let cache = Cache::<u64, String>::new(100);
-        let failed = cache.get(1, 10, String::new(), |_| Err("no".to_owned()));
+        let cache = cache(100);
+        let failed = cache.get(ten(1), String::new(), |_| Err("no".to_owned()));
         assert_eq!(failed.unwrap_err(), "no");
         assert_eq!(cache.bytes(), 0);
         assert_eq!(outcome(&cache, 1), Outcome::Made);
@@ -334,18 +376,18 @@ mod tests {
 
     #[test]
     fn a_panic_frees_the_chunk_and_tells_who_waits() {
-        let cache = Cache::<u64, String>::new(100);
+        let cache = cache(100);
         let decoding = Barrier::new(2);
         std::thread::scope(|scope| {
             let dying = scope.spawn(|| {
-                let _ = cache.get(1, 10, "abandoned".to_owned(), |_| {
+                let _ = cache.get(ten(1), "abandoned".to_owned(), |_| {
                     decoding.wait();
                     std::thread::sleep(std::time::Duration::from_millis(20));
                     panic!("a bug in a decoder");
                 });
             });
             decoding.wait();
-            let waited = cache.get(1, 10, String::new(), fill(1));
+            let waited = cache.get(ten(1), String::new(), fill(1));
             assert!(dying.join().is_err());
             // Whoever came in time was told; whoever came late decoded anew.
             assert!(waited.is_ok() || waited.is_err_and(|e| e == "abandoned"));

@@ -3,11 +3,11 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::cache::{Buffer, Cache, Outcome};
 use super::counters::{Counters, add};
 use super::placement::{Placement, Span, placements};
+use super::slabs::{Slabs, Stored};
 use crate::codec::{Code, Orientation, Scales, Tile, copy2d, decode, scale_to_f32};
-use crate::plan::{ChunkBox, Computed, Matrix, MatrixId, MatrixScales};
+use crate::plan::{Band, ChunkBox, Computed, Grid, Matrix, MatrixId, MatrixScales};
 use crate::source::{Checkpoint, ReadError, SourceId};
 use crate::tensor::{DType, Float, Shape};
 
@@ -18,8 +18,6 @@ struct Scratch {
     scale_bytes: Vec<u8>,
     scales: Vec<f32>,
     decoded: Vec<u8>,
-    /// Whether transposed strips are read from slabs.
-    slabs: bool,
 }
 
 thread_local! {
@@ -46,46 +44,16 @@ impl From<ReadError> for Failure {
     }
 }
 
-/// Rows of a matrix, whole, as the checkpoint stores them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SlabKey {
-    payload: SourceId,
-    row: u64,
-    rows: u64,
-}
-
-/// Stored rows that several transposed chunks are decoded from.
-pub type Slabs = Cache<SlabKey, Failure>;
-
-/// A slab while a strip of it is decoded; when every strip was, it goes.
-struct Slab<'a> {
-    bytes: Arc<Buffer>,
-    key: SlabKey,
-    given: u64,
-    slabs: &'a Slabs,
-}
-
-impl Drop for Slab<'_> {
-    fn drop(&mut self) {
-        self.bytes = Arc::default();
-        self.slabs.given(&self.key, self.given);
-    }
-}
-
-/// Strips of a matrix that are this part of its width or more are read as they are.
-const WIDE_STRIP: u64 = 2;
-
 /// What a chunk is decoded from and counted in.
+#[derive(Clone, Copy)]
 pub struct ChunkReader<'a> {
     pub checkpoint: &'a Checkpoint,
     pub counters: &'a Counters,
-    /// A chunk of a transposed matrix is a narrow strip of its rows: 2048 runs of 128 bytes cost
-    /// 1 ms and more in system calls (`cargo test --lib cost_of_a_run -- --ignored --nocapture`),
-    /// the whole 8 MiB are read in as much. So from the second chunk on, the rows are read whole
-    /// and kept for the next.
-    pub slabs: &'a Slabs,
-    /// For each matrix, whether it is read for the first time, and so perhaps for the last.
-    pub first_read: &'a dyn Fn(MatrixId) -> bool,
+    /// Where transposed matrices are read from; `None` while it may be that only a few strips of
+    /// them are wanted, which are read alone.
+    pub slabs: Option<&'a Slabs>,
+    /// Leading rows of the chunk that another request decodes too.
+    pub shared_rows: u64,
 }
 
 impl ChunkReader<'_> {
@@ -107,7 +75,6 @@ impl ChunkReader<'_> {
         SCRATCH.with_borrow_mut(|scratch| {
             for fragment in computed.fragments_of(chunk.plane) {
                 let matrix = matrix_of(fragment.matrix);
-                scratch.slabs = !(self.first_read)(fragment.matrix);
                 for p in placements(fragment, matrix, shape, chunk) {
                     let mut place = Place { out, row_bytes, element, dtype };
                     self.place(matrix, &p, &mut place, scratch)?;
@@ -115,6 +82,34 @@ impl ChunkReader<'_> {
             }
             Ok(())
         })
+    }
+
+    /// Reads the stored rows that chunks of a plane are transposes of, for whoever asks for them.
+    ///
+    /// # Errors
+    /// What the source fails with.
+    pub fn load<'m>(
+        &self,
+        computed: &Computed,
+        matrix_of: impl Fn(MatrixId) -> &'m Matrix,
+        shape: &Shape,
+        plane: u64,
+    ) -> Result<(), Failure> {
+        let Grid { rows, chunk_rows, .. } = computed.grid;
+        let whole = ChunkBox { plane, row: 0, rows };
+        for fragment in computed.fragments_of(plane) {
+            let matrix = matrix_of(fragment.matrix);
+            for p in placements(fragment, matrix, shape, whole).iter().filter(|p| p.transposed) {
+                let stored = stored_payload(matrix);
+                let width = chunk_rows.min(p.cols.count) * stored.row_bytes / matrix.cols();
+                let count = p.rows.step * (p.rows.count - 1) + 1;
+                if let Some(slabs) = self.slabs_for(Orientation::Transposed, stored, width, count) {
+                    let source = (self.checkpoint, self.counters);
+                    slabs.load(source, stored, p.rows.start, count)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn place(
@@ -157,7 +152,9 @@ impl ChunkReader<'_> {
         let stride = place.row_bytes * len(p.to_rows.step);
         let orientation =
             if p.transposed { Orientation::Transposed } else { Orientation::Straight };
-        let out = Out { at, stride, orientation, element: place.element, dtype: place.dtype };
+        let shared = self.shared_rows.saturating_sub(p.to_rows.start).min(p.cols.count);
+        let (element, dtype) = (place.element, place.dtype);
+        let out = Out { at, stride, orientation, element, dtype, shared };
         self.decode_box(matrix, p.rows, p.cols, &out, place.out, scratch)
     }
 
@@ -182,7 +179,7 @@ impl ChunkReader<'_> {
         let mut decoded = std::mem::take(&mut scratch.decoded);
         decoded.resize(len(rows.count) * stride, 0);
         let orientation = Orientation::Straight;
-        let out = Out { at: 0, stride, orientation, element, dtype: place.dtype };
+        let out = Out { at: 0, stride, orientation, element, dtype: place.dtype, shared: 0 };
         let done = self.decode_box(matrix, rows, cols, &out, &mut decoded, scratch);
         if done.is_ok() {
             let first_col = p.cols.start - cols.start;
@@ -211,49 +208,98 @@ impl ChunkReader<'_> {
         bytes: &mut [u8],
         scratch: &mut Scratch,
     ) -> Result<(), Failure> {
-        let Scratch { payload, scale_bytes, scales, slabs, .. } = scratch;
-        let bits = match code_of(matrix) {
-            Some(code) => u64::from(code.bits()),
-            None => u64::from(matrix.dtype.bits()),
-        };
-        let row_bytes = matrix.cols() * bits / 8;
-        let width = len((cols.count * bits).div_ceil(8));
-        let height = len(rows.count);
-        let slab = if *slabs && out.orientation == Orientation::Transposed {
-            self.slab(matrix, rows, row_bytes, u64::try_from(width).expect("a usize"))?
-        } else {
-            None
-        };
-        let (payload, stride) = match &slab {
-            Some(slab) => (&slab.bytes[len(cols.start * bits / 8)..], len(row_bytes)),
-            None => {
-                payload.resize((width * height).max(payload.len()), 0);
-                let at = rows.start * row_bytes + cols.start * bits / 8;
-                self.read_rows(matrix.payload, at, width, row_bytes, height, payload)?;
-                (payload.as_slice(), width)
+        let (stored, bits) = (stored_payload(matrix), bits_of(matrix));
+        let (first, width) = (cols.start * bits / 8, (cols.count * bits).div_ceil(8));
+        let part = Part { matrix, rows, cols };
+        if let Some(slabs) = self.slabs_for(out.orientation, stored, width, rows.count) {
+            let used = (cols.count - out.shared) * bits;
+            let mut left: Vec<_> = stored.bands(rows.start, rows.count).collect();
+            // First the bands that nobody else is reading just now, so that two readers share the
+            // reading of the same rows.
+            for wait in [false, true] {
+                let mut busy = Vec::new();
+                for band in left {
+                    let rows = band.within(rows);
+                    let source = (self.checkpoint, self.counters);
+                    match slabs.get(source, band, used * rows.count, wait)? {
+                        Some(slab) => {
+                            let codes = &slab.from_row(rows.start)[len(first)..];
+                            let codes = Codes { bytes: codes, stride: len(stored.row_bytes) };
+                            self.decode_rows(&part, rows, codes, out, bytes, scratch)?;
+                        }
+                        None => busy.push(band),
+                    }
+                }
+                left = busy;
             }
+            return Ok(());
+        }
+        let (width, height) = (len(width), len(rows.count));
+        let mut payload = std::mem::take(&mut scratch.payload);
+        payload.resize((width * height).max(payload.len()), 0);
+        let at = rows.start * stored.row_bytes + first;
+        let read =
+            self.read_rows(matrix.payload, at, width, stored.row_bytes, height, &mut payload);
+        let codes = Codes { bytes: &payload, stride: width };
+        let done = read.and_then(|()| self.decode_rows(&part, rows, codes, out, bytes, scratch));
+        scratch.payload = payload;
+        done
+    }
+
+    /// The slabs, where `count` rows of a stored tensor are to be read from there.
+    fn slabs_for(
+        &self,
+        orientation: Orientation,
+        stored: Stored,
+        width: u64,
+        count: u64,
+    ) -> Option<&Slabs> {
+        let transposed = orientation == Orientation::Transposed;
+        self.slabs.filter(|slabs| {
+            transposed && stored.narrow(width, count) && slabs.can_hold(count * stored.row_bytes)
+        })
+    }
+
+    /// Decodes some rows of a part of a matrix; `codes` are theirs.
+    fn decode_rows(
+        &self,
+        part: &Part<'_>,
+        rows: Span,
+        codes: Codes<'_>,
+        out: &Out,
+        bytes: &mut [u8],
+        scratch: &mut Scratch,
+    ) -> Result<(), Failure> {
+        let Part { matrix, cols, .. } = *part;
+        let Codes { bytes: payload, stride } = codes;
+        let wide = len(cols.count);
+        let to_of = |row: u64| {
+            let first = len(row - part.rows.start);
+            out.at
+                + match out.orientation {
+                    Orientation::Straight => first * out.stride,
+                    Orientation::Transposed => first * out.element,
+                }
         };
         let Some(quantized) = &matrix.scales else {
-            let to = &mut bytes[out.at..];
+            let to = &mut bytes[to_of(rows.start)..];
+            let height = len(rows.count);
             match (matrix.dtype.as_float(), out.float()) {
                 (Some(from), Some(float)) if from.dtype() != float.dtype() => {
                     let code = code_of_float(from);
-                    let (rows, cols) = (height, len(cols.count));
-                    let tile = Tile { code, bytes: payload, stride, rows, cols, scales: None };
+                    let tile = Tile {
+                        code,
+                        bytes: payload,
+                        stride,
+                        rows: height,
+                        cols: wide,
+                        scales: None,
+                    };
                     decode(&tile, float, out.orientation, to, out.stride);
                 }
                 _ => {
-                    let cols = len(cols.count);
-                    copy2d(
-                        out.element,
-                        payload,
-                        stride,
-                        height,
-                        cols,
-                        out.orientation,
-                        to,
-                        out.stride,
-                    );
+                    let (element, orientation) = (out.element, out.orientation);
+                    copy2d(element, payload, stride, height, wide, orientation, to, out.stride);
                 }
             }
             return Ok(());
@@ -268,62 +314,74 @@ impl ChunkReader<'_> {
             let into = start - band.rows.start + band.skip;
             let scale_rows = (into / block[0], (into + (end - start) - 1) / block[0]);
             let scale_cols = (cols.start / block[1], (cols.start + cols.count - 1) / block[1]);
-            let n_rows = len(scale_rows.1 - scale_rows.0 + 1);
-            let n_cols = len(scale_cols.1 - scale_cols.0 + 1);
-            let scale_width = quantized.scale.bytes();
-            scale_bytes.resize(n_rows * n_cols * scale_width, 0);
-            let scale_element = u64::try_from(scale_width).expect("a few bytes");
-            let at = ((band.row + scale_rows.0) * quantized.cols + scale_cols.0) * scale_element;
-            let row = quantized.cols * scale_element;
-            self.read_rows(band.scale, at, n_cols * scale_width, row, n_rows, scale_bytes)?;
-            scales.resize(n_rows * n_cols, 0.0);
-            scale_to_f32(quantized.scale, scale_bytes, scales);
-            let first = len(start - rows.start);
+            let of = |(first, last): (u64, u64), at| Span {
+                start: first + at,
+                step: 1,
+                count: last - first + 1,
+            };
+            let (scale_rows, scale_cols) = (of(scale_rows, band.row), of(scale_cols, 0));
+            self.scales(quantized, band, scale_rows, scale_cols, out.orientation, scratch)?;
             let tile = Tile {
                 code: quantized.code(),
-                bytes: &payload[first * stride..],
+                bytes: &payload[len(start - rows.start) * stride..],
                 stride,
                 rows: len(end - start),
-                cols: len(cols.count),
+                cols: wide,
                 scales: Some(Scales {
-                    values: scales,
-                    stride: n_cols,
+                    values: &scratch.scales,
+                    stride: len(scale_cols.count),
                     block: [len(block[0]), len(block[1])],
                     phase: [len(into % block[0]), len(cols.start % block[1])],
                 }),
             };
-            let to = match out.orientation {
-                Orientation::Straight => out.at + first * out.stride,
-                Orientation::Transposed => out.at + first * out.element,
-            };
             let float = out.float().expect("the planner gives quantized tensors a float dtype");
-            decode(&tile, float, out.orientation, &mut bytes[to..], out.stride);
+            decode(&tile, float, out.orientation, &mut bytes[to_of(start)..], out.stride);
         }
         Ok(())
     }
 
-    /// Stored rows of a matrix, whole; `None` where strips of `width` bytes are wide enough to be
-    /// read alone, or the cache would not hold the rows beside others.
-    fn slab(
+    /// Reads a box of a scale tensor as numbers, dense, into `scratch.scales`.
+    fn scales(
         &self,
-        matrix: &Matrix,
+        quantized: &MatrixScales,
+        band: &Band<SourceId>,
         rows: Span,
-        row_bytes: u64,
-        width: u64,
-    ) -> Result<Option<Slab<'_>>, Failure> {
-        let bytes = rows.count * row_bytes;
-        if width * WIDE_STRIP >= row_bytes || bytes > self.slabs.budget() / 2 {
-            return Ok(None);
+        cols: Span,
+        orientation: Orientation,
+        scratch: &mut Scratch,
+    ) -> Result<(), Failure> {
+        let element = u64::try_from(quantized.scale.bytes()).expect("a few bytes");
+        let row_bytes = quantized.cols * element;
+        let stored = Stored {
+            tensor: band.scale,
+            rows: self.checkpoint.tensor(band.scale).bytes / row_bytes,
+            row_bytes,
+        };
+        let (first, width) = (len(cols.start * element), len(cols.count * element));
+        let dense = &mut scratch.scale_bytes;
+        dense.resize(width * len(rows.count), 0);
+        match self.slabs_for(orientation, stored, cols.count * element, rows.count) {
+            Some(slabs) => {
+                for band in stored.bands(rows.start, rows.count) {
+                    let part = band.within(rows);
+                    let used = cols.count * element * 8 * part.count;
+                    let slab = slabs.get((self.checkpoint, self.counters), band, used, true)?;
+                    let slab = slab.expect("it was waited for");
+                    let from = slab.from_row(part.start).chunks(len(row_bytes));
+                    let dense = &mut dense[len(part.start - rows.start) * width..];
+                    for (to, row) in dense.chunks_mut(width).take(len(part.count)).zip(from) {
+                        to.copy_from_slice(&row[first..first + width]);
+                    }
+                }
+            }
+            None => {
+                let at = rows.start * row_bytes + cols.start * element;
+                self.read_rows(band.scale, at, width, row_bytes, len(rows.count), dense)?;
+            }
         }
-        let payload = matrix.payload;
-        let key = SlabKey { payload, row: rows.start, rows: rows.count };
-        let (slab, outcome) = self.slabs.get(key, len(bytes), Failure::Abandoned, |buffer| {
-            add(&self.counters.source_bytes, bytes);
-            self.checkpoint.read(payload, rows.start * row_bytes, buffer).map_err(Failure::from)
-        })?;
-        // The strip of the first chunk was read without a slab: whoever makes one counts it too.
-        let strips = if outcome == Outcome::Made { 2 } else { 1 };
-        Ok(Some(Slab { bytes: slab, key, given: strips * width * rows.count, slabs: self.slabs }))
+        scratch.scales.resize(len(rows.count * cols.count), 0.0);
+        scale_to_f32(quantized.scale, dense, &mut scratch.scales);
+        Ok(())
     }
 
     fn read_rows(
@@ -341,6 +399,20 @@ impl ChunkReader<'_> {
     }
 }
 
+/// A dense box of a matrix.
+struct Part<'a> {
+    matrix: &'a Matrix,
+    rows: Span,
+    cols: Span,
+}
+
+/// Stored rows, from the first column of a box on.
+#[derive(Clone, Copy)]
+struct Codes<'a> {
+    bytes: &'a [u8],
+    stride: usize,
+}
+
 /// A chunk's buffer.
 struct Place<'a> {
     out: &'a mut [u8],
@@ -356,12 +428,27 @@ struct Out {
     orientation: Orientation,
     element: usize,
     dtype: DType,
+    /// Leading columns of the box that another request decodes too, where it is transposed.
+    shared: u64,
 }
 
 impl Out {
     fn float(&self) -> Option<Float> {
         self.dtype.as_float()
     }
+}
+
+/// Bits of an element of the payload.
+fn bits_of(matrix: &Matrix) -> u64 {
+    match code_of(matrix) {
+        Some(code) => u64::from(code.bits()),
+        None => u64::from(matrix.dtype.bits()),
+    }
+}
+
+fn stored_payload(matrix: &Matrix) -> Stored {
+    let row_bytes = matrix.cols() * bits_of(matrix) / 8;
+    Stored { tensor: matrix.payload, rows: matrix.rows(), row_bytes }
 }
 
 fn code_of(matrix: &Matrix) -> Option<Code> {

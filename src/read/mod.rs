@@ -6,17 +6,22 @@
 //! ```
 //! Any split of a read gives the same bytes. Nothing is decoded under a lock.
 
+mod ahead;
 mod audit;
+mod buffer;
 mod cache;
 mod chunk;
 mod counters;
 mod encode;
 mod engine;
 mod placement;
+mod slabs;
+mod streams;
 
 use std::sync::Arc;
 
 pub use audit::{BlockAudit, audit};
+pub use buffer::Buffer;
 pub use counters::CounterSnapshot;
 pub use engine::{Engine, EngineOptions};
 

@@ -1,7 +1,7 @@
 //! The text before the data of a safetensors file.
 //!
 //! ```text
-//! byte 0        8                                              8 + N, a multiple of 4096
+//! byte 0        8                                              8 + N, an Alignment
 //!      | N, LE  | {"__metadata__":{"format":"pt"},"a":{…}}···· | data of a | data of b | …
 //!                                             padded with spaces
 //! ```
@@ -16,12 +16,33 @@ use crate::tensor::{DType, Shape};
 
 use super::wide;
 
-/// Data starts at a multiple of this, in bytes: a page, so that a page of the file holds header
-/// or data and no reader has to copy to align.
-const ALIGNMENT: u64 = 4096;
+/// Where the data of a file starts: at a multiple of so many bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Alignment {
+    /// A page, 4096 bytes: it holds header or data, and no reader has to copy to align.
+    Page,
+    /// 1 MiB, the kernel's largest request unless it was told otherwise. Requests then begin where
+    /// rows of large tensors do, and such rows are decoded in place, by one request.
+    Request,
+}
+
+impl Alignment {
+    /// The alignment in bytes.
+    pub(super) fn bytes(self) -> u64 {
+        match self {
+            Alignment::Page => 4096,
+            Alignment::Request => 1 << 20,
+        }
+    }
+
+    /// The alignment of a shard with so many bytes of data: padding is 1.6 % of it at most.
+    pub(super) fn of_shard(data: u64) -> Alignment {
+        if data < 64 << 20 { Alignment::Page } else { Alignment::Request }
+    }
+}
 
 /// Most bytes that [`header`] adds to the entries: braces, `__metadata__`, padding.
-pub(super) const OVERHEAD: u64 = 64 + ALIGNMENT;
+pub(super) const OVERHEAD: u64 = 64 + (1 << 20);
 
 const METADATA: &str = r#"{"__metadata__":{"format":"pt"}"#;
 
@@ -61,7 +82,10 @@ fn json_bound(text: &str) -> u64 {
 }
 
 /// Length word, JSON and padding of a file that holds these tensors in this order.
-pub(super) fn header<'a>(entries: impl IntoIterator<Item = Entry<'a>>) -> Vec<u8> {
+pub(super) fn header<'a>(
+    entries: impl IntoIterator<Item = Entry<'a>>,
+    alignment: Alignment,
+) -> Vec<u8> {
     const IN_MEMORY: &str = "writing to memory does not fail";
     let mut out = vec![0; 8];
     out.extend_from_slice(METADATA.as_bytes());
@@ -78,7 +102,7 @@ pub(super) fn header<'a>(entries: impl IntoIterator<Item = Entry<'a>>) -> Vec<u8
         at = end;
     }
     out.push(b'}');
-    let alignment = usize::try_from(ALIGNMENT).expect("a page fits in memory");
+    let alignment = usize::try_from(alignment.bytes()).expect("it fits in memory");
     out.resize(out.len().next_multiple_of(alignment), b' ');
     let json = wide(out.len() - 8);
     out[..8].copy_from_slice(&json.to_le_bytes());
@@ -103,7 +127,7 @@ mod tests {
             entry("naïve", DType::BF16, &empty),
             entry("u8", DType::U8, &vector),
         ];
-        let mut file = header(entries);
+        let mut file = header(entries, Alignment::Page);
         assert_eq!(file.len(), 4096);
         assert!(file[8..].starts_with(br#"{"__metadata__":{"format":"pt"},"scalar":{"#));
         file.resize(4096 + 8 + 24 + 5, 0);
@@ -122,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_file_of_no_tensors_is_valid() {
-        let file = header([]);
+        let file = header([], Alignment::Page);
         assert_eq!(file.len(), 4096);
         assert!(safetensors::SafeTensors::deserialize(&file).expect("valid").is_empty());
     }
@@ -134,7 +158,7 @@ mod tests {
             [("w", DType::F8E4M3), ("\u{1}\u{2}", DType::U8), ("é\"", DType::F6E2M3)]
         {
             let one = Entry { name, dtype, shape: &big, bytes: u64::from(u32::MAX) };
-            let text = header([one]);
+            let text = header([one], Alignment::Page);
             let json = text[8..].trim_ascii_end().len() as u64;
             let alone = json - METADATA.len() as u64 - 1;
             assert!(alone <= one.bound(), "{name}: {alone} > {}", one.bound());
@@ -142,12 +166,15 @@ mod tests {
     }
 
     #[test]
-    fn padding_ends_at_a_page_whatever_the_length() {
+    fn padding_ends_at_the_alignment_whatever_the_length() {
         let shape = Shape::from([1]);
-        for n in 3950..4110 {
+        for (n, alignment) in (3950..4110)
+            .map(|n| (n, Alignment::Page))
+            .chain([10, (1 << 20) - 80, 1 << 20].map(|n| (n, Alignment::Request)))
+        {
             let name = "x".repeat(n);
-            let text = header([entry(&name, DType::U8, &shape)]);
-            assert_eq!(text.len() % 4096, 0);
+            let text = header([entry(&name, DType::U8, &shape)], alignment);
+            assert_eq!(wide(text.len()) % alignment.bytes(), 0);
             let json = u64::from_le_bytes(text[..8].try_into().expect("eight bytes"));
             assert_eq!(json + 8, text.len() as u64);
             assert!(text[8..].trim_ascii_end().ends_with(b"}}"));

@@ -345,7 +345,7 @@ impl View {
 
     /// The file of one tensor.
     fn tensor_file(&self, id: TensorId) -> Shard {
-        Shard::new(vec![(id, entry(&self.engine, id))])
+        Shard::of_one(id, entry(&self.engine, id))
             .expect("a tensor alone takes no more bytes than the shard that holds it")
     }
 

@@ -1,8 +1,9 @@
 //! Synthetic shards: which tensors share a file, and where in it their bytes lie.
 //!
 //! Pure arithmetic over names and sizes. Tensors fill shards in the order of the plan; within a
-//! shard they stand by element size, largest first, so that each starts at a multiple of its
-//! element without holes.
+//! shard they stand by the largest power of two that divides their size, largest first, so that
+//! without a hole each starts at a multiple of its own (up to the alignment of the data): of its
+//! element, and those that are whole mebibytes where the kernel's requests start.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -10,7 +11,7 @@ use std::ops::Range;
 use crate::plan::TensorId;
 use crate::source::MAX_HEADER_BYTES;
 
-use super::header::{self, Entry};
+use super::header::{self, Alignment, Entry};
 use super::wide;
 
 /// Cuts tensors, in their order, into shards of at most `shard_size` bytes of data.
@@ -52,16 +53,29 @@ pub(super) struct Shard {
 impl Shard {
     /// A file of these tensors; `None` where its size exceeds 2^64 bytes.
     pub(super) fn new<'a>(mut tensors: Vec<(TensorId, Entry<'a>)>) -> Option<Shard> {
-        tensors.iter().try_fold(0u64, |sum, (_, e)| sum.checked_add(e.bytes))?;
-        tensors.sort_by_key(|(_, e)| Reverse(e.dtype.bits()));
-        let header = header::header(tensors.iter().map(|(_, e)| *e)).into_boxed_slice();
+        let data = tensors.iter().try_fold(0u64, |sum, (_, e)| sum.checked_add(e.bytes))?;
+        let alignment = Alignment::of_shard(data);
+        let most = alignment.bytes().trailing_zeros();
+        tensors.sort_by_key(|(_, e)| Reverse(e.bytes.trailing_zeros().min(most)));
+        Shard::laid_out(&tensors, alignment)
+    }
+
+    /// A file of one tensor; `None` where its size exceeds 2^64 bytes.
+    ///
+    /// Made for each request: its header is a page, however large the tensor is.
+    pub(super) fn of_one(tensor: TensorId, entry: Entry<'_>) -> Option<Shard> {
+        Shard::laid_out(&[(tensor, entry)], Alignment::Page)
+    }
+
+    fn laid_out(tensors: &[(TensorId, Entry<'_>)], alignment: Alignment) -> Option<Shard> {
+        let header = header::header(tensors.iter().map(|(_, e)| *e), alignment).into_boxed_slice();
         let mut end = wide(header.len());
         let mut ends = Vec::with_capacity(tensors.len());
-        for (_, entry) in &tensors {
+        for (_, entry) in tensors {
             end = end.checked_add(entry.bytes)?;
             ends.push(end);
         }
-        let tensors = tensors.into_iter().map(|(id, _)| id).collect();
+        let tensors = tensors.iter().map(|(id, _)| *id).collect();
         Some(Shard { header, tensors, ends: ends.into_boxed_slice() })
     }
 
@@ -190,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_are_aligned_to_their_element_and_leave_no_hole() {
+    fn tensors_are_aligned_to_their_size_and_leave_no_hole() {
         let tensors = tensors(&[
             (DType::U8, 3),
             (DType::BF16, 5),
@@ -201,10 +215,16 @@ mod tests {
             (DType::BF16, 0),
         ]);
         let shard = shard(&tensors);
-        assert_eq!(*shard.tensors, [5, 3, 1, 6, 0, 4, 2].map(TensorId), "stable by element size");
-        let mut at = 4096;
+        // 0 bytes, 16, 4, 10, 3, 3 and 1: stable by the power of two.
+        assert_eq!(*shard.tensors, [6, 5, 3, 1, 0, 2, 4].map(TensorId));
+        let mut at = 4096u64;
         for (id, &end) in shard.tensors.iter().zip(&shard.ends) {
             let tensor = tensors[id.0 as usize].entry();
+            assert!(
+                at.trailing_zeros() >= tensor.bytes.trailing_zeros().min(12),
+                "{}",
+                tensor.name
+            );
             assert_eq!(at % u64::from(tensor.dtype.bits().div_ceil(8)), 0, "{}", tensor.name);
             assert_eq!(end, at + tensor.bytes, "{}", tensor.name);
             at = end;
@@ -218,7 +238,7 @@ mod tests {
         let half = Entry { name: "w", dtype: DType::U8, shape: &shape, bytes: u64::MAX / 2 };
         let of =
             |n: usize| Shard::new((0..).map(TensorId).zip(std::iter::repeat_n(half, n)).collect());
-        assert_eq!(of(1).map(|s| s.size()), Some(u64::MAX / 2 + 4096));
+        assert_eq!(of(1).map(|s| s.size()), Some(u64::MAX / 2 + (1 << 20)));
         assert!(of(2).is_none(), "the data fits, the header does not");
         assert!(of(3).is_none());
     }

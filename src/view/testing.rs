@@ -51,7 +51,7 @@ pub(crate) fn view(source: &Dir) -> View {
     let engine = Engine::new(
         Arc::clone(&checkpoint),
         Arc::new(plan(&checkpoint)),
-        EngineOptions { cache_bytes: 1 << 20, keep_given: false },
+        EngineOptions { cache_bytes: 1 << 20, keep_given: false, threads: 2 },
     );
     View::build(Arc::new(engine), checkpoint, &options).map_err(|e| e.to_string()).expect("a view")
 }

@@ -62,7 +62,7 @@ pub fn engine_of(mapping: &Mapping, dir: &Path, options: &PlanOptions) -> Engine
     Engine::new(
         checkpoint,
         Arc::new(plan),
-        EngineOptions { cache_bytes: 64 << 20, keep_given: false },
+        EngineOptions { cache_bytes: 64 << 20, keep_given: false, threads: 2 },
     )
 }
 

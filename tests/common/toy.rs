@@ -248,6 +248,6 @@ fn open(model: &str, dir: &Path, options: &PlanOptions) -> Result<Engine, String
     Ok(Engine::new(
         checkpoint,
         Arc::new(plan),
-        EngineOptions { cache_bytes: 64 << 20, keep_given: true },
+        EngineOptions { cache_bytes: 64 << 20, keep_given: true, threads: 2 },
     ))
 }

@@ -1,0 +1,124 @@
+//! Which readers go forward, told by where they read.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use crate::plan::TensorId;
+
+/// Readers that are told apart; 8 that read a file each, and as many that come and go.
+const STREAMS: usize = 16;
+
+/// Reads by which a reader may be ahead of or behind where it is expected, in reads as large as the
+/// one that is judged: the kernel has several requests of a read-ahead window under way at once.
+const SLACK: u64 = 4;
+
+/// A reader that goes forward through a tensor.
+#[derive(Clone, Copy, Debug)]
+struct Stream {
+    tensor: TensorId,
+    /// Byte of the tensor that it came in at.
+    start: u64,
+    /// Byte behind the furthest that it read.
+    next: u64,
+    /// Where what was asked for ahead of it ends, in chunks and in planes.
+    asked: [u64; 2],
+}
+
+/// What is asked for ahead of a reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Chunks, made.
+    Chunk,
+    /// Planes, whose stored rows are read.
+    Plane,
+}
+
+/// The readers of late, the last one first.
+#[derive(Debug, Default)]
+pub struct Streams(Mutex<Vec<Stream>>);
+
+/// What is known of the reader of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that it read without a gap before this range; 0 where it just came in.
+    pub run: u64,
+}
+
+impl Streams {
+    /// Notes a read of bytes `at..end` of a tensor.
+    pub fn advance(&self, tensor: TensorId, at: u64, end: u64) -> Progress {
+        let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let slack = SLACK * (end - at);
+        let near = |s: &Stream| s.tensor == tensor && at.abs_diff(s.next) <= slack && at >= s.start;
+        let found = streams.iter().position(near);
+        let mut stream = match found {
+            Some(i) => streams.remove(i),
+            None => Stream { tensor, start: at, next: at, asked: [0; 2] },
+        };
+        let progress = Progress { run: at - stream.start };
+        stream.next = stream.next.max(end);
+        streams.truncate(STREAMS - 1);
+        streams.insert(0, stream);
+        progress
+    }
+
+    /// What to ask for ahead of the reader that [`Streams::advance`] saw last in a tensor: what
+    /// before `until` was not asked for yet, at most `most` of it.
+    pub fn ask(&self, tensor: TensorId, unit: Unit, until: u64, most: u64) -> Range<u64> {
+        let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(stream) = streams.iter_mut().find(|s| s.tensor == tensor) else { return 0..0 };
+        let asked = match unit {
+            Unit::Chunk => &mut stream.asked[0],
+            Unit::Plane => &mut stream.asked[1],
+        };
+        let start = (*asked).max(until.saturating_sub(most)).min(until);
+        *asked = until.max(*asked);
+        start..until
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: TensorId = TensorId(0);
+    const B: TensorId = TensorId(1);
+
+    fn run(streams: &Streams, tensor: TensorId, at: u64) -> u64 {
+        streams.advance(tensor, at, at + 10).run
+    }
+
+    #[test]
+    fn a_reader_goes_forward() {
+        let streams = Streams::default();
+        assert_eq!([0, 10, 20, 30].map(|at| run(&streams, A, at)), [0, 10, 20, 30]);
+        // Requests of a window come in any order.
+        assert_eq!([60, 40, 50, 70].map(|at| run(&streams, A, at)), [60, 40, 50, 70]);
+        // Another tensor, a jump, and back.
+        assert_eq!(run(&streams, B, 80), 0);
+        assert_eq!(run(&streams, A, 1000), 0);
+        assert_eq!(run(&streams, A, 1010), 10);
+        assert_eq!(run(&streams, A, 80), 80);
+    }
+
+    #[test]
+    fn readers_are_told_apart_up_to_a_number() {
+        let streams = Streams::default();
+        let starts = || (0..16).map(|i| 1000 * i);
+        assert!(starts().all(|at| run(&streams, A, at) == 0));
+        assert!(starts().all(|at| run(&streams, A, at + 10) == 10));
+        assert_eq!(run(&streams, A, 99_000), 0);
+        assert_eq!(run(&streams, A, 20), 0, "the first of them was forgotten");
+    }
+
+    #[test]
+    fn nothing_is_asked_for_twice() {
+        let streams = Streams::default();
+        let ask = |until| streams.ask(A, Unit::Chunk, until, 4);
+        assert_eq!(ask(5), 0..0, "nobody reads");
+        run(&streams, A, 0);
+        assert_eq!([5, 5, 7, 6].map(ask), [1..5, 5..5, 5..7, 6..6]);
+        assert_eq!(ask(100), 96..100);
+        assert_eq!(streams.ask(A, Unit::Plane, 2, 1), 1..2);
+    }
+}

@@ -1,0 +1,215 @@
+//! Reads of many rows, forward through many experts: decoded in place, from stored rows that are
+//! kept, and with work ahead of the reader. All must give the bytes that small reads from behind
+//! give, for which none of this is done.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+
+use common::{Tensor, write_checkpoint};
+use mount_ckpt::mapping::Mapping;
+use mount_ckpt::plan::{Plan, PlanOptions, TensorId};
+use mount_ckpt::read::{Engine, EngineOptions};
+use mount_ckpt::source::Checkpoint;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+/// More than a reader must have gone through before rows are read ahead of it.
+const EXPERTS: usize = 12;
+/// No multiple of a block of 128, nor of a page in any type.
+const HIDDEN: usize = 544;
+const INTERMEDIATE: usize = 512;
+
+/// A family's config.json and the names of gate, up and down of an expert with their parts: suffix,
+/// element type, and columns of the matrix to an element and rows of the matrix to a row.
+struct Family {
+    model: &'static str,
+    config: Value,
+    experts: &'static str,
+    names: [&'static str; 3],
+    parts: &'static [(&'static str, Dtype, [usize; 2])],
+}
+
+fn families() -> [Family; 3] {
+    let text = json!({
+        "model_type": "kimi_k2", "num_hidden_layers": 1, "n_routed_experts": EXPERTS,
+        "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE,
+    });
+    [
+        Family {
+            model: "mimo-v2-flash",
+            config: json!({
+                "model_type": "mimo_v2_flash", "num_hidden_layers": 1, "hidden_size": HIDDEN,
+                "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS,
+                "num_key_value_heads": 4,
+                "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            }),
+            experts: "model.layers.0.mlp.experts",
+            names: ["gate_proj", "up_proj", "down_proj"],
+            parts: &[
+                (".weight", Dtype::F8_E4M3, [1, 1]),
+                (".weight_scale_inv", Dtype::F32, [128, 128]),
+            ],
+        },
+        Family {
+            model: "deepseek-v4",
+            config: json!({
+                "model_type": "deepseek_v4", "num_hidden_layers": 1, "hidden_size": HIDDEN,
+                "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS,
+                "expert_dtype": "fp4",
+            }),
+            experts: "layers.0.ffn.experts",
+            names: ["w1", "w3", "w2"],
+            parts: &[(".weight", Dtype::I8, [2, 1]), (".scale", Dtype::F8_E8M0, [32, 1])],
+        },
+        Family {
+            model: "kimi-k25-vl",
+            config: json!({"model_type": "kimi_k25", "text_config": text}),
+            experts: "language_model.model.layers.0.mlp.experts",
+            names: ["gate_proj", "up_proj", "down_proj"],
+            parts: &[
+                (".weight_packed", Dtype::I32, [8, 1]),
+                (".weight_scale", Dtype::BF16, [32, 1]),
+                (".weight_shape", Dtype::I32, [0, 0]),
+            ],
+        },
+    ]
+}
+
+/// Codes and scales that differ from place to place.
+fn tensor(dtype: Dtype, shape: Vec<usize>, seed: usize) -> Tensor {
+    let bytes = (shape.iter().product::<usize>() * dtype.bitsize()).div_ceil(8);
+    let mut state = seed as u64 + 1;
+    let mut random = || {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    let bytes = (0..bytes).map(|i| match dtype {
+        Dtype::F8_E8M0 => 112 + random() % 16,
+        // Numbers around 0.01.
+        Dtype::F32 if i % 4 == 3 => 0x3C,
+        Dtype::BF16 if i % 2 == 1 => 0x3C,
+        _ => random(),
+    });
+    (format!("{dtype:?}"), shape, bytes.collect())
+}
+
+fn write(family: &Family, dir: &Path) {
+    let mut tensors = BTreeMap::new();
+    for expert in 0..EXPERTS {
+        for (part, name) in family.names.iter().enumerate() {
+            let [rows, cols] =
+                if part == 2 { [HIDDEN, INTERMEDIATE] } else { [INTERMEDIATE, HIDDEN] };
+            for (suffix, dtype, [to_col, to_row]) in family.parts {
+                let name = format!("{}.{expert}.{name}{suffix}", family.experts);
+                let value = if *to_col == 0 {
+                    let stated = [rows, cols].map(|n| u32::try_from(n).unwrap().to_le_bytes());
+                    (format!("{dtype:?}"), vec![2], stated.concat())
+                } else {
+                    let shape = vec![rows.div_ceil(*to_row), cols.div_ceil(*to_col)];
+                    tensor(*dtype, shape, 7 * expert + part)
+                };
+                tensors.insert(name, value);
+            }
+        }
+    }
+    write_checkpoint(dir, &family.config.to_string(), &tensors);
+}
+
+fn engine(family: &Family, dir: &Path, options: EngineOptions) -> Engine {
+    let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
+    let mapping = Mapping::named(family.model).unwrap();
+    let mapping = mapping.resolve(&|key| checkpoint.config().int(key).ok()).unwrap();
+    let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default()).unwrap());
+    Engine::new(checkpoint, plan, options)
+}
+
+/// Reads a tensor in pieces, by threads that take turns, or from behind.
+fn read(engine: &Engine, id: TensorId, first: usize, piece: usize, order: Order) -> Vec<u8> {
+    let size = usize::try_from(engine.plan().tensor(id).bytes()).unwrap();
+    let mut out = vec![0; size];
+    let (head, rest) = out.split_at_mut(first);
+    let mut pieces: Vec<(usize, &mut [u8])> = vec![(0, head)];
+    pieces.extend(rest.chunks_mut(piece).enumerate().map(|(i, p)| (first + i * piece, p)));
+    let read = |(at, piece): (usize, &mut [u8])| {
+        engine.read(id, u64::try_from(at).unwrap(), piece).unwrap();
+    };
+    match order {
+        Order::Forward => pieces.into_iter().for_each(read),
+        Order::Backward => pieces.into_iter().rev().for_each(read),
+        Order::Threads(n) => {
+            let mut shares: Vec<Vec<_>> = (0..n).map(|_| Vec::new()).collect();
+            pieces.into_iter().enumerate().for_each(|(i, piece)| shares[i % n].push(piece));
+            thread::scope(|scope| {
+                for share in shares {
+                    scope.spawn(|| share.into_iter().for_each(read));
+                }
+            });
+        }
+    }
+    out
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Order {
+    Forward,
+    Backward,
+    Threads(usize),
+}
+
+#[test]
+fn large_reads_give_what_small_ones_give() {
+    const MIB: usize = 1 << 20;
+    for family in families() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&family, dir.path());
+        let options = |cache_bytes, keep_given, threads| {
+            engine(&family, dir.path(), EngineOptions { cache_bytes, keep_given, threads })
+        };
+        let small = options(64 << 20, true, 0);
+        for (id, tensor) in (0..).map(TensorId).zip(&small.plan().tensors) {
+            let expected = read(&small, id, 0, 40_000, Order::Backward);
+            assert!(expected.iter().any(|&b| b != 0), "{}", tensor.name);
+            // Cache, keep, threads; first and further pieces; order.
+            for (cache, keep, threads, first, piece, order) in [
+                (256 << 20, false, 2, 0, MIB, Order::Forward),
+                (256 << 20, false, 2, 4096, MIB, Order::Forward),
+                (256 << 20, false, 1, 1001, 700_001, Order::Forward),
+                (256 << 20, false, 2, 0, MIB, Order::Threads(3)),
+                (256 << 20, false, 0, 0, 64 * MIB, Order::Forward),
+                (1 << 20, false, 2, 4096, MIB, Order::Forward),
+                (256 << 20, true, 2, 0, MIB / 4, Order::Forward),
+                (256 << 20, true, 2, 0, MIB, Order::Threads(2)),
+                (4 << 20, true, 2, 4096, MIB / 8, Order::Forward),
+            ] {
+                let engine = options(cache, keep, threads);
+                let got = read(&engine, id, first, piece, order);
+                let how = format!("{}: {first} and {piece} bytes, {order:?}", tensor.name);
+                assert!(got == expected, "{how}, cache {cache}, keep {keep}");
+                assert_eq!(engine.counters().errors, 0, "{how}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_reader_that_goes_forward_reads_every_stored_byte_about_once() {
+    for family in families() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&family, dir.path());
+        let options = EngineOptions { cache_bytes: 256 << 20, keep_given: false, threads: 0 };
+        let engine = engine(&family, dir.path(), options);
+        for (id, _) in (0..).map(TensorId).zip(&engine.plan().tensors) {
+            read(&engine, id, 0, 1 << 20, Order::Forward);
+        }
+        let stored = std::fs::metadata(dir.path().join("model.safetensors")).unwrap().len();
+        let counters = engine.counters();
+        // The first strips of a plane are read alone, and its rows with them once more.
+        let read = counters.source_bytes as f64 / stored as f64;
+        assert!((0.95..2.1).contains(&read), "{}: {read}", family.model);
+    }
+}
