@@ -30,6 +30,7 @@ use anyhow::Result;
 use clap::Parser;
 
 use table::HEAD;
+use views::Bench;
 
 #[derive(Parser)]
 #[command(about = "Measures what a mount costs, as a table of ratios", name = "bench")]
@@ -71,5 +72,6 @@ fn run(arguments: &Arguments) -> Result<()> {
     for row in kernels::rows(arguments.rounds, &wanted)? {
         println!("{}", row.markdown());
     }
-    views::rows(arguments, &wanted)
+    let Arguments { data, rounds, python, .. } = arguments;
+    Bench { data, rounds: *rounds, python: python.as_deref() }.run(wanted)
 }

@@ -46,6 +46,17 @@ impl Family {
         }
     }
 
+    /// Bytes of an expert's payloads in the checkpoint.
+    pub fn stored_expert_bytes(self) -> u64 {
+        let elements = 3 * 2048 * 4096;
+        match self {
+            Family::Mimo => elements,
+            Family::DeepSeek => elements / 2,
+            Family::Kimi => 3 * 2048 * 7168 / 2,
+            Family::Qwen => 2 * 3 * 1536 * 4096,
+        }
+    }
+
     fn directory(self) -> &'static str {
         match self {
             Family::Mimo => "mimo",

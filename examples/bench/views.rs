@@ -1,51 +1,290 @@
-//! Mounts against the null file system, against files on the disk, and on their own.
+//! Rows that read mounts: against the null file system, against files, and on their own.
 
-use std::path::Path;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, ensure};
 
-use super::Arguments;
-use super::checkpoints::Family;
+use super::checkpoints::{Family, HOST_FILE, sparse_kimi};
 use super::mounts::{Mount, Server};
 use super::readers::{forget, mapped, pread, shards, warm};
 use super::table::{Row, Value, compare};
 
-pub fn rows(arguments: &Arguments, wanted: &impl Fn(&str) -> bool) -> Result<()> {
-    let Arguments { data, rounds, .. } = arguments;
-    for family in Family::ALL {
-        let at_least = if family == Family::Qwen { 0.9 } else { 0.75 };
-        for (reader, options, at_least) in [
-            ("cold, mapped copy", &[][..], at_least),
-            ("cold, --direct-io, pread 8 MiB x2", &["--direct-io"][..], 0.5),
-        ] {
-            let name = format!("{reader}: {}", family.name());
-            if !wanted(&name) {
-                continue;
+/// What the rows need.
+pub struct Bench<'a> {
+    pub data: &'a Path,
+    pub rounds: usize,
+    pub python: Option<&'a Path>,
+}
+
+/// A row: name, baseline, and what measures it.
+type Entry<'a> = (String, &'static str, Box<dyn Fn() -> Result<Value> + 'a>);
+
+const DIRECT: &[&str] = &["--direct-io"];
+
+impl Bench<'_> {
+    /// Measures the rows that are wanted and prints each.
+    pub fn run(&self, wanted: impl Fn(&str) -> bool) -> Result<()> {
+        for (name, against, measure) in self.entries() {
+            if wanted(&name) {
+                let value = measure()?;
+                println!("{}", Row { name, against, value }.markdown());
             }
-            let source = family.checkpoint(data)?;
-            let rates = against_null(&source, data, options, *rounds)?;
-            let against = "null file system";
-            let row = Row { name, against, value: Value::Ratio { rates, at_least } };
-            println!("{}", row.markdown());
+        }
+        Ok(())
+    }
+
+    fn entries(&self) -> Vec<Entry<'_>> {
+        const NULL: &str = "null file system";
+        let mut entries: Vec<Entry<'_>> = Vec::new();
+        let mut add = |name: String, against, measure: Box<dyn Fn() -> Result<Value>>| {
+            entries.push((name, against, measure));
+        };
+        for family in Family::ALL {
+            let at_least = if family == Family::Qwen { 0.9 } else { 0.75 };
+            let name = format!("cold mapped copy: {}", family.name());
+            add(name, NULL, Box::new(move || self.cold(family, &[], at_least)));
+        }
+        for family in Family::ALL {
+            let name = format!("cold pread 8 MiB x2, --direct-io: {}", family.name());
+            add(name, NULL, Box::new(move || self.cold(family, DIRECT, 0.5)));
+        }
+        for (reader, read) in [
+            ("mapped copy", mapped as fn(&[PathBuf]) -> Result<u64>),
+            ("pread 8 MiB", |paths| pread(paths, 1)),
+        ] {
+            let name = format!("warm read, {reader}");
+            add(name, "native page cache", Box::new(move || self.warm(read)));
+        }
+        add("host file, as root".to_owned(), "native", Box::new(|| self.host_file()));
+        add(
+            "whole native view by Python safetensors".to_owned(),
+            "Automodel's `from_hf`",
+            Box::new(|| self.automodel()),
+        );
+        for (family, at_least) in
+            [(Family::Mimo, 1.5), (Family::DeepSeek, 2.5), (Family::Kimi, 2.5)]
+        {
+            let name = format!("cold disk: {}", family.name());
+            add(
+                name,
+                "converted BF16 file, cold disk",
+                Box::new(move || self.disk(family, at_least)),
+            );
+        }
+        add("mount of Kimi's 208,215 tensors".to_owned(), "", Box::new(|| self.mount_time()));
+        add("memory of that mount".to_owned(), "", Box::new(|| self.mount_memory()));
+        for (how, options) in [("its directory", true), ("slices of the whole", false)] {
+            let name = format!("source bytes of a rank of 8 to its share, {how}");
+            add(name, "", Box::new(move || self.rank(options)));
+        }
+        add("4 KiB at a random offset".to_owned(), "", Box::new(|| self.random()));
+        for (how, options) in [("", &[][..]), (", --direct-io", DIRECT)] {
+            let name = format!("anonymous memory above --cache-size, 8 readers{how}");
+            add(name, "", Box::new(move || self.memory(options)));
+        }
+        entries
+    }
+
+    fn mount(&self, server: Server, source: &Path, options: &[&str]) -> Result<Mount> {
+        let at = match server {
+            Server::MountCkpt => "mnt-view",
+            Server::Null => "mnt-null",
+        };
+        Mount::new(server, source, &self.data.join(at), options)
+    }
+
+    /// A family's checkpoint, its bytes in the page cache.
+    fn warm_source(&self, family: Family) -> Result<PathBuf> {
+        let source = family.checkpoint(self.data)?;
+        warm(&shards(&source)?)?;
+        Ok(source)
+    }
+
+    /// Cold reads of a view from a warm source, in turn with those of the null file system.
+    fn cold(&self, family: Family, options: &[&str], at_least: f64) -> Result<Value> {
+        let source = self.warm_source(family)?;
+        let view = self.mount(Server::MountCkpt, &source, options)?;
+        let null = self.mount(Server::Null, &source, options)?;
+        let read = |mount: &Mount| {
+            let shards = shards(mount.at())?;
+            forget(&shards)?;
+            if options == DIRECT { pread(&shards, 2) } else { mapped(&shards) }
+        };
+        let rates = compare(self.rounds, || read(&view), || read(&null))?;
+        Ok(Value::Ratio { rates, at_least })
+    }
+
+    /// Second reads of a view, in turn with those of the checkpoint itself, which is as large.
+    fn warm(&self, read: impl Fn(&[PathBuf]) -> Result<u64>) -> Result<Value> {
+        let source = self.warm_source(Family::Qwen)?;
+        let view = self.mount(Server::MountCkpt, &source, &[])?;
+        let (shown, stored) = (shards(view.at())?, shards(&source)?);
+        let rates = compare(self.rounds, || read(&shown), || read(&stored))?;
+        Ok(Value::Ratio { rates, at_least: 0.9 })
+    }
+
+    fn host_file(&self) -> Result<Value> {
+        let source = Family::Mimo.checkpoint(self.data)?;
+        let view = self.mount(Server::MountCkpt, &source, &[])?;
+        let [shown, stored] = [view.at(), &source].map(|dir| [dir.join(HOST_FILE)]);
+        let rates = compare(self.rounds, || pread(&shown, 1), || pread(&stored, 1))?;
+        Ok(Value::Ratio { rates, at_least: 0.95 })
+    }
+
+    fn automodel(&self) -> Result<Value> {
+        let Some(python) = self.python else {
+            let why = "give --python a Python with torch, safetensors, nemo-automodel 0.7.0";
+            return Ok(Value::Missing(why.to_owned()));
+        };
+        let source = self.warm_source(Family::Mimo)?;
+        let view = self.mount(Server::MountCkpt, &source, &[])?;
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/bench/automodel.py");
+        let output = Command::new(python)
+            .args([&script, &source, view.at()])
+            .arg(self.rounds.to_string())
+            .output()
+            .with_context(|| format!("cannot run `{}`", python.display()))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`{}`: {said}", script.display());
+        let rates: Vec<[f64; 2]> = serde_json::from_slice(&output.stdout)?;
+        let rates = rates.iter().map(|pair| pair.map(|rate| rate / 1e9)).collect();
+        Ok(Value::Ratio { rates, at_least: 20.0 })
+    }
+
+    /// A view of a checkpoint of which nothing is in memory, in turn with its copy on the same disk.
+    fn disk(&self, family: Family, at_least: f64) -> Result<Value> {
+        let source = family.checkpoint(self.data)?;
+        let view = self.mount(Server::MountCkpt, &source, &[])?;
+        let (shown, stored) = (shards(view.at())?, shards(&source)?);
+        let converted = self.data.join("converted");
+        fs::create_dir_all(&converted)?;
+        let copies: Vec<PathBuf> =
+            (0..shown.len()).map(|i| converted.join(i.to_string())).collect();
+        for (from, to) in shown.iter().zip(&copies) {
+            fs::copy(from, to)?;
+            File::open(to)?.sync_all()?;
+        }
+        let cold = |files: &[PathBuf], read: &[PathBuf]| {
+            forget(files)?;
+            mapped(read)
+        };
+        let all = [shown.clone(), stored].concat();
+        let rates = compare(self.rounds, || cold(&all, &shown), || cold(&copies, &copies));
+        fs::remove_dir_all(&converted)?;
+        Ok(Value::Ratio { rates: rates?, at_least })
+    }
+
+    fn mount_time(&self) -> Result<Value> {
+        let source = sparse_kimi(self.data)?;
+        let took = || Ok(self.mount(Server::MountCkpt, &source, &[])?.took.as_secs_f64());
+        let measured: Vec<f64> = (0..=self.rounds).map(|_| took()).collect::<Result<_>>()?;
+        Ok(Value::Number { measured: measured[1..].to_vec(), at_most: 1.0, unit: "s" })
+    }
+
+    fn mount_memory(&self) -> Result<Value> {
+        let mount = self.mount(Server::MountCkpt, &sparse_kimi(self.data)?, &[])?;
+        let measured = vec![mebibytes(mount.memory("VmRSS")?)];
+        Ok(Value::Number { measured, at_most: 250.0, unit: "MiB" })
+    }
+
+    /// Bytes that a daemon asks of the source while one rank of 8 reads its experts, to an eighth of
+    /// the stored ones: in the rank's own directory, or its slices of the tensors of all experts.
+    fn rank(&self, directory: bool) -> Result<Value> {
+        const RANKS: u64 = 8;
+        let family = Family::Mimo;
+        let source = self.warm_source(family)?;
+        let mut measured = Vec::new();
+        for _ in 0..self.rounds {
+            let options: &[&str] = if directory { &["--ep-size", "8"] } else { &[] };
+            let mount = self.mount(Server::MountCkpt, &source, options)?;
+            // Ranks 2 and on have 5 of the 42 experts.
+            let (rank, experts) = (4, 5);
+            let before = mount.counter("source_bytes")?;
+            if directory {
+                mapped(&shards(&mount.at().join(format!("ep-{rank:04}-of-{RANKS:04}")))?)?;
+            } else {
+                let first = rank * (family.experts() / RANKS) + family.experts() % RANKS;
+                read_slices(&shards(mount.at())?, first, experts)?;
+            }
+            let asked = mount.counter("source_bytes")? - before;
+            let share = experts * family.stored_expert_bytes();
+            measured.push(asked as f64 / share as f64);
+        }
+        Ok(Value::Number { measured, at_most: 1.1, unit: "times" })
+    }
+
+    /// Milliseconds of single pages that nothing has touched before.
+    fn random(&self) -> Result<Value> {
+        const READS: u64 = 200;
+        let source = self.warm_source(Family::Mimo)?;
+        let view = self.mount(Server::MountCkpt, &source, &[])?;
+        let shown = shards(view.at())?;
+        let file = File::open(&shown[0])?;
+        let pages = file.metadata()?.len() / 4096;
+        let mut page = [0; 4096];
+        let mut measured = Vec::new();
+        for i in 1..=READS {
+            // Multiples of an odd number modulo the pages: far from each other, no two the same.
+            let at = i * (pages * 618 / 1000 | 1) % pages * 4096;
+            let start = Instant::now();
+            file.read_exact_at(&mut page, at)?;
+            measured.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        Ok(Value::Number { measured, at_most: 1.5, unit: "ms" })
+    }
+
+    /// Most anonymous memory of the daemon while 8 threads read a view to its end.
+    fn memory(&self, options: &[&str]) -> Result<Value> {
+        const CACHE: u64 = 256 << 20;
+        let source = self.warm_source(Family::Mimo)?;
+        let options = [&["--cache-size", "256MiB"], options].concat();
+        let view = self.mount(Server::MountCkpt, &source, &options)?;
+        let done = AtomicBool::new(false);
+        let shards = shards(view.at())?;
+        let most = thread::scope(|scope| -> Result<u64> {
+            let watch = scope.spawn(|| -> Result<u64> {
+                let mut most = 0;
+                while !done.load(Ordering::Relaxed) {
+                    most = most.max(view.memory("RssAnon")?);
+                    thread::sleep(Duration::from_millis(10));
+                }
+                Ok(most)
+            });
+            let read = pread(&shards, 8);
+            done.store(true, Ordering::Relaxed);
+            let most = watch.join().expect("it does not panic")?;
+            read.map(|_| most)
+        })?;
+        let measured = vec![mebibytes(most) - mebibytes(CACHE)];
+        Ok(Value::Number { measured, at_most: 128.0, unit: "MiB" })
+    }
+}
+
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// Reads experts `first..first + count` of every stacked tensor of some shards, through a map.
+fn read_slices(paths: &[PathBuf], first: u64, count: u64) -> Result<()> {
+    for path in paths {
+        let file = File::open(path)?;
+        // SAFETY: the files are the bench's own, and nothing changes them while it runs.
+        let map = unsafe { memmap2::Mmap::map(&file)? };
+        let tensors = safetensors::SafeTensors::deserialize(&map)?;
+        for (_, tensor) in tensors.iter().filter(|(_, t)| t.shape().len() == 3) {
+            let each = tensor.data().len() / tensor.shape()[0];
+            let (first, count) = (usize::try_from(first)?, usize::try_from(count)?);
+            let mut buffer = vec![1; 8 << 20];
+            for piece in tensor.data()[first * each..][..count * each].chunks(8 << 20) {
+                std::hint::black_box(&mut buffer)[..piece.len()].copy_from_slice(piece);
+            }
         }
     }
     Ok(())
-}
-
-/// Cold reads of a view from a warm source, in turn with those of the null file system.
-fn against_null(
-    source: &Path,
-    data: &Path,
-    options: &[&str],
-    rounds: usize,
-) -> Result<Vec<[f64; 2]>> {
-    warm(&shards(source)?)?;
-    let view = Mount::new(Server::MountCkpt, source, &data.join("mnt-view"), options)?;
-    let null = Mount::new(Server::Null, source, &data.join("mnt-null"), options)?;
-    let read = |mount: &Mount| {
-        let shards = shards(mount.at())?;
-        forget(&shards)?;
-        if options.contains(&"--direct-io") { pread(&shards, 2) } else { mapped(&shards) }
-    };
-    compare(rounds, || read(&view), || read(&null))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::counters::{Counters, add};
 use super::placement::{Placement, Span, placements};
-use super::slabs::{Slabs, Stored};
+use super::slabs::{Keep, Slabs, Stored};
 use crate::codec::{Code, Orientation, Scales, Tile, copy2d, decode, scale_to_f32};
 use crate::plan::{Band, ChunkBox, Computed, Grid, Matrix, MatrixId, MatrixScales};
 use crate::source::{Checkpoint, ReadError, SourceId};
@@ -44,16 +44,24 @@ impl From<ReadError> for Failure {
     }
 }
 
+/// Bytes of a plane whose stored columns are the leading ones: what the kernel reads ahead beyond
+/// the last expert that a reader wants, two windows of 4 MiB, does not cost the others.
+pub const LEADING: u64 = 8 << 20;
+
+/// Leading columns are a multiple of this: the block of every scheme, and whole bytes.
+const COLUMN_MULTIPLE: u64 = 128;
+
 /// What a chunk is decoded from and counted in.
 #[derive(Clone, Copy)]
 pub struct ChunkReader<'a> {
     pub checkpoint: &'a Checkpoint,
     pub counters: &'a Counters,
-    /// Where transposed matrices are read from; `None` while it may be that only a few strips of
-    /// them are wanted, which are read alone.
-    pub slabs: Option<&'a Slabs>,
-    /// Leading rows of the chunk that another request decodes too.
-    pub shared_rows: u64,
+    /// Where transposed matrices are read from.
+    pub slabs: &'a Slabs,
+    /// What is read of them beyond the strip that a chunk wants.
+    pub keep: Keep,
+    /// The bytes of each row that are wanted, where not all of them are: first and end.
+    pub bytes: Option<(u64, u64)>,
 }
 
 impl ChunkReader<'_> {
@@ -72,12 +80,18 @@ impl ChunkReader<'_> {
     ) -> Result<(), Failure> {
         let element = len(u64::from(dtype.bits() / 8));
         let row_bytes = len(computed.grid.row_bytes);
+        let lead = lead(&computed.grid);
+        let wanted = |p: &Placement| {
+            let end = p.to_cols.start + p.to_cols.step * (p.to_cols.count - 1) + 1;
+            let bytes = (p.to_cols.start * to_u64(element), end * to_u64(element));
+            self.bytes.is_none_or(|(start, end)| bytes.0 < end && start < bytes.1)
+        };
         SCRATCH.with_borrow_mut(|scratch| {
             for fragment in computed.fragments_of(chunk.plane) {
                 let matrix = matrix_of(fragment.matrix);
-                for p in placements(fragment, matrix, shape, chunk) {
-                    let mut place = Place { out, row_bytes, element, dtype };
-                    self.place(matrix, &p, &mut place, scratch)?;
+                for p in placements(fragment, matrix, shape, chunk).iter().filter(|p| wanted(p)) {
+                    let mut place = Place { out, row_bytes, element, dtype, lead };
+                    self.place(matrix, p, &mut place, scratch)?;
                 }
             }
             Ok(())
@@ -95,21 +109,45 @@ impl ChunkReader<'_> {
         shape: &Shape,
         plane: u64,
     ) -> Result<(), Failure> {
-        let Grid { rows, chunk_rows, .. } = computed.grid;
-        let whole = ChunkBox { plane, row: 0, rows };
-        for fragment in computed.fragments_of(plane) {
-            let matrix = matrix_of(fragment.matrix);
-            for p in placements(fragment, matrix, shape, whole).iter().filter(|p| p.transposed) {
-                let stored = stored_payload(matrix);
-                let width = chunk_rows.min(p.cols.count) * stored.row_bytes / matrix.cols();
-                let count = p.rows.step * (p.rows.count - 1) + 1;
-                if let Some(slabs) = self.slabs_for(Orientation::Transposed, stored, width, count) {
-                    let source = (self.checkpoint, self.counters);
-                    slabs.load(source, stored, p.rows.start, count)?;
-                }
+        for (matrix, rows) in transposed_rows(computed, matrix_of, shape, plane) {
+            let stored = stored_payload(matrix);
+            let width = computed.grid.chunk_rows * bits_of(matrix) / 8;
+            if self.worth(Orientation::Transposed, stored, width, rows.count) {
+                let source = (self.checkpoint, self.counters);
+                self.slabs.load(source, stored, rows.start, rows.count)?;
             }
         }
         Ok(())
+    }
+
+    /// Lets go of the stored rows that chunks of a plane are transposes of.
+    pub fn forget<'m>(
+        &self,
+        computed: &Computed,
+        matrix_of: impl Fn(MatrixId) -> &'m Matrix,
+        shape: &Shape,
+        plane: u64,
+    ) {
+        for (matrix, rows) in transposed_rows(computed, matrix_of, shape, plane) {
+            let lead = lead(&computed.grid) * bits_of(matrix) / 8;
+            self.slabs.forget(stored_payload(matrix), lead, rows.start, rows.count);
+            let Some(scales) = &matrix.scales else { continue };
+            for band in &scales.bands {
+                let start = rows.start.max(band.rows.start);
+                let end = (rows.start + rows.count).min(band.rows.end);
+                if start < end {
+                    let row_of = |row| band.scale_row(row, scales.block[0]);
+                    let (first, last) = (row_of(start), row_of(end - 1));
+                    let stored = self.stored_scales(scales, band.scale);
+                    self.slabs.forget(stored, 0, first, last - first + 1);
+                }
+            }
+        }
+    }
+
+    fn stored_scales(&self, scales: &MatrixScales, tensor: SourceId) -> Stored {
+        let row_bytes = scales.cols * u64::try_from(scales.scale.bytes()).expect("a few bytes");
+        Stored::whole(tensor, self.checkpoint.tensor(tensor).bytes / row_bytes, row_bytes)
     }
 
     fn place(
@@ -152,9 +190,8 @@ impl ChunkReader<'_> {
         let stride = place.row_bytes * len(p.to_rows.step);
         let orientation =
             if p.transposed { Orientation::Transposed } else { Orientation::Straight };
-        let shared = self.shared_rows.saturating_sub(p.to_rows.start).min(p.cols.count);
-        let (element, dtype) = (place.element, place.dtype);
-        let out = Out { at, stride, orientation, element, dtype, shared };
+        let (element, dtype, lead) = (place.element, place.dtype, place.lead);
+        let out = Out { at, stride, orientation, element, dtype, lead };
         self.decode_box(matrix, p.rows, p.cols, &out, place.out, scratch)
     }
 
@@ -179,7 +216,8 @@ impl ChunkReader<'_> {
         let mut decoded = std::mem::take(&mut scratch.decoded);
         decoded.resize(len(rows.count) * stride, 0);
         let orientation = Orientation::Straight;
-        let out = Out { at: 0, stride, orientation, element, dtype: place.dtype, shared: 0 };
+        let (dtype, lead) = (place.dtype, place.lead);
+        let out = Out { at: 0, stride, orientation, element, dtype, lead };
         let done = self.decode_box(matrix, rows, cols, &out, &mut decoded, scratch);
         if done.is_ok() {
             let first_col = p.cols.start - cols.start;
@@ -211,8 +249,21 @@ impl ChunkReader<'_> {
         let (stored, bits) = (stored_payload(matrix), bits_of(matrix));
         let (first, width) = (cols.start * bits / 8, (cols.count * bits).div_ceil(8));
         let part = Part { matrix, rows, cols };
-        if let Some(slabs) = self.slabs_for(out.orientation, stored, width, rows.count) {
-            let used = (cols.count - out.shared) * bits;
+        let lead = out.lead * bits / 8;
+        let worth = self.worth(out.orientation, stored, width, rows.count);
+        if worth && first < lead && lead < first + width {
+            // Out of two panels: the leading columns and the rest.
+            let before = out.lead - cols.start;
+            let halves = [(cols.start, before), (out.lead, cols.count - before)];
+            for (start, count) in halves {
+                let cols = Span { start, count, ..cols };
+                let at = out.at + len(start - part.cols.start) * out.stride;
+                let out = Out { at, ..*out };
+                self.decode_box(matrix, rows, cols, &out, bytes, scratch)?;
+            }
+            return Ok(());
+        }
+        if worth && let Some(stored) = self.panel(stored, rows.start, first, lead) {
             let mut left: Vec<_> = stored.bands(rows.start, rows.count).collect();
             // First the bands that nobody else is reading just now, so that two readers share the
             // reading of the same rows.
@@ -221,10 +272,10 @@ impl ChunkReader<'_> {
                 for band in left {
                     let rows = band.within(rows);
                     let source = (self.checkpoint, self.counters);
-                    match slabs.get(source, band, used * rows.count, wait)? {
+                    match self.slabs.get(source, band, wait)? {
                         Some(slab) => {
-                            let codes = &slab.from_row(rows.start)[len(first)..];
-                            let codes = Codes { bytes: codes, stride: len(stored.row_bytes) };
+                            let codes = &slab.rows_from(rows.start)[len(first - stored.at)..];
+                            let codes = Codes { bytes: codes, stride: len(stored.width) };
                             self.decode_rows(&part, rows, codes, out, bytes, scratch)?;
                         }
                         None => busy.push(band),
@@ -246,17 +297,22 @@ impl ChunkReader<'_> {
         done
     }
 
-    /// The slabs, where `count` rows of a stored tensor are to be read from there.
-    fn slabs_for(
-        &self,
-        orientation: Orientation,
-        stored: Stored,
-        width: u64,
-        count: u64,
-    ) -> Option<&Slabs> {
-        let transposed = orientation == Orientation::Transposed;
-        self.slabs.filter(|slabs| {
-            transposed && stored.narrow(width, count) && slabs.can_hold(count * stored.row_bytes)
+    /// Whether strips of `width` bytes of `count` stored rows are better taken out of slabs.
+    fn worth(&self, orientation: Orientation, stored: Stored, width: u64, count: u64) -> bool {
+        orientation == Orientation::Transposed
+            && stored.narrow(width, count)
+            && self.slabs.can_hold(count * stored.row_bytes)
+    }
+
+    /// The panel of stored rows to take a strip at byte `at` of them out of: one that is there, or
+    /// that is to be kept; `None` where the strip is read alone.
+    fn panel(&self, whole: Stored, row: u64, at: u64, lead: u64) -> Option<Stored> {
+        let part = whole.part(lead, at);
+        let there = |stored: &Stored| self.slabs.has(*stored, row);
+        [whole, part].into_iter().find(there).or(match self.keep {
+            Keep::Nothing => None,
+            Keep::Part => Some(part),
+            Keep::Rows => Some(whole),
         })
     }
 
@@ -351,23 +407,20 @@ impl ChunkReader<'_> {
         scratch: &mut Scratch,
     ) -> Result<(), Failure> {
         let element = u64::try_from(quantized.scale.bytes()).expect("a few bytes");
-        let row_bytes = quantized.cols * element;
-        let stored = Stored {
-            tensor: band.scale,
-            rows: self.checkpoint.tensor(band.scale).bytes / row_bytes,
-            row_bytes,
-        };
+        let stored = self.stored_scales(quantized, band.scale);
+        let row_bytes = stored.row_bytes;
         let (first, width) = (len(cols.start * element), len(cols.count * element));
         let dense = &mut scratch.scale_bytes;
         dense.resize(width * len(rows.count), 0);
-        match self.slabs_for(orientation, stored, cols.count * element, rows.count) {
-            Some(slabs) => {
+        let worth = self.worth(orientation, stored, cols.count * element, rows.count);
+        match self.panel(stored, rows.start, 0, 0).filter(|_| worth) {
+            Some(stored) => {
                 for band in stored.bands(rows.start, rows.count) {
                     let part = band.within(rows);
-                    let used = cols.count * element * 8 * part.count;
-                    let slab = slabs.get((self.checkpoint, self.counters), band, used, true)?;
+                    let source = (self.checkpoint, self.counters);
+                    let slab = self.slabs.get(source, band, true)?;
                     let slab = slab.expect("it was waited for");
-                    let from = slab.from_row(part.start).chunks(len(row_bytes));
+                    let from = slab.rows_from(part.start).chunks(len(row_bytes));
                     let dense = &mut dense[len(part.start - rows.start) * width..];
                     for (to, row) in dense.chunks_mut(width).take(len(part.count)).zip(from) {
                         to.copy_from_slice(&row[first..first + width]);
@@ -419,6 +472,7 @@ struct Place<'a> {
     row_bytes: usize,
     element: usize,
     dtype: DType,
+    lead: u64,
 }
 
 /// Where a dense box goes.
@@ -428,14 +482,39 @@ struct Out {
     orientation: Orientation,
     element: usize,
     dtype: DType,
-    /// Leading columns of the box that another request decodes too, where it is transposed.
-    shared: u64,
+    /// Leading columns of the matrix.
+    lead: u64,
 }
 
 impl Out {
     fn float(&self) -> Option<Float> {
         self.dtype.as_float()
     }
+}
+
+/// The matrices that chunks of a plane are transposes of, and the rows of each.
+fn transposed_rows<'m>(
+    computed: &Computed,
+    matrix_of: impl Fn(MatrixId) -> &'m Matrix,
+    shape: &Shape,
+    plane: u64,
+) -> Vec<(&'m Matrix, Span)> {
+    let whole = ChunkBox { plane, row: 0, rows: computed.grid.rows };
+    let mut found = Vec::new();
+    for fragment in computed.fragments_of(plane) {
+        let matrix = matrix_of(fragment.matrix);
+        let placed = placements(fragment, matrix, shape, whole);
+        found.extend(placed.iter().filter(|p| p.transposed).map(|p| {
+            let count = p.rows.step * (p.rows.count - 1) + 1;
+            (matrix, Span { start: p.rows.start, step: 1, count })
+        }));
+    }
+    found
+}
+
+/// Columns of transposed matrices that are the leading ones.
+fn lead(grid: &Grid) -> u64 {
+    (LEADING / grid.row_bytes.max(1)).next_multiple_of(COLUMN_MULTIPLE)
 }
 
 /// Bits of an element of the payload.
@@ -447,8 +526,7 @@ fn bits_of(matrix: &Matrix) -> u64 {
 }
 
 fn stored_payload(matrix: &Matrix) -> Stored {
-    let row_bytes = matrix.cols() * bits_of(matrix) / 8;
-    Stored { tensor: matrix.payload, rows: matrix.rows(), row_bytes }
+    Stored::whole(matrix.payload, matrix.rows(), matrix.cols() * bits_of(matrix) / 8)
 }
 
 fn code_of(matrix: &Matrix) -> Option<Code> {
@@ -466,4 +544,8 @@ fn code_of_float(float: Float) -> Code {
 /// The band that holds a row.
 fn first_band(scales: &MatrixScales, row: u64) -> usize {
     scales.bands.partition_point(|b| b.rows.end <= row)
+}
+
+fn to_u64(n: usize) -> u64 {
+    u64::try_from(n).expect("a usize fits in 64 bits")
 }

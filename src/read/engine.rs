@@ -12,11 +12,11 @@ use super::ReadError;
 use super::ahead::Ahead;
 use super::buffer::Buffer;
 use super::cache::{Bytes, Cache, Outcome, Wanted};
-use super::chunk::{ChunkReader, Failure, len};
+use super::chunk::{ChunkReader, Failure, LEADING, len};
 use super::counters::{CounterSnapshot, Counters, add};
 use super::encode::Encoder;
 use super::placement::transposes;
-use super::slabs::Slabs;
+use super::slabs::{Keep, Slabs};
 use super::streams::{Streams, Unit};
 use crate::plan::{
     Body, ChunkBox, Computed, Encoded, Grid, MatrixId, Origin, Plan, Run, TensorId, TensorPlan,
@@ -28,6 +28,9 @@ const MAX_SLAB_BYTES: u64 = 256 << 20;
 
 /// Bytes from which on a read is decoded in place, where the kernel keeps what it is given.
 const IN_PLACE: u64 = 512 << 10;
+
+/// Bytes up to which a read that nothing leads to is decoded alone, without the rest of its chunk.
+const ALONE: u64 = 64 << 10;
 
 /// Bytes that are decoded in place at a time: they stay in a core's L2 cache until the kernel
 /// copies them.
@@ -59,7 +62,7 @@ pub struct Engine {
 /// Something that a reader will want.
 enum Job {
     /// A chunk of a tensor.
-    Chunk(TensorId, u64),
+    Chunk(TensorId, u64, Keep),
     /// The stored rows that a plane of a tensor is made of.
     Rows(TensorId, u64),
 }
@@ -168,35 +171,46 @@ impl Engine {
         let end = at + to_u64(out.len());
         let run = self.streams.advance(id, at, end).run;
         let plane_bytes = grid.rows * grid.row_bytes;
+        if let Made::Computed(computed) = made {
+            let behind = (end / plane_bytes).saturating_sub(PLANES_BEHIND);
+            for plane in self.streams.ask(id, Unit::Behind, behind, PLANES_BEHIND) {
+                core.forget_rows(tensor, computed, plane);
+            }
+        }
         if run >= PLANES_BEFORE_ROWS_AHEAD * plane_bytes {
             let planes =
                 self.streams.ask(id, Unit::Plane, (end / plane_bytes + 2).min(grid.planes), 1);
             self.ahead.push(planes.map(|plane| Job::Rows(id, plane)));
         }
         let (mut now, mut left) = (at, out);
-        let mut in_place = false;
+        let (mut in_place, mut keep) = (false, Keep::Nothing);
         while !left.is_empty() {
             let within = now % plane_bytes;
             let here = (plane_bytes - within).min(to_u64(left.len()));
-            // Bytes that this reader has read of this plane, or so many planes that it will go on.
             let run = run + (now - at);
-            let part = Part {
-                plane: now / plane_bytes,
-                at: within,
-                slabs: run.min(within) >= BYTES_BEFORE_SLABS
-                    || run >= PLANES_BEFORE_ROWS_AHEAD * plane_bytes,
+            keep = if run >= PLANES_BEFORE_ROWS_AHEAD * plane_bytes {
+                Keep::Rows
+            } else if run >= GOES_ON && plane_bytes - within >= LEADING.min(plane_bytes / 2) {
+                Keep::Part
+            } else {
+                Keep::Nothing
             };
-            let now_made = here.min(AT_A_TIME);
-            let worth = !core.keep_given && here >= IN_PLACE && now_made >= 2 * grid.row_bytes;
+            let part = Part { plane: now / plane_bytes, at: within, keep };
+            let size = here.min(AT_A_TIME);
+            let (out, _) = left.split_at_mut(len(size));
+            let whole_rows = here >= IN_PLACE && size >= 2 * grid.row_bytes;
             let here = match made {
-                Made::Computed(computed) if worth => {
-                    let (out, _) = left.split_at_mut(len(now_made));
-                    core.in_place(tensor, computed, part, out)?;
+                Made::Computed(computed) if !core.keep_given && whole_rows => {
                     in_place = true;
-                    out.len()
+                    core.in_place(tensor, computed, part, out)?
+                }
+                Made::Computed(computed)
+                    if run == 0 && size <= ALONE && !core.chunks.has(&(id, grid.chunk_at(now))) =>
+                {
+                    core.in_place(tensor, computed, part, out)?
                 }
                 Made::Computed(_) | Made::Encoded(_) => {
-                    core.from_chunk(id, tensor, made, part, left)?
+                    core.copy_chunk(id, tensor, made, part, left)?
                 }
             };
             now += to_u64(here);
@@ -206,7 +220,7 @@ impl Engine {
             let chunk = grid.chunk_at(end - 1);
             let until = (chunk + 1 + CHUNKS_AHEAD).min(grid.chunks());
             let chunks = self.streams.ask(id, Unit::Chunk, until, CHUNKS_AHEAD);
-            self.ahead.push(chunks.map(|chunk| Job::Chunk(id, chunk)));
+            self.ahead.push(chunks.map(|chunk| Job::Chunk(id, chunk, keep)));
         }
         Ok(())
     }
@@ -216,8 +230,13 @@ impl Engine {
 /// ahead of it, and strips no longer alone.
 const PLANES_BEFORE_ROWS_AHEAD: u64 = 10;
 
-/// Bytes of a plane that a reader went through before stored rows are read whole for it.
-const BYTES_BEFORE_SLABS: u64 = 1 << 20;
+/// Bytes that a reader went through before it is expected to want more columns than it asks for: the
+/// kernel reads 2 MiB around the first page of a map that is touched.
+const GOES_ON: u64 = 2 << 20;
+
+/// Planes that may still be read when a reader has gone on to another: readers with several threads
+/// read pieces of 8 MiB in no order, 8 of them two planes of the largest experts.
+const PLANES_BEHIND: u64 = 1;
 
 /// A body with a grid: its bytes are made.
 #[derive(Clone, Copy)]
@@ -249,20 +268,20 @@ struct Part {
     plane: u64,
     /// First byte within the plane.
     at: u64,
-    /// Whether the reader has come far enough for stored rows to be read whole.
-    slabs: bool,
+    /// What of the stored rows is read and kept.
+    keep: Keep,
 }
 
 impl Core {
     /// Does a job. What fails is left for the reader to meet.
     fn work(&self, job: &Job) {
         match *job {
-            Job::Chunk(id, chunk) => {
+            Job::Chunk(id, chunk, keep) => {
                 let tensor = self.plan.tensor(id);
                 if let Some(made) = Made::of(&tensor.body)
                     && !self.chunks.has(&(id, chunk))
                 {
-                    let _ = self.chunk(id, tensor, made, chunk, true);
+                    let _ = self.chunk(id, tensor, made, chunk, keep);
                 }
             }
             Job::Rows(id, plane) => {
@@ -310,38 +329,42 @@ impl Core {
         }
     }
 
-    /// Decodes bytes of a plane where they belong.
+    /// Decodes bytes of a plane without a chunk, and gives how many there were.
     fn in_place(
         &self,
         tensor: &TensorPlan,
         computed: &Computed,
         part: Part,
         out: &mut [u8],
-    ) -> Result<(), ReadError> {
+    ) -> Result<usize, ReadError> {
         let Grid { row_bytes, rows, .. } = computed.grid;
         let end = part.at + to_u64(out.len());
         // Codes of 4 bits lie two to a byte: rows that are their columns start at an even one.
-        let first = part.at / row_bytes & !1;
+        let first = (part.at / row_bytes) & !1;
         let rows = end.div_ceil(row_bytes).min(rows) - first;
         let chunk = ChunkBox { plane: part.plane, row: first, rows };
         add(&self.counters.decoded_bytes, rows * row_bytes);
+        let reader = self.reader(part.keep);
         if part.at == first * row_bytes && end == (first + rows) * row_bytes {
-            return self.decode(tensor, computed, chunk, part.slabs, 0, out);
+            self.decode(tensor, computed, chunk, reader, out)?;
+            return Ok(out.len());
         }
+        let into = part.at % row_bytes;
+        let one_row = into + to_u64(out.len()) <= row_bytes;
+        let reader =
+            ChunkReader { bytes: one_row.then(|| (into, into + to_u64(out.len()))), ..reader };
         ROWS.with_borrow_mut(|buffer| {
             let bytes = len(rows * row_bytes);
             buffer.grow(bytes);
-            let rows_of_it = &mut buffer[..bytes];
-            let shared = part.at.div_ceil(row_bytes) - first;
-            self.decode(tensor, computed, chunk, part.slabs, shared, rows_of_it)?;
-            let skip = len(part.at - first * row_bytes);
-            out.copy_from_slice(&rows_of_it[skip..skip + out.len()]);
-            Ok(())
+            let buffer = &mut buffer[..bytes];
+            self.decode(tensor, computed, chunk, reader, buffer)?;
+            out.copy_from_slice(&buffer[len(part.at - first * row_bytes)..][..out.len()]);
+            Ok(out.len())
         })
     }
 
     /// Copies from the chunk that holds the first byte of a part, and gives how many there were.
-    fn from_chunk(
+    fn copy_chunk(
         &self,
         id: TensorId,
         tensor: &TensorPlan,
@@ -352,7 +375,7 @@ impl Core {
         let grid = made.grid();
         let at = part.plane * grid.rows * grid.row_bytes + part.at;
         let chunk = grid.chunk_at(at);
-        let (bytes, outcome) = self.chunk(id, tensor, made, chunk, part.slabs)?;
+        let (bytes, outcome) = self.chunk(id, tensor, made, chunk, part.keep)?;
         match outcome {
             Outcome::Hit => add(&self.counters.chunk_hits, 1),
             Outcome::Waited => add(&self.counters.chunk_waits, 1),
@@ -375,7 +398,7 @@ impl Core {
         tensor: &TensorPlan,
         made: Made<'_>,
         chunk: u64,
-        slabs: bool,
+        keep: Keep,
     ) -> Result<(Bytes, Outcome), ReadError> {
         let grid = made.grid();
         let bytes = grid.extent(chunk).1;
@@ -384,8 +407,10 @@ impl Core {
         self.chunks.get(wanted, ReadError::Abandoned, |buffer| {
             add(&self.counters.decoded_bytes, bytes);
             match made {
-                Made::Computed(computed) => self.decode(tensor, computed, place, slabs, 0, buffer),
-                Made::Encoded(encoded) => self.encode(tensor, encoded, place, slabs, buffer),
+                Made::Computed(computed) => {
+                    self.decode(tensor, computed, place, self.reader(keep), buffer)
+                }
+                Made::Encoded(encoded) => self.encode(tensor, encoded, place, keep, buffer),
             }
         })
     }
@@ -395,12 +420,11 @@ impl Core {
         tensor: &TensorPlan,
         computed: &Computed,
         chunk: ChunkBox,
-        slabs: bool,
-        shared_rows: u64,
+        reader: ChunkReader<'_>,
         out: &mut [u8],
     ) -> Result<(), ReadError> {
         self.touch_all(tensor, computed, chunk.plane)?;
-        ChunkReader { shared_rows, ..self.reader(slabs) }
+        reader
             .fill(computed, |id| self.plan.matrix(id), &tensor.shape, tensor.dtype, chunk, out)
             .map_err(|e| failed(tensor, e))
     }
@@ -410,7 +434,7 @@ impl Core {
         tensor: &TensorPlan,
         encoded: &Encoded,
         chunk: ChunkBox,
-        slabs: bool,
+        keep: Keep,
         out: &mut [u8],
     ) -> Result<(), ReadError> {
         let quantized = self.plan.quantized(encoded.quantized);
@@ -420,7 +444,7 @@ impl Core {
             }
         }
         let encoder = Encoder {
-            reader: self.reader(slabs),
+            reader: self.reader(keep),
             original: self.plan.original.as_deref(),
             matrix_of: |id| self.plan.matrix(id),
             quantized,
@@ -428,12 +452,13 @@ impl Core {
         encoder.fill(encoded, chunk, out).map_err(|e| failed(tensor, e))
     }
 
-    fn reader(&self, slabs: bool) -> ChunkReader<'_> {
+    fn reader(&self, keep: Keep) -> ChunkReader<'_> {
         ChunkReader {
             checkpoint: &self.checkpoint,
             counters: &self.counters,
-            slabs: slabs.then_some(&self.slabs),
-            shared_rows: 0,
+            slabs: &self.slabs,
+            keep,
+            bytes: None,
         }
     }
 
@@ -445,9 +470,15 @@ impl Core {
         plane: u64,
     ) -> Result<(), ReadError> {
         self.touch_all(tensor, computed, plane)?;
-        self.reader(true)
+        self.reader(Keep::Rows)
             .load(computed, |id| self.plan.matrix(id), &tensor.shape, plane)
             .map_err(|e| failed(tensor, e))
+    }
+
+    /// Lets go of the stored rows that a plane is a transpose of.
+    fn forget_rows(&self, tensor: &TensorPlan, computed: &Computed, plane: u64) {
+        let matrix_of = |id| self.plan.matrix(id);
+        self.reader(Keep::Nothing).forget(computed, matrix_of, &tensor.shape, plane);
     }
 
     fn touch_all(

@@ -2,8 +2,8 @@
 //!
 //! A chunk of a transposed matrix is a narrow strip of all its rows: 2048 runs of 128 bytes cost
 //! 1 ms and more in system calls (`cargo test --release --lib cost_of_a_run -- --ignored
-//! --nocapture`), the whole 8 MiB are read in as much. So rows are read whole, in bands, and every
-//! band goes once all of it was used.
+//! --nocapture`), the whole 8 MiB are read in as much. So rows are read whole, in bands, and kept
+//! until their reader has left them behind.
 
 use super::buffer::{Buffer, HUGE_PAGE};
 use super::cache::{Bytes, Cache, Wanted};
@@ -21,22 +21,27 @@ const SMALL: u64 = 64 << 10;
 /// Rows of a band are a multiple of this where a band has more: blocks then do not straddle two.
 const ROW_MULTIPLE: u64 = 128;
 
-/// A band of a stored tensor: its rows from `index` times the rows of a band on.
+/// A band of a stored tensor: its rows from `index` times the rows of a band on, and of each some
+/// bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     tensor: SourceId,
     index: u64,
+    at: u64,
+    width: u64,
 }
 
 /// The bands that lie ready.
 pub struct Slabs(Cache<Key, Failure>);
 
-/// Rows of a stored tensor: `rows` of them, of `row_bytes` bytes each.
+/// A stored tensor as rows, and a panel of it: of each row, `width` bytes from `at` on.
 #[derive(Clone, Copy, Debug)]
 pub struct Stored {
     pub tensor: SourceId,
     pub rows: u64,
     pub row_bytes: u64,
+    pub at: u64,
+    pub width: u64,
 }
 
 /// A band of rows of a stored tensor.
@@ -51,44 +56,58 @@ pub struct Band {
     len: usize,
 }
 
-/// The bytes of a band while a strip of it is used.
-pub struct Slab<'a> {
+/// What is read of stored rows beyond the strip that is wanted now, and kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing: for all that is known, nobody wants it.
+    Nothing,
+    /// The leading columns, or all others.
+    Part,
+    /// Whole rows.
+    Rows,
+}
+
+/// The bytes of a band.
+pub struct Slab {
     bytes: Bytes,
     band: Band,
-    slabs: &'a Slabs,
-    used: u64,
 }
 
-impl Slab<'_> {
-    /// Bytes of the band from a row on, rows as far apart as they are stored.
-    pub fn from_row(&self, row: u64) -> &[u8] {
-        &self.bytes[len((row - self.band.start) * self.band.row_bytes)..]
-    }
-}
-
-impl Drop for Slab<'_> {
-    fn drop(&mut self) {
-        self.bytes = Bytes::default();
-        self.slabs.0.given(&self.band.key, self.used);
+impl Slab {
+    /// Bytes of the panel from a row on, without gaps between rows.
+    pub fn rows_from(&self, row: u64) -> &[u8] {
+        &self.bytes[len((row - self.band.start) * self.band.key.width)..]
     }
 }
 
 impl Stored {
+    /// A tensor of `rows` rows of `row_bytes` bytes, whole.
+    pub fn whole(tensor: SourceId, rows: u64, row_bytes: u64) -> Stored {
+        Stored { tensor, rows, row_bytes, at: 0, width: row_bytes }
+    }
+
+    /// The panel of the leading `lead` bytes of each row, or of all others, that holds byte `at`.
+    pub fn part(self, lead: u64, at: u64) -> Stored {
+        let lead = lead.min(self.row_bytes);
+        let (at, width) = if at < lead { (0, lead) } else { (lead, self.row_bytes - lead) };
+        Stored { at, width, ..self }
+    }
+
     /// Rows of a band: as many as fill a huge page.
     fn band_rows(&self) -> u64 {
         let huge = u64::try_from(HUGE_PAGE).expect("it is 2 MiB");
-        let rows = (huge / self.row_bytes.max(1)).max(1);
+        let rows = (huge / self.width.max(1)).max(1);
         if rows < ROW_MULTIPLE { rows } else { rows - rows % ROW_MULTIPLE }
     }
 
     /// The bands that hold rows `start..start + count`.
     pub fn bands(self, start: u64, count: u64) -> impl Iterator<Item = Band> {
         let each = self.band_rows();
-        let whole = HUGE_PAGE.max(len(each * self.row_bytes));
-        let len = if self.rows > each { whole } else { len(self.rows * self.row_bytes) };
+        let whole = HUGE_PAGE.max(len(each * self.width));
+        let len = if self.rows > each { whole } else { len(self.rows * self.width) };
         (start / each..(start + count).div_ceil(each)).map(move |index| {
             let start = index * each;
-            let key = Key { tensor: self.tensor, index };
+            let key = Key { tensor: self.tensor, index, at: self.at, width: self.width };
             let rows = each.min(self.rows - start);
             Band { key, start, rows, row_bytes: self.row_bytes, len }
         })
@@ -106,11 +125,6 @@ impl Band {
         let start = self.start.max(rows.start);
         let end = (self.start + self.rows).min(rows.start + rows.count);
         Span { start, step: 1, count: end.saturating_sub(start) }
-    }
-
-    /// Its use: every bit once.
-    fn uses(&self) -> u64 {
-        self.rows * self.row_bytes * 8
     }
 }
 
@@ -135,8 +149,13 @@ impl Slabs {
         bytes <= self.0.budget() / 4
     }
 
-    /// The band, read where it is not there, for `used` of its bits; `None` where another reader
-    /// reads it just now and `wait` is not set.
+    /// Whether the first band of some rows lies ready or is being read.
+    pub fn has(&self, stored: Stored, start: u64) -> bool {
+        stored.bands(start, 1).any(|band| self.0.has(&band.key))
+    }
+
+    /// The band, read where it is not there; `None` where another reader reads it just now and
+    /// `wait` is not set.
     ///
     /// # Errors
     /// What the source fails with.
@@ -144,23 +163,24 @@ impl Slabs {
         &self,
         source: (&Checkpoint, &Counters),
         band: Band,
-        used: u64,
         wait: bool,
-    ) -> Result<Option<Slab<'_>>, Failure> {
-        let wanted = Wanted { key: band.key, len: band.len, uses: band.uses() };
+    ) -> Result<Option<Slab>, Failure> {
+        let wanted = Wanted { key: band.key, len: band.len, uses: 1 };
         let read = |buffer: &mut [u8]| {
             let (checkpoint, counters) = source;
-            let bytes = &mut buffer[..len(band.rows * band.row_bytes)];
-            add(&counters.source_bytes, band.rows * band.row_bytes);
-            let at = band.start * band.row_bytes;
-            checkpoint.read(band.key.tensor, at, bytes).map_err(Failure::from)
+            let Key { tensor, at, width, .. } = band.key;
+            add(&counters.source_bytes, band.rows * width);
+            let (at, rows) = (band.start * band.row_bytes + at, len(band.rows));
+            checkpoint
+                .read_rows(tensor, at, len(width), band.row_bytes, rows, buffer, len(width))
+                .map_err(Failure::from)
         };
         let found = if wait {
             Some(self.0.get(wanted, Failure::Abandoned, read)?)
         } else {
             self.0.get_unless_busy(wanted, Failure::Abandoned, read)?
         };
-        Ok(found.map(|(bytes, _)| Slab { bytes, band, slabs: self, used }))
+        Ok(found.map(|(bytes, _)| Slab { bytes, band }))
     }
 
     /// Has rows of a stored tensor lie ready for those who ask for them.
@@ -174,6 +194,14 @@ impl Slabs {
         start: u64,
         count: u64,
     ) -> Result<(), Failure> {
-        stored.bands(start, count).try_for_each(|b| self.get(source, b, 0, false).map(drop))
+        stored.bands(start, count).try_for_each(|b| self.get(source, b, false).map(drop))
+    }
+
+    /// Lets go of what is held of rows of a stored tensor, whole or in panels.
+    pub fn forget(&self, stored: Stored, lead: u64, start: u64, count: u64) {
+        let panels = [stored, stored.part(lead, 0), stored.part(lead, lead)];
+        for band in panels.into_iter().flat_map(|panel| panel.bands(start, count)) {
+            self.0.given(&band.key, 1);
+        }
     }
 }

@@ -20,17 +20,19 @@ struct Stream {
     start: u64,
     /// Byte behind the furthest that it read.
     next: u64,
-    /// Where what was asked for ahead of it ends, in chunks and in planes.
-    asked: [u64; 2],
+    /// Where what was asked for ends, for each unit.
+    asked: [u64; 3],
 }
 
-/// What is asked for ahead of a reader.
+/// What is asked for on behalf of a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// Chunks, made.
     Chunk,
-    /// Planes, whose stored rows are read.
+    /// Planes ahead, whose stored rows are read.
     Plane,
+    /// Planes behind, whose stored rows are let go.
+    Behind,
 }
 
 /// The readers of late, the last one first.
@@ -53,7 +55,7 @@ impl Streams {
         let found = streams.iter().position(near);
         let mut stream = match found {
             Some(i) => streams.remove(i),
-            None => Stream { tensor, start: at, next: at, asked: [0; 2] },
+            None => Stream { tensor, start: at, next: at, asked: [0; 3] },
         };
         let progress = Progress { run: at - stream.start };
         stream.next = stream.next.max(end);
@@ -62,7 +64,7 @@ impl Streams {
         progress
     }
 
-    /// What to ask for ahead of the reader that [`Streams::advance`] saw last in a tensor: what
+    /// What to ask for on behalf of the reader that [`Streams::advance`] saw last in a tensor: what
     /// before `until` was not asked for yet, at most `most` of it.
     pub fn ask(&self, tensor: TensorId, unit: Unit, until: u64, most: u64) -> Range<u64> {
         let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -70,6 +72,7 @@ impl Streams {
         let asked = match unit {
             Unit::Chunk => &mut stream.asked[0],
             Unit::Plane => &mut stream.asked[1],
+            Unit::Behind => &mut stream.asked[2],
         };
         let start = (*asked).max(until.saturating_sub(most)).min(until);
         *asked = until.max(*asked);

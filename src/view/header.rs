@@ -21,8 +21,9 @@ use super::wide;
 pub(super) enum Alignment {
     /// A page, 4096 bytes: it holds header or data, and no reader has to copy to align.
     Page,
-    /// 1 MiB, the kernel's largest request unless it was told otherwise. Requests then begin where
-    /// rows of large tensors do, and such rows are decoded in place, by one request.
+    /// 2 MiB, two of the kernel's largest requests. Requests then begin where rows of large tensors
+    /// do, and such rows are decoded in place, by one request. And of the 4 MiB that the kernel
+    /// reads ahead of whoever looks at the header, little is data.
     Request,
 }
 
@@ -31,18 +32,18 @@ impl Alignment {
     pub(super) fn bytes(self) -> u64 {
         match self {
             Alignment::Page => 4096,
-            Alignment::Request => 1 << 20,
+            Alignment::Request => 2 << 20,
         }
     }
 
     /// The alignment of a shard with so many bytes of data: padding is 1.6 % of it at most.
     pub(super) fn of_shard(data: u64) -> Alignment {
-        if data < 64 << 20 { Alignment::Page } else { Alignment::Request }
+        if data < 128 << 20 { Alignment::Page } else { Alignment::Request }
     }
 }
 
 /// Most bytes that [`header`] adds to the entries: braces, `__metadata__`, padding.
-pub(super) const OVERHEAD: u64 = 64 + (1 << 20);
+pub(super) const OVERHEAD: u64 = 64 + (2 << 20);
 
 const METADATA: &str = r#"{"__metadata__":{"format":"pt"}"#;
 

@@ -2,8 +2,8 @@
 //!
 //! Pure arithmetic over names and sizes. Tensors fill shards in the order of the plan; within a
 //! shard they stand by the largest power of two that divides their size, largest first, so that
-//! without a hole each starts at a multiple of its own (up to the alignment of the data): of its
-//! element, and those that are whole mebibytes where the kernel's requests start.
+//! without a hole each starts at a multiple of its own (where the data does): of its element, and
+//! those that are whole mebibytes where the kernel's requests start.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -238,7 +238,7 @@ mod tests {
         let half = Entry { name: "w", dtype: DType::U8, shape: &shape, bytes: u64::MAX / 2 };
         let of =
             |n: usize| Shard::new((0..).map(TensorId).zip(std::iter::repeat_n(half, n)).collect());
-        assert_eq!(of(1).map(|s| s.size()), Some(u64::MAX / 2 + (1 << 20)));
+        assert_eq!(of(1).map(|s| s.size()), Some(u64::MAX / 2 + (2 << 20)));
         assert!(of(2).is_none(), "the data fits, the header does not");
         assert!(of(3).is_none());
     }
