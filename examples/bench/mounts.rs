@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -22,6 +23,9 @@ use super::null;
 
 /// First argument of a process that serves.
 pub const SERVE: &str = "serve";
+
+/// What a server says to whoever started it, as systemd defines it.
+const READY: &[u8] = b"READY=1";
 
 /// Who answers the reads of a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,25 +52,33 @@ impl Mount {
             Server::MountCkpt => "view",
             Server::Null => "null",
         };
+        let socket = tempfile::tempdir()?;
+        let socket = socket.path().join("notify");
+        let notified = UnixDatagram::bind(&socket)?;
+        notified.set_read_timeout(Some(Duration::from_millis(100)))?;
         let start = Instant::now();
         let child = Command::new(std::env::current_exe()?)
             .args([SERVE, name])
             .args(options)
             .args([source, at])
+            .env("NOTIFY_SOCKET", &socket)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;
         let mut mount = Mount { child, at: at.to_owned(), took: Duration::ZERO };
-        let stats = at.join(".mount-ckpt/stats.json");
-        while fs::read(&stats).is_err() {
+        let mut said = [0; 4096];
+        loop {
+            if let Ok(n) = notified.recv(&mut said)
+                && said[..n].split(|&b| b == b'\n').any(|line| line == READY)
+            {
+                mount.took = start.elapsed();
+                return Ok(mount);
+            }
             if let Some(status) = mount.child.try_wait()? {
                 bail!("the mount of `{}` ended: {status}", source.display());
             }
             ensure!(start.elapsed().as_secs() < 60, "no answer from `{}`", at.display());
-            thread::sleep(Duration::from_millis(1));
         }
-        mount.took = start.elapsed();
-        Ok(mount)
     }
 
     /// The mount point.

@@ -13,6 +13,7 @@ use fuser::{
 };
 use mount_ckpt::fuse::{self, Filesystem, MountOptions};
 use mount_ckpt::view::{Content, Ino, View};
+use sd_notify::NotifyState;
 
 /// More than any request.
 const BUFFER: usize = 32 << 20;
@@ -27,7 +28,9 @@ struct Null {
 pub fn serve(view: Arc<View>, at: &Path, options: &MountOptions) -> Result<()> {
     let real = Filesystem::new(Arc::clone(&view), options.direct_io);
     let null = Null { view, real, buffer: vec![1; BUFFER] };
-    Ok(fuse::mount(null, at, options)?.wait()?)
+    let mounted = fuse::mount(null, at, options)?;
+    sd_notify::notify(&[NotifyState::Ready])?;
+    Ok(mounted.wait()?)
 }
 
 impl fuser::Filesystem for Null {
