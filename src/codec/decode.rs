@@ -7,6 +7,7 @@
 use super::rows::{Rows, Target, Way};
 use super::scratch::{self, PAD, STRIP_BYTES, STRIP_COLS, STRIP_ROW_BYTES, Scratch};
 use super::simd::Stream;
+use super::tile::Run;
 use super::{Level, Orientation, Tile, copy2d_at};
 use crate::tensor::Float;
 
@@ -133,6 +134,7 @@ fn strip(
         let below = row / scales.block[0] * scales.stride + col / scales.block[1];
         let below = scales.values.get(below..).unwrap_or(&[]);
         let (rows, cols) = (rows.div_ceil(scales.block[0]), cols.div_ceil(scales.block[1]));
+        let (rows, cols) = if scales.stride == cols { (1, rows * cols) } else { (rows, cols) };
         level.prefetch(below, scales.stride, rows, cols);
     }
     if let Way::Tables(to) = Way::of(tile, to) {
@@ -151,6 +153,19 @@ fn strip(
         return;
     }
     let tile = Tile { bytes: codes, stride, ..*tile };
+    if let Way::Nibbles(to, values) = Way::of(&tile, to)
+        && level.transposes_nibbles()
+        && scales.block[1].is_multiple_of(32)
+    {
+        for run in scales.col_runs(cols) {
+            let out = &mut out[run.start * out_stride..];
+            level.lines(run.len, 2 * rows, out, out_stride, stream, |col, wide, out, pitch| {
+                let run = Run { start: run.start + col, len: wide, ..run };
+                level.nibbles_transposed(values, to, &tile, run, out, pitch);
+            });
+        }
+        return;
+    }
     let stride = cols * width + PAD;
     let mut target = Target::Memory { out: &mut *block, stride };
     Rows { level, to, tables }.decode(&tile, &mut target);

@@ -110,35 +110,28 @@ pub(super) fn look_up_transposed(
 ) {
     assert!(holds(src, rows, stride, cols, 1) && holds(out, cols, out_stride, rows, 2));
     let planes = planes(table);
-    // The edges of the box go by way of a tile of their own.
-    let (mut codes, mut floats) = ([[0; 16]; 64], [[0; 128]; 16]);
     for col in (0..cols).step_by(16) {
         let wide = 16.min(cols - col);
         for row in (0..rows).step_by(64) {
             let high = 64.min(rows - row);
-            let is_whole = high == 64 && wide == 16;
-            if !is_whole {
-                for (i, codes) in codes[..high].iter_mut().enumerate() {
-                    codes[..wide].copy_from_slice(&src[(row + i) * stride + col..][..wide]);
+            let (src, out) = (&src[row * stride + col..], &mut out[col * out_stride + 2 * row..]);
+            if high == 64 && wide == 16 {
+                // SAFETY: the tile lies in the box, and both slices were checked to hold the box.
+                unsafe {
+                    tile_of_codes(planes, src.as_ptr(), stride, out.as_mut_ptr(), out_stride);
                 }
+                continue;
             }
-            // SAFETY: a whole tile lies in the box, which both slices were checked to hold; the
-            // arrays are a tile.
+            let (mut codes, mut floats) = ([[0; 16]; 64], [[0; 128]; 16]);
+            for (i, codes) in codes[..high].iter_mut().enumerate() {
+                codes[..wide].copy_from_slice(&src[i * stride..][..wide]);
+            }
+            // SAFETY: the arrays are a tile.
             unsafe {
-                let (src, stride, out, out_stride) = if is_whole {
-                    let src = src.as_ptr().add(row * stride + col);
-                    let out = out.as_mut_ptr().add(col * out_stride + 2 * row);
-                    (src, stride, out, out_stride)
-                } else {
-                    (codes.as_ptr().cast(), 16, floats.as_mut_ptr().cast(), 128)
-                };
-                tile_of_codes(planes, src, stride, out, out_stride);
+                tile_of_codes(planes, codes.as_ptr().cast(), 16, floats.as_mut_ptr().cast(), 128);
             }
-            if !is_whole {
-                for (i, floats) in floats[..wide].iter().enumerate() {
-                    let out = &mut out[(col + i) * out_stride + 2 * row..];
-                    out[..2 * high].copy_from_slice(&floats[..2 * high]);
-                }
+            for (i, floats) in floats[..wide].iter().enumerate() {
+                out[i * out_stride..][..2 * high].copy_from_slice(&floats[..2 * high]);
             }
         }
     }
@@ -266,37 +259,113 @@ fn nibbles_of<const F16: bool>(
     }
 }
 
-/// Results of 32 nibbles, by a table of sixteen pairs.
+/// A run of columns of nibbles to 16-bit floats, transposed: 32 rows by 32 columns are decoded into
+/// 2 KiB, where no line falls on another, and leave it as whole cache lines.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn nibbles_transposed(
+    values: &[f32; 16],
+    to: Half,
+    tile: &Tile<'_>,
+    run: Run,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    match to {
+        Half::BF16 => nibbles_transposed_to::<false>(values, tile, run, out, out_stride),
+        Half::F16 => nibbles_transposed_to::<true>(values, tile, run, out, out_stride),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn nibbles_transposed_to<const F16: bool>(
+    values: &[f32; 16],
+    tile: &Tile<'_>,
+    run: Run,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    let Tile { bytes, stride, rows, .. } = *tile;
+    assert!(holds(out, run.len, out_stride, rows, 2));
+    // SAFETY: the array has 64 bytes; the load needs no alignment.
+    let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+    let scales = tile.scales();
+    let mut block = [_mm512_setzero_si512(); 32];
+    for col in (0..run.len).step_by(32) {
+        let wide = 32.min(run.len - col);
+        let mut rows_left = scales.block[0] - scales.phase[0] % scales.block[0];
+        let mut at = scales.phase[0] / scales.block[0] * scales.stride + run.index;
+        for row in (0..rows).step_by(32) {
+            let high = 32.min(rows - row);
+            for (i, block) in block[..high].iter_mut().enumerate() {
+                let codes = &bytes[(row + i) * stride + (run.start + col) / 2..];
+                let codes = codes.first_chunk().expect("room for 32 columns");
+                let table = sixteen::<F16>(values, scales.values[at]);
+                *block = thirty_two(table, avx2::load16(codes));
+                rows_left -= 1;
+                if rows_left == 0 {
+                    rows_left = scales.block[0];
+                    at += scales.stride;
+                }
+            }
+            let out = &mut out[col * out_stride + 2 * row..];
+            if high == 32 && wide == 32 {
+                // SAFETY: the columns lie in the box that `out` was checked to hold.
+                unsafe { leave(&block, out.as_mut_ptr(), out_stride) };
+            } else {
+                let mut edge = [[0; 64]; 32];
+                // SAFETY: the array has 32 rows of 64 bytes.
+                unsafe { leave(&block, edge.as_mut_ptr().cast(), 64) };
+                for (i, edge) in edge[..wide].iter().enumerate() {
+                    out[i * out_stride..][..2 * high].copy_from_slice(&edge[..2 * high]);
+                }
+            }
+        }
+    }
+}
+
+/// Transposes 32 rows by 32 columns of 2 bytes.
+///
+/// # Safety
+/// 32 rows of 64 bytes are writable at `out`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+unsafe fn leave(block: &[__m512i; 32], out: *mut u8, out_stride: usize) {
+    let block: *const u8 = block.as_ptr().cast();
+    for col in (0..32).step_by(8) {
+        // SAFETY: the caller's promise; the block has 32 rows of 64 bytes.
+        unsafe { tile16(block.add(2 * col), 64, out.add(col * out_stride), out_stride) };
+    }
+}
+
+/// Results of 32 nibbles, by a table of [`sixteen`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
 fn thirty_two(table: __m512i, codes: __m128i) -> __m512i {
     let bytes = _mm512_cvtepu8_epi32(codes);
     // Each byte b becomes two indices of 16 bits, b << 1 and b >> 3. `vpermw` takes 5 bits of each:
-    // a nibble, and below it 0 or a bit of the other one, which chooses in the pair.
+    // a nibble, and below it a bit that chooses the upper half of a result.
     let indices = _mm512_or_si512(_mm512_slli_epi32::<1>(bytes), _mm512_slli_epi32::<13>(bytes));
-    _mm512_permutexvar_epi16(indices, table)
+    _mm512_permutexvar_epi16(_mm512_or_si512(indices, _mm512_set1_epi16(1)), table)
 }
 
-/// Sixteen `round(value * scale)`, BF16 or F16, each twice.
+/// Sixteen `round(value * scale)`, BF16 or F16, in the upper halves of 32 bits.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
 fn sixteen<const F16: bool>(values: __m512, scale: f32) -> __m512i {
-    // The rounding below must not see a NaN whose payload it would carry into the sign. The one
-    // that infinity times zero makes is harmless.
-    let scale = if scale.is_nan() { f32::NAN } else { scale };
-    let products = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+    // The rounding below must not see a NaN whose payload it would carry into the sign: a quiet one
+    // (token 0) and a signalling one (1) become the indefinite one (3). The one that infinity times
+    // zero makes is harmless.
+    let scale = _mm512_set1_ps(scale);
+    let scale = _mm512_fixupimm_ps::<0>(scale, scale, _mm512_set1_epi32(0x33));
+    let products = _mm512_mul_ps(values, scale);
     if F16 {
         let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products);
-        let low = _mm512_cvtepu16_epi32(halves);
-        _mm512_or_si512(low, _mm512_slli_epi32::<16>(low))
+        _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves))
     } else {
         let bits = _mm512_castps_si512(products);
         let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
         let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-        let rounded = _mm512_add_epi32(bits, half);
-        let low = _mm512_srli_epi32::<16>(rounded);
-        // rounded & 0xffff_0000 | low
-        _mm512_ternarylogic_epi32::<0xea>(rounded, _mm512_set1_epi32(-1 << 16), low)
+        _mm512_add_epi32(bits, half)
     }
 }
 

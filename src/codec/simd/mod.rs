@@ -21,7 +21,7 @@ use super::float::Half;
 use super::fp8::Table;
 use super::rows::direct;
 use super::scratch::STRIP_ROW_BYTES;
-use super::tile::{Runs, Split};
+use super::tile::{Run, Runs, Split};
 use super::transpose::{cached, copy};
 use super::{Code, Scales, Tile, fp8, nibble};
 use crate::tensor::Float;
@@ -197,6 +197,38 @@ impl Level {
         );
     }
 
+    /// Whether [`Level::nibbles_transposed`] is there.
+    pub(super) fn transposes_nibbles(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Kind::Avx512;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// A run of columns of nibbles to 16-bit floats, transposed; the run starts at an even column.
+    ///
+    /// # Panics
+    /// Where the codes do not hold the rows up to a multiple of 32 columns, the scales or `out` not
+    /// the run, or the level has no such kernel.
+    pub(super) fn nibbles_transposed(
+        self,
+        values: &[f32; 16],
+        to: Half,
+        tile: &Tile<'_>,
+        run: Run,
+        out: &mut [u8],
+        out_stride: usize,
+    ) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => {
+                // SAFETY: a level of this kind is made only where its features were detected.
+                unsafe { avx512::nibbles_transposed(values, to, tile, run, out, out_stride) }
+            }
+            _ => unreachable!(),
+        }
+    }
+
     /// Transposes `rows` by `cols` elements of `W` bytes, rows of at most [`STRIP_ROW_BYTES`] in
     /// the output; `src` lies in the cache, and `out` is written through `stream` where there is
     /// one.
@@ -365,7 +397,7 @@ impl Drop for Stream {
 }
 
 /// Rows of a transposed strip that are written past the caches together.
-const LINES: usize = 16;
+const LINES: usize = 32;
 
 /// Those rows, while they are in the cache.
 #[repr(align(64))]
