@@ -4,10 +4,12 @@
 //! where rows do not fall on each other's lines, decoded into a block there and transposed. FP8
 //! codes that a table serves are transposed before they are looked up: half the bytes.
 
+use super::float::Half;
+use super::fp8::Table;
 use super::rows::{Rows, Target, Way};
 use super::scratch::{self, PAD, STRIP_BYTES, STRIP_COLS, STRIP_ROW_BYTES, Scratch};
 use super::simd::Stream;
-use super::tile::Run;
+use super::tile::{Run, Scales};
 use super::{Level, Orientation, Tile, copy2d_at};
 use crate::tensor::Float;
 
@@ -129,40 +131,24 @@ fn strip(
     let stride = row_bytes + PAD;
     level.fetch(tile.bytes, tile.stride, rows, row_bytes, codes, stride);
     let scales = tile.scales();
-    if scales.block[0] < FEW_ROWS {
-        let [row, col] = [scales.phase[0] + rows, scales.phase[1]];
-        let below = row / scales.block[0] * scales.stride + col / scales.block[1];
-        let below = scales.values.get(below..).unwrap_or(&[]);
-        let (rows, cols) = (rows.div_ceil(scales.block[0]), cols.div_ceil(scales.block[1]));
-        let (rows, cols) = if scales.stride == cols { (1, rows * cols) } else { (rows, cols) };
-        level.prefetch(below, scales.stride, rows, cols);
-    }
-    if let Way::Tables(to) = Way::of(tile, to) {
-        for rows in scales.row_runs(rows) {
-            let row_scales = &scales.values[rows.index * scales.stride..];
-            for cols in scales.col_runs(cols) {
-                let table = &mut tables[0];
-                level.table(to, row_scales[cols.index], table);
-                let codes = &codes[rows.start * stride + cols.start..];
-                let (len, out) = (rows.len, &mut out[cols.start * out_stride + 2 * rows.start..]);
-                level.lines(cols.len, 2 * len, out, out_stride, stream, |col, wide, out, pitch| {
-                    level.look_up_transposed(table, &codes[col..], stride, len, wide, out, pitch);
-                });
-            }
-        }
-        return;
-    }
+    ask_for_scales(level, &scales, rows, cols);
     let tile = Tile { bytes: codes, stride, ..*tile };
+    if let Way::Tables(to) = Way::of(&tile, to) {
+        return look_up(level, &tile, to, out, out_stride, stream, &mut tables[0]);
+    }
     if let Way::Nibbles(to, values) = Way::of(&tile, to)
-        && level.transposes_nibbles()
+        && level.takes_nibble_columns()
         && scales.block[1].is_multiple_of(32)
     {
+        // 8 KiB at a time: the rows of the whole strip would not stay in the L1 cache.
+        let (lines, _) = block.as_chunks_mut::<64>();
         for run in scales.col_runs(cols) {
-            let out = &mut out[run.start * out_stride..];
-            level.lines(run.len, 2 * rows, out, out_stride, stream, |col, wide, out, pitch| {
-                let run = Run { start: run.start + col, len: wide, ..run };
-                level.nibbles_transposed(values, to, &tile, run, out, pitch);
-            });
+            for col in (0..run.len).step_by(32) {
+                let part = Run { start: run.start + col, len: 32.min(run.len - col), ..run };
+                level.nibble_column(values, to, &tile, part, lines);
+                let (block, out) = (lines.as_flattened(), &mut out[part.start * out_stride..]);
+                level.transpose::<2>(block, 64, rows, part.len, out, out_stride, stream);
+            }
         }
         return;
     }
@@ -175,6 +161,43 @@ fn strip(
         }
         Float::F32 => {
             level.transpose::<4>(block, stride, rows, cols, out, out_stride, stream);
+        }
+    }
+}
+
+/// Tells the processor that the scales of as many rows below are read soon, where there are many.
+fn ask_for_scales(level: Level, scales: &Scales<'_>, rows: usize, cols: usize) {
+    if scales.block[0] >= FEW_ROWS {
+        return;
+    }
+    let [row, col] = [scales.phase[0] + rows, scales.phase[1]];
+    let below = row / scales.block[0] * scales.stride + col / scales.block[1];
+    let below = scales.values.get(below..).unwrap_or(&[]);
+    let (rows, cols) = (rows.div_ceil(scales.block[0]), cols.div_ceil(scales.block[1]));
+    let (rows, cols) = if scales.stride == cols { (1, rows * cols) } else { (rows, cols) };
+    level.prefetch(below, scales.stride, rows, cols);
+}
+
+/// Transposes a strip of FP8 codes, block of scales by block, and looks them up on the way.
+fn look_up(
+    level: Level,
+    tile: &Tile<'_>,
+    to: Half,
+    out: &mut [u8],
+    out_stride: usize,
+    stream: Option<&Stream>,
+    table: &mut Table,
+) {
+    let (scales, stride) = (tile.scales(), tile.stride);
+    for rows in scales.row_runs(tile.rows) {
+        let row_scales = &scales.values[rows.index * scales.stride..];
+        for cols in scales.col_runs(tile.cols) {
+            level.table(to, row_scales[cols.index], table);
+            let codes = &tile.bytes[rows.start * stride + cols.start..];
+            let (len, out) = (rows.len, &mut out[cols.start * out_stride + 2 * rows.start..]);
+            level.lines(cols.len, 2 * len, out, out_stride, stream, |col, wide, out, pitch| {
+                level.look_up_transposed(table, &codes[col..], stride, len, wide, out, pitch);
+            });
         }
     }
 }

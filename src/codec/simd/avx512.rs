@@ -259,81 +259,44 @@ fn nibbles_of<const F16: bool>(
     }
 }
 
-/// A run of columns of nibbles to 16-bit floats, transposed: 32 rows by 32 columns are decoded into
-/// 2 KiB, where no line falls on another, and leave it as whole cache lines.
+/// 32 columns of nibbles to 16-bit floats, of which the first `run.len` count: one scale and one
+/// vector for each row.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn nibbles_transposed(
+pub(super) fn nibble_column(
     values: &[f32; 16],
     to: Half,
     tile: &Tile<'_>,
     run: Run,
-    out: &mut [u8],
-    out_stride: usize,
+    out: &mut [[u8; 64]],
 ) {
     match to {
-        Half::BF16 => nibbles_transposed_to::<false>(values, tile, run, out, out_stride),
-        Half::F16 => nibbles_transposed_to::<true>(values, tile, run, out, out_stride),
+        Half::BF16 => nibble_column_to::<false>(values, tile, run, out),
+        Half::F16 => nibble_column_to::<true>(values, tile, run, out),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn nibbles_transposed_to<const F16: bool>(
+fn nibble_column_to<const F16: bool>(
     values: &[f32; 16],
     tile: &Tile<'_>,
     run: Run,
-    out: &mut [u8],
-    out_stride: usize,
+    out: &mut [[u8; 64]],
 ) {
-    let Tile { bytes, stride, rows, .. } = *tile;
-    assert!(holds(out, run.len, out_stride, rows, 2));
     // SAFETY: the array has 64 bytes; the load needs no alignment.
     let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
     let scales = tile.scales();
-    let mut block = [_mm512_setzero_si512(); 32];
-    for col in (0..run.len).step_by(32) {
-        let wide = 32.min(run.len - col);
-        let mut rows_left = scales.block[0] - scales.phase[0] % scales.block[0];
-        let mut at = scales.phase[0] / scales.block[0] * scales.stride + run.index;
-        for row in (0..rows).step_by(32) {
-            let high = 32.min(rows - row);
-            for (i, block) in block[..high].iter_mut().enumerate() {
-                let codes = &bytes[(row + i) * stride + (run.start + col) / 2..];
-                let codes = codes.first_chunk().expect("room for 32 columns");
-                let table = sixteen::<F16>(values, scales.values[at]);
-                *block = thirty_two(table, avx2::load16(codes));
-                rows_left -= 1;
-                if rows_left == 0 {
-                    rows_left = scales.block[0];
-                    at += scales.stride;
-                }
-            }
-            let out = &mut out[col * out_stride + 2 * row..];
-            if high == 32 && wide == 32 {
-                // SAFETY: the columns lie in the box that `out` was checked to hold.
-                unsafe { leave(&block, out.as_mut_ptr(), out_stride) };
-            } else {
-                let mut edge = [[0; 64]; 32];
-                // SAFETY: the array has 32 rows of 64 bytes.
-                unsafe { leave(&block, edge.as_mut_ptr().cast(), 64) };
-                for (i, edge) in edge[..wide].iter().enumerate() {
-                    out[i * out_stride..][..2 * high].copy_from_slice(&edge[..2 * high]);
-                }
-            }
+    let mut rows_left = scales.block[0] - scales.phase[0] % scales.block[0];
+    let mut at = scales.phase[0] / scales.block[0] * scales.stride + run.index;
+    for (row, out) in out[..tile.rows].iter_mut().enumerate() {
+        let codes = tile.bytes[row * tile.stride + run.start / 2..].first_chunk();
+        let codes = avx2::load16(codes.expect("room for 32 columns"));
+        store(out, thirty_two(sixteen::<F16>(values, scales.values[at]), codes));
+        rows_left -= 1;
+        if rows_left == 0 {
+            rows_left = scales.block[0];
+            at += scales.stride;
         }
-    }
-}
-
-/// Transposes 32 rows by 32 columns of 2 bytes.
-///
-/// # Safety
-/// 32 rows of 64 bytes are writable at `out`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-unsafe fn leave(block: &[__m512i; 32], out: *mut u8, out_stride: usize) {
-    let block: *const u8 = block.as_ptr().cast();
-    for col in (0..32).step_by(8) {
-        // SAFETY: the caller's promise; the block has 32 rows of 64 bytes.
-        unsafe { tile16(block.add(2 * col), 64, out.add(col * out_stride), out_stride) };
     }
 }
 

@@ -197,36 +197,36 @@ impl Level {
         );
     }
 
-    /// Whether [`Level::nibbles_transposed`] is there.
-    pub(super) fn transposes_nibbles(self) -> bool {
+    /// Whether [`Level::nibble_column`] is faster than whole rows: the other levels spend as much
+    /// on getting to a row as on 32 columns of it.
+    pub(super) fn takes_nibble_columns(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return self.0 == Kind::Avx512;
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
 
-    /// A run of columns of nibbles to 16-bit floats, transposed; the run starts at an even column.
+    /// A run of at most 32 columns of nibbles, from an even one on, to 16-bit floats, a row to an
+    /// item of `out`.
     ///
     /// # Panics
-    /// Where the codes do not hold the rows up to a multiple of 32 columns, the scales or `out` not
-    /// the run, or the level has no such kernel.
-    pub(super) fn nibbles_transposed(
+    /// Where the codes do not hold 32 columns, or the scales or `out` not the rows.
+    pub(super) fn nibble_column(
         self,
         values: &[f32; 16],
         to: Half,
         tile: &Tile<'_>,
         run: Run,
-        out: &mut [u8],
-        out_stride: usize,
+        out: &mut [[u8; 64]],
     ) {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => {
-                // SAFETY: a level of this kind is made only where its features were detected.
-                unsafe { avx512::nibbles_transposed(values, to, tile, run, out, out_stride) }
-            }
-            _ => unreachable!(),
+        #[cfg(target_arch = "x86_64")]
+        if self.0 == Kind::Avx512 {
+            // SAFETY: a level of this kind is made only where its features were detected.
+            return unsafe { avx512::nibble_column(values, to, tile, run, out) };
         }
+        let tile = tile.cut(0, tile.rows, run.start, run.len);
+        let runs = tile.scales().col_runs(run.len).split();
+        self.nibbles(values, to, &tile, &runs, out.as_flattened_mut(), 64);
     }
 
     /// Transposes `rows` by `cols` elements of `W` bytes, rows of at most [`STRIP_ROW_BYTES`] in
@@ -397,7 +397,7 @@ impl Drop for Stream {
 }
 
 /// Rows of a transposed strip that are written past the caches together.
-const LINES: usize = 32;
+const LINES: usize = 16;
 
 /// Those rows, while they are in the cache.
 #[repr(align(64))]
