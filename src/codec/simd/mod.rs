@@ -360,8 +360,8 @@ impl Level {
 /// Bytes that an output spans from which on it is written past the caches.
 ///
 /// A smaller one, a chunk, stays in the second cache for whoever asked for it and reads it at once:
-/// 1 MiB of FP8 decoded transposed into a buffer that is used again, then copied, takes 170 + 40 ms
-/// a GB this way and 220 + 85 ms past the caches (2048 rows of codes from the third cache, strips
+/// 1 MiB of FP8 decoded transposed into a buffer that is used again, then copied, takes 90 + 30 ms
+/// a GB this way and 170 + 80 ms past the caches (2048 rows of codes from the third cache, strips
 /// of 128 columns, AVX-512).
 const STREAMED: usize = 4 << 20;
 
