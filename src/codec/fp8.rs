@@ -2,7 +2,9 @@
 //!
 //! No infinities; 0x7F and 0xFF are NaN; the largest number is 448, the smallest 2^-9.
 
+use super::Tile;
 use super::float::{Half, halves};
+use super::tile::Runs;
 
 /// The largest number.
 pub(super) const MAX: f32 = 448.0;
@@ -58,11 +60,41 @@ pub(super) fn pairs(to: Half, scale: f32, table: &mut Table) {
     }
 }
 
-/// Codes to results by a table of [`pairs`].
+/// Codes to results by a table of [`pairs`] for each run of columns.
+pub(super) fn look_up(
+    tables: &[Table],
+    runs: &Runs,
+    tile: &Tile<'_>,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    each_run(tables, runs, tile, out, out_stride, |table, codes, out| {
+        for (out, &code) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
+            *out = table.0[usize::from(code)];
+        }
+    });
+}
+
+/// Calls `look_up` with the table, the codes and the output of every run of every row. For kernels,
+/// which are compiled around it.
 #[inline(always)]
-pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
-    for (out, &code) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
-        *out = table.0[usize::from(code)];
+pub(super) fn each_run(
+    tables: &[Table],
+    runs: &Runs,
+    tile: &Tile<'_>,
+    out: &mut [u8],
+    out_stride: usize,
+    mut look_up: impl FnMut(&Table, &[u8], &mut [u8]),
+) {
+    for row in 0..tile.rows {
+        let (codes, out) = (tile.row(row), &mut out[row * out_stride..][..2 * tile.cols]);
+        for (run, table) in runs.clone().zip(tables) {
+            look_up(
+                table,
+                &codes[run.start..][..run.len],
+                &mut out[2 * run.start..][..2 * run.len],
+            );
+        }
     }
 }
 

@@ -10,7 +10,7 @@
 //! are chosen at run time by [`Level`].
 //!
 //! Nothing here reads a file or knows a tensor's name, and nothing allocates but the scratch memory
-//! of a thread (160 KiB, at its first decode).
+//! of a thread (304 KiB, at its first decode).
 //!
 //! ```
 //! use mount_ckpt::codec::{Code, Orientation, Scales, Tile, decode};

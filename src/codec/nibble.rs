@@ -6,6 +6,7 @@
 
 use super::float::{Half, halves};
 use super::tile::Runs;
+use super::{Tile, rows};
 
 /// The 4-bit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,11 +69,23 @@ impl Nibble {
     }
 }
 
-/// A row of nibbles to 16-bit floats, by a table of sixteen results for each scale.
+/// Rows of nibbles to 16-bit floats, by a table of sixteen results for each scale.
 ///
 /// Every run starts at an even column.
-#[inline(always)]
 pub(super) fn look_up(
+    values: &[f32; 16],
+    to: Half,
+    tile: &Tile<'_>,
+    runs: &Runs,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    rows::each(tile, 2, out, out_stride, |codes, scales, out| {
+        look_up_row(values, to, codes, runs.clone(), scales, out);
+    });
+}
+
+fn look_up_row(
     values: &[f32; 16],
     to: Half,
     codes: &[u8],

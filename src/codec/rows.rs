@@ -1,8 +1,6 @@
 //! Decoding of rows as they lie: by a table where a scale serves enough elements, else by
 //! arithmetic.
 
-use std::ops::Range;
-
 use super::float::{self, Half};
 use super::fp8::{self, Table};
 use super::nibble::{self, Nibble};
@@ -22,17 +20,10 @@ const WORTH_A_TABLE: usize = 512;
 /// Elements that the table of a scale must serve to pay for its 16 entries (nibbles).
 const WORTH_SIXTEEN: usize = 16;
 
-/// Rows that share a scale from which on the next scales are asked for ahead of time: where fewer
-/// do, scales are a stream of memory next to the codes.
-const FEW_ROWS: usize = 8;
-
 /// Decodes rows into floats of one type.
 pub(super) struct Rows<'a> {
     pub level: Level,
     pub to: Float,
-    /// Rows by which the codes that are asked for are ahead of those that are decoded; 0 where the
-    /// processor finds them itself, because whole rows are read.
-    pub ahead: usize,
     pub tables: &'a mut [Table; TABLES],
 }
 
@@ -45,25 +36,57 @@ pub(super) enum Target<'a> {
 }
 
 impl Target<'_> {
-    /// Writes bytes `at..at + len` of row `row` by way of `decode`.
-    #[inline(always)]
-    fn write(&mut self, row: usize, at: usize, len: usize, decode: impl FnOnce(&mut [u8])) {
+    /// Writes rows of `len` bytes, the first at byte `at`, by way of `decode`.
+    fn write(
+        &mut self,
+        tile: &Tile<'_>,
+        row: usize,
+        at: usize,
+        len: usize,
+        decode: impl Fn(&Tile<'_>, &mut [u8], usize),
+    ) {
         match self {
-            Target::Memory { out, stride } => decode(&mut out[row * *stride + at..][..len]),
+            Target::Memory { out, stride } => decode(tile, &mut out[row * *stride + at..], *stride),
             Target::Stream { stream, stage, out, stride } => {
-                decode(&mut stage[..len]);
-                stream.copy(stage, len, 1, len, &mut out[row * *stride + at..], *stride);
+                for i in 0..tile.rows {
+                    decode(&tile.cut(i, 1, 0, tile.cols), &mut stage[..len], len);
+                    stream.copy(stage, len, 1, len, &mut out[(row + i) * *stride + at..], *stride);
+                }
             }
         }
     }
 }
 
-/// How a row is decoded.
+/// How rows are decoded.
 #[derive(Clone, Copy)]
-enum Way {
-    Tables,
+pub(super) enum Way {
+    Tables(Half),
     Nibbles(Half, &'static [f32; 16]),
     Direct,
+}
+
+impl Way {
+    /// How to decode the rows of a tile.
+    pub(super) fn of(tile: &Tile<'_>, to: Float) -> Way {
+        let scales = tile.scales();
+        let Some(to) = Half::of(to) else {
+            return Way::Direct;
+        };
+        let served = scales.block[1].min(tile.cols);
+        let runs_are_even = (scales.block[1] | scales.phase[1]).is_multiple_of(2);
+        let nibbles = |nibble: Nibble| {
+            let worth = served >= WORTH_SIXTEEN && runs_are_even;
+            if worth { Way::Nibbles(to, nibble.values()) } else { Way::Direct }
+        };
+        match tile.code {
+            Code::E4M3 if served * scales.block[0].min(tile.rows) >= WORTH_A_TABLE => {
+                Way::Tables(to)
+            }
+            Code::E2M1 => nibbles(Nibble::E2M1),
+            Code::Int4 => nibbles(Nibble::Int4),
+            Code::E4M3 | Code::BF16 | Code::F16 | Code::F32 => Way::Direct,
+        }
+    }
 }
 
 impl Rows<'_> {
@@ -80,102 +103,70 @@ impl Rows<'_> {
     }
 
     fn band(&mut self, tile: &Tile<'_>, col: usize, target: &mut Target<'_>) {
-        let (level, to, width) = (self.level, self.to, self.to.bytes());
-        let scales = tile.scales.unwrap_or(Scales::ONE);
-        let runs = scales.col_runs(tile.cols).split();
-        let ahead = (self.ahead > 0).then(|| Ahead::new(self.ahead, tile, &scales));
-        for rows in scales.row_runs(tile.rows) {
-            let row_scales = &scales.values[rows.index * scales.stride..];
-            let way = self.way(tile, &scales, rows.len);
-            if let (Way::Tables, Some(to)) = (way, Half::of(to)) {
-                for (run, table) in runs.all.clone().zip(&mut *self.tables) {
-                    level.table(to, row_scales[run.index], table);
+        let (level, to) = (self.level, self.to);
+        let scales = tile.scales();
+        let (at, len) = (col * to.bytes(), tile.cols * to.bytes());
+        match Way::of(tile, to) {
+            Way::Tables(to) => {
+                let runs = scales.col_runs(tile.cols);
+                for rows in scales.row_runs(tile.rows) {
+                    let row_scales = &scales.values[rows.index * scales.stride..];
+                    for (run, table) in runs.clone().zip(&mut *self.tables) {
+                        level.table(to, row_scales[run.index], table);
+                    }
+                    let tile = tile.cut(rows.start, rows.len, 0, tile.cols);
+                    target.write(&tile, rows.start, at, len, |tile, out, stride| {
+                        level.look_up(self.tables, &runs, tile, out, stride);
+                    });
                 }
             }
-            if let Some(ahead) = &ahead {
-                level.prefetch(ahead.scales(&scales, rows.index));
-            }
-            for row in rows.start..rows.start + rows.len {
-                if let Some(ahead) = &ahead {
-                    level.prefetch(ahead.codes(tile, row));
-                }
-                let codes = tile.row(row);
-                target.write(row, col * width, tile.cols * width, |out| match way {
-                    Way::Tables => {
-                        for (run, table) in runs.all.clone().zip(&*self.tables) {
-                            let codes = &codes[run.start..][..run.len];
-                            level.look_up(table, codes, &mut out[2 * run.start..]);
-                        }
-                    }
-                    Way::Nibbles(to, values) => {
-                        level.nibbles(values, to, codes, &runs, row_scales, out);
-                    }
-                    Way::Direct => level.direct(tile.code, codes, to, &scales, row_scales, out),
+            Way::Nibbles(to, values) => {
+                let runs = scales.col_runs(tile.cols).split();
+                target.write(tile, 0, at, len, |tile, out, stride| {
+                    level.nibbles(values, to, tile, &runs, out, stride);
                 });
             }
+            Way::Direct => target.write(tile, 0, at, len, |tile, out, stride| {
+                level.direct(tile, to, out, stride);
+            }),
         }
-    }
-
-    /// How to decode `rows` rows that share their scales.
-    fn way(&self, tile: &Tile<'_>, scales: &Scales<'_>, rows: usize) -> Way {
-        let Some(to) = Half::of(self.to) else {
-            return Way::Direct;
-        };
-        let served = scales.block[1].min(tile.cols);
-        let runs_are_even = (scales.block[1] | scales.phase[1]).is_multiple_of(2);
-        let nibbles = |nibble: Nibble| {
-            let worth = served >= WORTH_SIXTEEN && runs_are_even;
-            if worth { Way::Nibbles(to, nibble.values()) } else { Way::Direct }
-        };
-        match tile.code {
-            Code::E4M3 if served * rows >= WORTH_A_TABLE => Way::Tables,
-            Code::E2M1 => nibbles(Nibble::E2M1),
-            Code::Int4 => nibbles(Nibble::Int4),
-            Code::E4M3 | Code::BF16 | Code::F16 | Code::F32 => Way::Direct,
-        }
-    }
-}
-
-/// What is asked for ahead of its use.
-struct Ahead {
-    /// Rows from the one that is decoded to the one whose codes are asked for.
-    rows: usize,
-    /// Rows of scales from those in use to those that are asked for, or `None` where so many rows
-    /// share a scale that it does not pay.
-    blocks: Option<usize>,
-    /// Columns of scales.
-    scales: Range<usize>,
-}
-
-impl Ahead {
-    fn new(rows: usize, tile: &Tile<'_>, scales: &Scales<'_>) -> Ahead {
-        let blocks = (scales.block[0] < FEW_ROWS).then(|| rows / scales.block[0]);
-        let first = scales.phase[1] / scales.block[1];
-        let last = (scales.phase[1] + tile.cols - 1) / scales.block[1];
-        Ahead { rows, blocks, scales: first..last + 1 }
-    }
-
-    /// Codes of a row further down, empty where the tile's bytes end before.
-    fn codes<'a>(&self, tile: &Tile<'a>, row: usize) -> &'a [u8] {
-        let bytes = tile.bytes.get((row + self.rows) * tile.stride..).unwrap_or(&[]);
-        &bytes[..tile.code.row_bytes(tile.cols).min(bytes.len())]
-    }
-
-    /// Scales of a row of scales further down, empty where there is none.
-    fn scales<'a>(&self, scales: &Scales<'a>, index: usize) -> &'a [f32] {
-        self.blocks
-            .and_then(|blocks| scales.values.get((index + blocks) * scales.stride..))
-            .and_then(|values| values.get(self.scales.clone()))
-            .unwrap_or(&[])
     }
 }
 
 /// Numbers that are in flight between unpacking, scaling and rounding: 1 KiB.
 const LANES: usize = 256;
 
-/// A row of any code to any float, by arithmetic.
+/// Calls `decode` with the codes of every row, the row of scales that serves it, and its output of
+/// `width` bytes for each column. For kernels, which are compiled around it.
 #[inline(always)]
-pub(super) fn direct(
+pub(super) fn each(
+    tile: &Tile<'_>,
+    width: usize,
+    out: &mut [u8],
+    out_stride: usize,
+    mut decode: impl FnMut(&[u8], &[f32], &mut [u8]),
+) {
+    let scales = tile.scales();
+    for rows in scales.row_runs(tile.rows) {
+        let row_scales = &scales.values[rows.index * scales.stride..];
+        for row in rows.start..rows.start + rows.len {
+            let out = &mut out[row * out_stride..][..tile.cols * width];
+            decode(tile.row(row), row_scales, out);
+        }
+    }
+}
+
+/// Rows of any code to any float, by arithmetic.
+#[inline(always)]
+pub(super) fn direct(tile: &Tile<'_>, to: Float, out: &mut [u8], out_stride: usize) {
+    let scales = tile.scales();
+    each(tile, to.bytes(), out, out_stride, |codes, row_scales, out| {
+        direct_row(tile.code, codes, to, &scales, row_scales, out);
+    });
+}
+
+#[inline(always)]
+fn direct_row(
     code: Code,
     codes: &[u8],
     to: Float,

@@ -10,6 +10,9 @@ pub(super) const TABLES: usize = 32;
 /// Columns of a strip that is transposed at a time.
 pub(super) const STRIP_COLS: usize = 512;
 
+/// Bytes that a strip takes of each row of its source, at most.
+pub(super) const STRIP_BYTES: usize = 1024;
+
 /// Bytes that a strip adds to each row of a transposed output: four cache lines.
 pub(super) const STRIP_ROW_BYTES: usize = 256;
 
@@ -20,9 +23,10 @@ pub(super) const PAD: usize = 64;
 /// Bytes of a strip of 1-byte elements, which has most rows and so most padding.
 const BLOCK: usize = STRIP_ROW_BYTES * (STRIP_COLS + PAD);
 
-/// Tables, and a strip in its own orientation.
+/// Tables, and a strip in its own orientation: its codes, and what they become.
 pub(super) struct Scratch {
     pub(super) tables: [Table; TABLES],
+    pub(super) codes: Block,
     pub(super) block: Block,
 }
 
@@ -33,6 +37,7 @@ pub(super) struct Block(pub(super) [u8; BLOCK]);
 thread_local! {
     static SCRATCH: RefCell<Box<Scratch>> = RefCell::new(Box::new(Scratch {
         tables: [Table::ZERO; TABLES],
+        codes: Block([0; BLOCK]),
         block: Block([0; BLOCK]),
     }));
 }

@@ -170,19 +170,25 @@ fn strips_and_bands_meet_without_a_seam() {
     for (rows, cols) in [(300, 1100), (3, 9001), (1200, 9)] {
         for code in CODES {
             for orientation in ORIENTATIONS {
-                Case {
-                    code,
-                    to: Float::BF16,
-                    orientation,
-                    rows,
-                    cols,
-                    gaps: [3, 10],
-                    block: [128, 128],
-                    phase: [40, 70],
-                    scaled: true,
-                    seed: 5,
+                let high = if orientation == Orientation::Straight { rows } else { cols };
+                // With the second gap the output spans 4 MiB, and is written past the caches.
+                for gap in [10, (4 << 20) / high] {
+                    let (block, phase) = ([128, 128], [40, 70]);
+                    let (to, gaps) = (Float::BF16, [3, gap]);
+                    Case {
+                        code,
+                        to,
+                        orientation,
+                        rows,
+                        cols,
+                        gaps,
+                        block,
+                        phase,
+                        scaled: true,
+                        seed: 5,
+                    }
+                    .check();
                 }
-                .check();
             }
         }
     }

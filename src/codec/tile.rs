@@ -115,6 +115,12 @@ pub struct Tile<'a> {
 }
 
 impl<'a> Tile<'a> {
+    /// The scales, 1 for every element where there are none.
+    #[inline]
+    pub(super) fn scales(&self) -> Scales<'a> {
+        self.scales.unwrap_or(Scales::ONE)
+    }
+
     /// Bytes of row `row`.
     pub(super) fn row(&self, row: usize) -> &'a [u8] {
         &self.bytes[row * self.stride..][..self.code.row_bytes(self.cols)]
@@ -161,6 +167,11 @@ pub(super) struct Runs {
 }
 
 impl Runs {
+    /// A single run, of block 0.
+    pub(super) fn one(end: usize) -> Runs {
+        Runs::new(end, usize::MAX, 0)
+    }
+
     fn new(end: usize, block: usize, phase: usize) -> Runs {
         let next = Run { start: 0, len: block - phase % block, index: phase / block };
         Runs { next, end, block }
@@ -174,6 +185,8 @@ pub(super) struct Split {
     pub all: Runs,
     /// Columns of a whole block.
     pub block: usize,
+    /// How many whole blocks there are.
+    pub blocks: usize,
     /// What is left of a first block; may be empty.
     pub head: Run,
     /// Whole blocks, with the index of the first; may be empty.
@@ -190,8 +203,9 @@ impl Runs {
         let tail = (end - head) % block;
         let index = first.index + usize::from(head > 0);
         let body = Run { start: head, len: end - head - tail, index };
-        let tail = Run { start: end - tail, len: tail, index: index + body.len / block };
-        Split { all: self, block, head: Run { len: head, ..first }, body, tail }
+        let blocks = body.len / block;
+        let tail = Run { start: end - tail, len: tail, index: index + blocks };
+        Split { all: self, block, blocks, head: Run { len: head, ..first }, body, tail }
     }
 }
 

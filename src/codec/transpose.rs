@@ -92,7 +92,7 @@ fn strips<const W: usize>(
 ) {
     let strip_rows = STRIP_ROW_BYTES / W;
     let pitch = STRIP_COLS * W + PAD;
-    let stream = level.stream(Orientation::Transposed, rows * cols * W);
+    let stream = level.stream(cols * out_stride);
     scratch::with(|scratch| {
         let block = &mut scratch.block.0;
         for col in (0..cols).step_by(STRIP_COLS) {

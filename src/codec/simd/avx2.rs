@@ -7,11 +7,11 @@ use std::ops::Range;
 
 use super::super::float::Half;
 use super::super::fp8::{self, Table};
-use super::super::tile::{Run, Split};
-use super::super::{Code, Scales, encode, rows};
+use super::super::tile::{Run, Runs, Split};
+use super::super::{Code, Scales, Tile, encode, rows};
 use crate::tensor::Float;
 
-pub(super) use moves::{fence, prefetch, stream, transpose};
+pub(super) use moves::{fence, fetch, prefetch, stream, transpose};
 
 /// Loads 16 bytes.
 #[target_feature(enable = "avx2,f16c")]
@@ -93,7 +93,22 @@ pub(super) fn table(to: Half, scale: f32, table: &mut Table) {
 
 /// FP8 codes to 16-bit floats.
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
+pub(super) fn look_up(
+    tables: &[Table],
+    runs: &Runs,
+    tile: &Tile<'_>,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    fp8::each_run(tables, runs, tile, out, out_stride, |table, codes, out| {
+        look_up_run(table, codes, out);
+    });
+}
+
+/// A run of codes, by one table.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn look_up_run(table: &Table, codes: &[u8], out: &mut [u8]) {
     let bytes = table.0.as_flattened();
     if bytes[IS_REGULAR] == 1 {
         let (sixteen, _) = bytes[SIXTEEN].as_chunks::<16>();
@@ -188,20 +203,24 @@ fn look_up_any(rows: &[[u8; 16]; 16], codes: &[u8], out: &mut [u8]) {
     }
 }
 
-/// A row of nibbles to 16-bit floats: the low and the high bytes of the sixteen results of a scale
+/// Rows of nibbles to 16-bit floats: the low and the high bytes of the sixteen results of a scale
 /// fill a register each.
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn nibbles(
     values: &[f32; 16],
     to: Half,
-    codes: &[u8],
+    tile: &Tile<'_>,
     runs: &Split,
-    scales: &[f32],
     out: &mut [u8],
+    out_stride: usize,
 ) {
     match to {
-        Half::BF16 => nibbles_to::<false>(values, codes, runs, scales, out),
-        Half::F16 => nibbles_to::<true>(values, codes, runs, scales, out),
+        Half::BF16 => rows::each(tile, 2, out, out_stride, |codes, scales, out| {
+            nibbles_to::<false>(values, codes, runs, scales, out);
+        }),
+        Half::F16 => rows::each(tile, 2, out, out_stride, |codes, scales, out| {
+            nibbles_to::<true>(values, codes, runs, scales, out);
+        }),
     }
 }
 
@@ -214,15 +233,15 @@ fn nibbles_to<const F16: bool>(
     scales: &[f32],
     out: &mut [u8],
 ) {
-    let Split { block, head, body, tail, .. } = *runs;
+    let Split { block, blocks, head, body, tail, .. } = *runs;
     nibbles_of::<F16>(values, codes, head, scales, out);
-    if block.is_multiple_of(32) && body.len > 0 {
-        let codes = codes[body.start / 2..][..body.len / 2].chunks_exact(block / 2);
-        let out = out[2 * body.start..][..2 * body.len].chunks_exact_mut(2 * block);
-        let scales = &scales[body.index..][..body.len / block];
-        for ((codes, out), &scale) in codes.zip(out).zip(scales) {
+    if block.is_multiple_of(32) {
+        let scales = &scales[body.index..][..blocks];
+        for (i, &scale) in scales.iter().enumerate() {
             let table = sixteen::<F16>(values, scale);
-            let (codes, out) = (codes.as_chunks::<16>().0, out.as_chunks_mut::<64>().0);
+            let start = body.start + i * block;
+            let (codes, _) = codes[start / 2..][..block / 2].as_chunks::<16>();
+            let (out, _) = out[2 * start..][..2 * block].as_chunks_mut::<64>();
             for (codes, out) in codes.iter().zip(out) {
                 thirty_two(table, load16(codes), out);
             }
@@ -317,15 +336,8 @@ fn bf16_bits(x: __m256) -> __m256i {
 
 /// [`rows::direct`] with these vectors.
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn direct(
-    code: Code,
-    codes: &[u8],
-    to: Float,
-    scales: &Scales<'_>,
-    row_scales: &[f32],
-    out: &mut [u8],
-) {
-    rows::direct(code, codes, to, scales, row_scales, out);
+pub(super) fn direct(tile: &Tile<'_>, to: Float, out: &mut [u8], out_stride: usize) {
+    rows::direct(tile, to, out, out_stride);
 }
 
 /// [`encode::encode_row`] with these vectors.

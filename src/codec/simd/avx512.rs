@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use super::super::float::Half;
 use super::super::fp8::{self, Table};
-use super::super::tile::{Run, Split};
-use super::super::{Code, Scales, encode, rows};
+use super::super::tile::{Run, Runs, Split};
+use super::super::{Code, Scales, Tile, encode, rows};
 use super::{avx2, holds};
 use crate::tensor::Float;
 
@@ -33,24 +33,51 @@ pub(super) fn table(to: Half, scale: f32, table: &mut Table) {
     fp8::planes(to, scale, table);
 }
 
-/// FP8 codes to 16-bit floats: `vpermi2b` looks 64 codes up among 128 bytes, twice.
+/// The low and high bytes of what 128 codes become, in four registers.
+type Planes = [__m512i; 4];
+
+/// A table as it is looked up.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
+#[inline]
+fn planes(table: &Table) -> Planes {
     let planes = table.0.as_flattened().as_chunks::<64>().0;
-    let [low0, low1] = [load(&planes[0]), load(&planes[1])];
-    let [high0, high1] = [load(&planes[2]), load(&planes[3])];
-    let sign = _mm512_set1_epi8(i8::MIN);
-    // Unpacking works in lanes of 16 bytes: codes 8k.. and 32 + 8k.. go to lane k first.
+    std::array::from_fn(|i| load(&planes[i]))
+}
+
+/// Results of 64 FP8 codes, by `vpermi2b` among 128 bytes, twice: those of the lower eight codes of
+/// each lane of 16, then those of the upper.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn results([low0, low1, high0, high1]: Planes, codes: __m512i) -> [__m512i; 2] {
+    // The index is 7 bits; the eighth is the sign.
+    let low = _mm512_permutex2var_epi8(low0, codes, low1);
+    let high = _mm512_permutex2var_epi8(high0, codes, high1);
+    // high ^ (codes & sign)
+    let high = _mm512_ternarylogic_epi32::<0x78>(high, codes, _mm512_set1_epi8(i8::MIN));
+    [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+}
+
+/// FP8 codes to 16-bit floats.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn look_up(
+    tables: &[Table],
+    runs: &Runs,
+    tile: &Tile<'_>,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    fp8::each_run(tables, runs, tile, out, out_stride, |table, codes, out| {
+        look_up_run(planes(table), codes, out);
+    });
+}
+
+/// A run of codes, by one table.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn look_up_run(planes: Planes, codes: &[u8], out: &mut [u8]) {
+    // Codes 8k.. and 32 + 8k.. go to lane k.
     let lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    let results = |codes| {
-        let codes = _mm512_permutexvar_epi64(lanes, codes);
-        // The index is 7 bits; the eighth is the sign.
-        let low = _mm512_permutex2var_epi8(low0, codes, low1);
-        let high = _mm512_permutex2var_epi8(high0, codes, high1);
-        // high ^ (codes & sign)
-        let high = _mm512_ternarylogic_epi32::<0x78>(high, codes, sign);
-        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
-    };
+    let results = |codes| results(planes, _mm512_permutexvar_epi64(lanes, codes));
     let (whole, tail) = codes.as_chunks::<64>();
     let (out, out_tail) = out.as_chunks_mut::<128>();
     for (codes, out) in whole.iter().zip(out) {
@@ -70,19 +97,108 @@ pub(super) fn look_up(table: &Table, codes: &[u8], out: &mut [u8]) {
     }
 }
 
-/// A row of nibbles to 16-bit floats: the sixteen results of a scale fill half a register.
+/// FP8 codes to 16-bit floats, transposed on the way: half the bytes of the results are shuffled.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn look_up_transposed(
+    table: &Table,
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    assert!(holds(src, rows, stride, cols, 1) && holds(out, cols, out_stride, rows, 2));
+    let planes = planes(table);
+    for col in (0..cols).step_by(16) {
+        let wide = 16.min(cols - col);
+        for row in (0..rows).step_by(64) {
+            let high = 64.min(rows - row);
+            let (src, out) = (&src[row * stride + col..], &mut out[col * out_stride + 2 * row..]);
+            if high == 64 && wide == 16 {
+                // SAFETY: the tile lies in the box, and both slices were checked to hold the box.
+                unsafe {
+                    tile_of_codes(planes, src.as_ptr(), stride, out.as_mut_ptr(), out_stride);
+                }
+                continue;
+            }
+            let (mut codes, mut floats) = ([[0; 16]; 64], [[0; 128]; 16]);
+            for (i, codes) in codes[..high].iter_mut().enumerate() {
+                codes[..wide].copy_from_slice(&src[i * stride..][..wide]);
+            }
+            // SAFETY: the arrays are a tile.
+            unsafe {
+                tile_of_codes(planes, codes.as_ptr().cast(), 16, floats.as_mut_ptr().cast(), 128);
+            }
+            for (i, floats) in floats[..wide].iter().enumerate() {
+                out[i * out_stride..][..2 * high].copy_from_slice(&floats[..2 * high]);
+            }
+        }
+    }
+}
+
+/// Transposes and looks up 64 rows by 16 columns of codes.
+///
+/// # Safety
+/// 64 rows of 16 bytes are readable at `src`, 16 of 128 bytes writable at `out`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+unsafe fn tile_of_codes(
+    planes: Planes,
+    src: *const u8,
+    stride: usize,
+    out: *mut u8,
+    out_stride: usize,
+) {
+    // Rows 8k.. and 32 + 8k.. go to lane k, as the results want them.
+    let mut a = [_mm512_setzero_si512(); 16];
+    for (i, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *a = unsafe { gather(src.add((i + i / 8 * 24) * stride), stride, 8) };
+    }
+    for (i, codes) in transpose_lanes(a).into_iter().enumerate() {
+        let [first, second] = results(planes, codes);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let out = out.add(i * out_stride);
+            _mm512_storeu_si512(out.cast(), first);
+            _mm512_storeu_si512(out.add(64).cast(), second);
+        }
+    }
+}
+
+/// Transposes squares of 16 by 16 bytes, one in each lane.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn transpose_lanes(mut a: [__m512i; 16]) -> [__m512i; 16] {
+    // A round rotates the 8 bits of a byte's place, row above column: four swap the two.
+    for _ in 0..4 {
+        let b = a;
+        for i in 0..8 {
+            a[2 * i] = _mm512_unpacklo_epi8(b[i], b[i + 8]);
+            a[2 * i + 1] = _mm512_unpackhi_epi8(b[i], b[i + 8]);
+        }
+    }
+    a
+}
+
+/// Rows of nibbles to 16-bit floats: the sixteen results of a scale fill half a register.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn nibbles(
     values: &[f32; 16],
     to: Half,
-    codes: &[u8],
+    tile: &Tile<'_>,
     runs: &Split,
-    scales: &[f32],
     out: &mut [u8],
+    out_stride: usize,
 ) {
     match to {
-        Half::BF16 => nibbles_to::<false>(values, codes, runs, scales, out),
-        Half::F16 => nibbles_to::<true>(values, codes, runs, scales, out),
+        Half::BF16 => rows::each(tile, 2, out, out_stride, |codes, scales, out| {
+            nibbles_to::<false>(values, codes, runs, scales, out);
+        }),
+        Half::F16 => rows::each(tile, 2, out, out_stride, |codes, scales, out| {
+            nibbles_to::<true>(values, codes, runs, scales, out);
+        }),
     }
 }
 
@@ -97,15 +213,15 @@ fn nibbles_to<const F16: bool>(
 ) {
     // SAFETY: the array has 64 bytes; the load needs no alignment.
     let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-    let Split { block, head, body, tail, .. } = *runs;
+    let Split { block, blocks, head, body, tail, .. } = *runs;
     nibbles_of::<F16>(values, codes, head, scales, out);
-    if block.is_multiple_of(32) && body.len > 0 {
-        let codes = codes[body.start / 2..][..body.len / 2].chunks_exact(block / 2);
-        let out = out[2 * body.start..][..2 * body.len].chunks_exact_mut(2 * block);
-        let scales = &scales[body.index..][..body.len / block];
-        for ((codes, out), &scale) in codes.zip(out).zip(scales) {
+    if block.is_multiple_of(32) {
+        let scales = &scales[body.index..][..blocks];
+        for (i, &scale) in scales.iter().enumerate() {
             let table = sixteen::<F16>(values, scale);
-            let (codes, out) = (codes.as_chunks::<16>().0, out.as_chunks_mut::<64>().0);
+            let start = body.start + i * block;
+            let (codes, _) = codes[start / 2..][..block / 2].as_chunks::<16>();
+            let (out, _) = out[2 * start..][..2 * block].as_chunks_mut::<64>();
             for (codes, out) in codes.iter().zip(out) {
                 store(out, thirty_two(table, avx2::load16(codes)));
             }
@@ -143,37 +259,81 @@ fn nibbles_of<const F16: bool>(
     }
 }
 
-/// Results of 32 nibbles, by a table of sixteen in both halves.
+/// 32 columns of nibbles to 16-bit floats, of which the first `run.len` count: one scale and one
+/// vector for each row.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn nibble_column(
+    values: &[f32; 16],
+    to: Half,
+    tile: &Tile<'_>,
+    run: Run,
+    out: &mut [[u8; 64]],
+) {
+    match to {
+        Half::BF16 => nibble_column_to::<false>(values, tile, run, out),
+        Half::F16 => nibble_column_to::<true>(values, tile, run, out),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+fn nibble_column_to<const F16: bool>(
+    values: &[f32; 16],
+    tile: &Tile<'_>,
+    run: Run,
+    out: &mut [[u8; 64]],
+) {
+    // SAFETY: the array has 64 bytes; the load needs no alignment.
+    let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+    let scales = tile.scales();
+    let mut rows_left = scales.block[0] - scales.phase[0] % scales.block[0];
+    let mut at = scales.phase[0] / scales.block[0] * scales.stride + run.index;
+    for (row, out) in out[..tile.rows].iter_mut().enumerate() {
+        let codes = tile.bytes[row * tile.stride + run.start / 2..].first_chunk();
+        let codes = avx2::load16(codes.expect("room for 32 columns"));
+        store(out, thirty_two(sixteen::<F16>(values, scales.values[at]), codes));
+        rows_left -= 1;
+        if rows_left == 0 {
+            rows_left = scales.block[0];
+            at += scales.stride;
+        }
+    }
+}
+
+/// Results of 32 nibbles, by a table of [`sixteen`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
 fn thirty_two(table: __m512i, codes: __m128i) -> __m512i {
     let bytes = _mm512_cvtepu8_epi32(codes);
-    // Each byte b becomes two indices of 16 bits, b and b >> 4. `vpermw` takes 5 bits of each; the
-    // fifth, a bit of the other nibble or 0, chooses between the halves.
-    let indices = _mm512_or_si512(bytes, _mm512_slli_epi32::<12>(bytes));
-    _mm512_permutexvar_epi16(indices, table)
+    // Each byte b becomes two indices of 16 bits, b << 1 and b >> 3. `vpermw` takes 5 bits of each:
+    // a nibble, and below it a bit that chooses the upper half of a result.
+    let indices = _mm512_or_si512(_mm512_slli_epi32::<1>(bytes), _mm512_slli_epi32::<13>(bytes));
+    _mm512_permutexvar_epi16(_mm512_or_si512(indices, _mm512_set1_epi16(1)), table)
 }
 
-/// Sixteen `round(value * scale)`, BF16 or F16, twice.
+/// Sixteen `round(value * scale)`, BF16 or F16, in the upper halves of 32 bits.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
 fn sixteen<const F16: bool>(values: __m512, scale: f32) -> __m512i {
-    // The rounding below must not see a NaN whose payload it would carry into the sign. The one
-    // that infinity times zero makes is harmless.
-    let scale = if scale.is_nan() { f32::NAN } else { scale };
-    let products = _mm512_mul_ps(values, _mm512_set1_ps(scale));
-    _mm512_broadcast_i64x4(if F16 {
-        _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products)
+    // The rounding below must not see a NaN whose payload it would carry into the sign: a quiet one
+    // (token 0) and a signalling one (1) become the indefinite one (3). The one that infinity times
+    // zero makes is harmless.
+    let scale = _mm512_set1_ps(scale);
+    let scale = _mm512_fixupimm_ps::<0>(scale, scale, _mm512_set1_epi32(0x33));
+    let products = _mm512_mul_ps(values, scale);
+    if F16 {
+        let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products);
+        _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves))
     } else {
         let bits = _mm512_castps_si512(products);
         let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
         let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-        _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half)))
-    })
+        _mm512_add_epi32(bits, half)
+    }
 }
 
-/// Transposes whole tiles, 32 rows by 8 columns (2 bytes) or 16 by 4 (4 bytes), what is left of the
-/// rows by [`avx2::transpose`], and gives the rows and columns that are done.
+/// Transposes whole tiles, 64 rows by 16 columns (1 byte), 32 by 8 (2 bytes) or 16 by 4 (4 bytes),
+/// what is left of the rows by [`avx2::transpose`], and gives the rows and columns that are done.
 ///
 /// Lane k of vector i holds 16 bytes of row `i + k * lanes`: the loads do what a transpose of the
 /// full square would need two more rounds of shuffles for.
@@ -187,7 +347,7 @@ pub(super) fn transpose<const W: usize>(
     out_stride: usize,
 ) -> (usize, usize) {
     assert!(holds(src, rows, stride, cols, W) && holds(out, cols, out_stride, rows, W));
-    if W != 2 && W != 4 {
+    if W > 4 {
         return (0, 0);
     }
     let (tile_rows, tile_cols) = (64 / W, 16 / W);
@@ -198,10 +358,10 @@ pub(super) fn transpose<const W: usize>(
             unsafe {
                 let src = src.as_ptr().add(row * stride + col * W);
                 let out = out.as_mut_ptr().add(col * out_stride + row * W);
-                if W == 2 {
-                    tile16(src, stride, out, out_stride);
-                } else {
-                    tile32(src, stride, out, out_stride);
+                match W {
+                    1 => tile8(src, stride, out, out_stride),
+                    2 => tile16(src, stride, out, out_stride),
+                    _ => tile32(src, stride, out, out_stride),
                 }
             }
         }
@@ -212,6 +372,45 @@ pub(super) fn transpose<const W: usize>(
         return (high + more, wide);
     }
     (high, wide)
+}
+
+/// Copies `rows` runs of `width` bytes and asks for as many below them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn fetch(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    width: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    assert!(holds(src, rows, stride, width, 1) && holds(out, rows, out_stride, width, 1));
+    for row in 0..rows {
+        // SAFETY: the run lies in the box, and both slices were checked to hold the box. What is
+        // asked for may lie anywhere.
+        unsafe {
+            let src = src.as_ptr().add(row * stride);
+            let out = out.as_mut_ptr().add(row * out_stride);
+            let line = |at: usize, mask: u64| {
+                _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(rows * stride + at).cast());
+                let line = _mm512_maskz_loadu_epi8(mask, src.add(at).cast());
+                _mm512_mask_storeu_epi8(out.add(at).cast(), mask, line);
+            };
+            // Two lines at a time: of a loop over one the compiler would make a call of `memcpy`.
+            let pairs = width - width % 128;
+            for at in (0..pairs).step_by(128) {
+                line(at, u64::MAX);
+                line(at + 64, u64::MAX);
+            }
+            let whole = width - width % 64;
+            if pairs < whole {
+                line(pairs, u64::MAX);
+            }
+            if whole < width {
+                line(whole, (1 << (width % 64)) - 1);
+            }
+        }
+    }
 }
 
 /// 16 bytes of each of the rows 0, `step`, `2 * step` and `3 * step`.
@@ -232,6 +431,24 @@ unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m512i {
     };
     let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
     _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(low, c), d)
+}
+
+/// Transposes 64 rows by 16 columns of 1 byte.
+///
+/// # Safety
+/// 64 rows of 16 bytes are readable at `src`, 16 of 64 bytes writable at `out`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[inline]
+unsafe fn tile8(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+    let mut a = [_mm512_setzero_si512(); 16];
+    for (i, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *a = unsafe { gather(src.add(i * stride), stride, 16) };
+    }
+    for (i, a) in transpose_lanes(a).into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(out.add(i * out_stride).cast(), a) };
+    }
 }
 
 /// Transposes 32 rows by 8 columns of 2 bytes.
@@ -294,15 +511,8 @@ unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize)
 
 /// [`rows::direct`] with these vectors.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn direct(
-    code: Code,
-    codes: &[u8],
-    to: Float,
-    scales: &Scales<'_>,
-    row_scales: &[f32],
-    out: &mut [u8],
-) {
-    rows::direct(code, codes, to, scales, row_scales, out);
+pub(super) fn direct(tile: &Tile<'_>, to: Float, out: &mut [u8], out_stride: usize) {
+    rows::direct(tile, to, out, out_stride);
 }
 
 /// [`encode::encode_row`] with these vectors.

@@ -21,9 +21,9 @@ use super::float::Half;
 use super::fp8::Table;
 use super::rows::direct;
 use super::scratch::STRIP_ROW_BYTES;
-use super::tile::Split;
+use super::tile::{Run, Runs, Split};
 use super::transpose::{cached, copy};
-use super::{Code, Orientation, Scales, fp8, nibble};
+use super::{Code, Scales, Tile, fp8, nibble};
 use crate::tensor::Float;
 
 /// Which instructions the kernels may use. A value proves that this machine has them.
@@ -122,34 +122,111 @@ impl Level {
         kernel!(self, fp8::pairs(to, scale, table), table(to, scale, table));
     }
 
-    /// FP8 codes to 16-bit floats, by a table.
+    /// FP8 codes to 16-bit floats, by a table for each run of columns.
     ///
     /// # Panics
     /// Where `out` does not hold two bytes for each code.
-    pub(super) fn look_up(self, table: &Table, codes: &[u8], out: &mut [u8]) {
-        let out = &mut out[..2 * codes.len()];
-        kernel!(self, fp8::look_up(table, codes, out), look_up(table, codes, out));
+    pub(super) fn look_up(
+        self,
+        tables: &[Table],
+        runs: &Runs,
+        tile: &Tile<'_>,
+        out: &mut [u8],
+        out_stride: usize,
+    ) {
+        kernel!(
+            self,
+            fp8::look_up(tables, runs, tile, out, out_stride),
+            look_up(tables, runs, tile, out, out_stride)
+        );
     }
 
-    /// A row of nibbles to 16-bit floats; `values` are the numbers of the codes, and every run
+    /// FP8 codes to 16-bit floats, transposed, rows of at most [`STRIP_ROW_BYTES`] in the output;
+    /// `src` lies in the cache.
+    ///
+    /// # Panics
+    /// Where `src` or `out` does not hold the box.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn look_up_transposed(
+        self,
+        table: &Table,
+        src: &[u8],
+        stride: usize,
+        rows: usize,
+        cols: usize,
+        out: &mut [u8],
+        out_stride: usize,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if self.0 == Kind::Avx512 {
+            // SAFETY: a level of this kind is made only where its features were detected.
+            return unsafe {
+                avx512::look_up_transposed(table, src, stride, rows, cols, out, out_stride)
+            };
+        }
+        // Codes are half the bytes of what they become: they are transposed first.
+        let mut codes = [0; LINES * STRIP_ROW_BYTES / 2];
+        for col in (0..cols).step_by(LINES) {
+            let wide = LINES.min(cols - col);
+            self.transpose_in_cache::<1>(&src[col..], stride, rows, wide, &mut codes, rows);
+            let (code, bytes) = (Code::E4M3, &codes[..]);
+            let tile = Tile { code, bytes, stride: rows, rows: wide, cols: rows, scales: None };
+            let out = &mut out[col * out_stride..];
+            self.look_up(std::slice::from_ref(table), &Runs::one(rows), &tile, out, out_stride);
+        }
+    }
+
+    /// Rows of nibbles to 16-bit floats; `values` are the numbers of the codes, and every run
     /// starts at an even column.
     ///
     /// # Panics
-    /// Where `codes`, `scales` or `out` does not hold the runs.
+    /// Where the codes, the scales or `out` do not hold the runs.
     pub(super) fn nibbles(
         self,
         values: &[f32; 16],
         to: Half,
-        codes: &[u8],
+        tile: &Tile<'_>,
         runs: &Split,
-        scales: &[f32],
         out: &mut [u8],
+        out_stride: usize,
     ) {
         kernel!(
             self,
-            nibble::look_up(values, to, codes, runs.all.clone(), scales, out),
-            nibbles(values, to, codes, runs, scales, out)
+            nibble::look_up(values, to, tile, &runs.all, out, out_stride),
+            nibbles(values, to, tile, runs, out, out_stride)
         );
+    }
+
+    /// Whether [`Level::nibble_column`] is faster than whole rows: the other levels spend as much
+    /// on getting to a row as on 32 columns of it.
+    pub(super) fn takes_nibble_columns(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Kind::Avx512;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// A run of at most 32 columns of nibbles, from an even one on, to 16-bit floats, a row to an
+    /// item of `out`.
+    ///
+    /// # Panics
+    /// Where the codes do not hold 32 columns, or the scales or `out` not the rows.
+    pub(super) fn nibble_column(
+        self,
+        values: &[f32; 16],
+        to: Half,
+        tile: &Tile<'_>,
+        run: Run,
+        out: &mut [[u8; 64]],
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if self.0 == Kind::Avx512 {
+            // SAFETY: a level of this kind is made only where its features were detected.
+            return unsafe { avx512::nibble_column(values, to, tile, run, out) };
+        }
+        let tile = tile.cut(0, tile.rows, run.start, run.len);
+        let runs = tile.scales().col_runs(run.len).split();
+        self.nibbles(values, to, &tile, &runs, out.as_flattened_mut(), 64);
     }
 
     /// Transposes `rows` by `cols` elements of `W` bytes, rows of at most [`STRIP_ROW_BYTES`] in
@@ -169,17 +246,33 @@ impl Level {
         out_stride: usize,
         stream: Option<&Stream>,
     ) {
+        self.lines(cols, rows * W, out, out_stride, stream, |col, wide, out, out_stride| {
+            self.transpose_in_cache::<W>(&src[col * W..], stride, rows, wide, out, out_stride);
+        });
+    }
+
+    /// Writes `rows` rows of `width` bytes, at most [`STRIP_ROW_BYTES`], by way of `write`, which
+    /// is given the first row, their number, and where they go; through `stream` where there is
+    /// one.
+    pub(super) fn lines(
+        self,
+        rows: usize,
+        width: usize,
+        out: &mut [u8],
+        out_stride: usize,
+        stream: Option<&Stream>,
+        write: impl Fn(usize, usize, &mut [u8], usize),
+    ) {
         let Some(stream) = stream else {
-            return self.transpose_in_cache::<W>(src, stride, rows, cols, out, out_stride);
+            return write(0, rows, out, out_stride);
         };
         let mut lines = Lines([0; LINES * STRIP_ROW_BYTES]);
         let lines = &mut lines.0;
-        for col in (0..cols).step_by(LINES) {
-            let wide = LINES.min(cols - col);
-            let src = &src[col * W..];
-            self.transpose_in_cache::<W>(src, stride, rows, wide, lines, STRIP_ROW_BYTES);
-            let out = &mut out[col * out_stride..];
-            stream.copy(lines, STRIP_ROW_BYTES, wide, rows * W, out, out_stride);
+        for row in (0..rows).step_by(LINES) {
+            let high = LINES.min(rows - row);
+            write(row, high, lines, STRIP_ROW_BYTES);
+            let out = &mut out[row * out_stride..];
+            stream.copy(lines, STRIP_ROW_BYTES, high, width, out, out_stride);
         }
     }
 
@@ -206,20 +299,8 @@ impl Level {
     }
 
     /// [`rows::direct`](direct()), vectorised for the level.
-    pub(super) fn direct(
-        self,
-        code: Code,
-        codes: &[u8],
-        to: Float,
-        scales: &Scales<'_>,
-        row_scales: &[f32],
-        out: &mut [u8],
-    ) {
-        kernel!(
-            self,
-            direct(code, codes, to, scales, row_scales, out),
-            direct(code, codes, to, scales, row_scales, out)
-        );
+    pub(super) fn direct(self, tile: &Tile<'_>, to: Float, out: &mut [u8], out_stride: usize) {
+        kernel!(self, direct(tile, to, out, out_stride), direct(tile, to, out, out_stride));
     }
 
     /// [`encode::encode_row`](encode_row()), vectorised for the level.
@@ -238,31 +319,51 @@ impl Level {
         );
     }
 
-    /// Tells the processor that these items are read soon.
-    pub(super) fn prefetch<T>(self, items: &[T]) {
-        kernel!(self, _ = items, prefetch(items));
+    /// Copies `rows` runs of `width` bytes into the cache, and tells the processor that as many
+    /// runs below them are read soon.
+    ///
+    /// # Panics
+    /// Where `src` or `out` does not hold the runs.
+    pub(super) fn fetch(
+        self,
+        src: &[u8],
+        stride: usize,
+        rows: usize,
+        width: usize,
+        out: &mut [u8],
+        out_stride: usize,
+    ) {
+        kernel!(
+            self,
+            copy(src, stride, rows, width, out, out_stride),
+            fetch(src, stride, rows, width, out, out_stride)
+        );
     }
 
-    /// A way past the caches for an output of `bytes` bytes, where that pays and the level has one.
+    /// Tells the processor that `rows` runs of `cols` numbers are read soon, as far as they are in
+    /// `items`.
+    pub(super) fn prefetch(self, items: &[f32], stride: usize, rows: usize, cols: usize) {
+        kernel!(self, _ = (items, stride, rows, cols), prefetch(items, stride, rows, cols));
+    }
+
+    /// A way past the caches for an output that spans `bytes` bytes, where that pays and the level
+    /// has one.
     ///
     /// A plain store waits until the old contents of its cache line have come from memory. The
     /// processor hides that for a few streams of rising addresses, but a transposed strip writes
     /// into hundreds of rows.
-    pub(super) fn stream(self, orientation: Orientation, bytes: usize) -> Option<Stream> {
-        let from = match orientation {
-            Orientation::Straight => STREAMED_STRAIGHT,
-            Orientation::Transposed => STREAMED_TRANSPOSED,
-        };
-        (self != Level::PORTABLE && bytes >= from).then_some(Stream(self))
+    pub(super) fn stream(self, bytes: usize) -> Option<Stream> {
+        (self != Level::PORTABLE && bytes >= STREAMED).then_some(Stream(self))
     }
 }
 
-/// Bytes of a straight output from which on it is written past the caches: it would not stay in the
-/// second one for whoever reads it next.
-const STREAMED_STRAIGHT: usize = 4 << 20;
-
-/// Bytes of a transposed output from which on it is written past the caches.
-const STREAMED_TRANSPOSED: usize = 64 << 10;
+/// Bytes that an output spans from which on it is written past the caches.
+///
+/// A smaller one, a chunk, stays in the second cache for whoever asked for it and reads it at once:
+/// 1 MiB of FP8 decoded transposed into a buffer that is used again, then copied, takes 90 + 30 ms
+/// a GB this way and 170 + 80 ms past the caches (2048 rows of codes from the third cache, strips
+/// of 128 columns, AVX-512).
+const STREAMED: usize = 4 << 20;
 
 /// A way past the caches. Other threads may read what went through it once it is dropped.
 pub(super) struct Stream(Level);

@@ -5,8 +5,8 @@ use std::arch::x86_64::*;
 use super::super::holds;
 use super::load;
 
-/// Transposes whole tiles, 16 rows by 8 columns (2 bytes) or 8 by 4 (4 bytes), and gives the rows
-/// and columns that are done.
+/// Transposes whole tiles, 32 rows by 16 columns (1 byte), 16 by 8 (2 bytes) or 8 by 4 (4 bytes),
+/// and gives the rows and columns that are done.
 ///
 /// Lane k of vector i holds 16 bytes of row `i + k * lanes`: the loads do what a transpose of the
 /// full square would need one more round of shuffles for.
@@ -20,7 +20,7 @@ pub(in super::super) fn transpose<const W: usize>(
     out_stride: usize,
 ) -> (usize, usize) {
     assert!(holds(src, rows, stride, cols, W) && holds(out, cols, out_stride, rows, W));
-    if W != 2 && W != 4 {
+    if W > 4 {
         return (0, 0);
     }
     let (tile_rows, tile_cols) = (32 / W, 16 / W);
@@ -31,10 +31,10 @@ pub(in super::super) fn transpose<const W: usize>(
             unsafe {
                 let src = src.as_ptr().add(row * stride + col * W);
                 let out = out.as_mut_ptr().add(col * out_stride + row * W);
-                if W == 2 {
-                    tile16(src, stride, out, out_stride);
-                } else {
-                    tile32(src, stride, out, out_stride);
+                match W {
+                    1 => tile8(src, stride, out, out_stride),
+                    2 => tile16(src, stride, out, out_stride),
+                    _ => tile32(src, stride, out, out_stride),
                 }
             }
         }
@@ -51,6 +51,32 @@ pub(in super::super) fn transpose<const W: usize>(
 unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m256i {
     // SAFETY: the caller's promise; the loads need no alignment.
     unsafe { _mm256_loadu2_m128i(src.add(step * stride).cast(), src.cast()) }
+}
+
+/// Transposes 32 rows by 16 columns of 1 byte.
+///
+/// # Safety
+/// 32 rows of 16 bytes are readable at `src`, 16 of 32 bytes writable at `out`.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+unsafe fn tile8(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+    let mut a = [_mm256_setzero_si256(); 16];
+    for (i, a) in a.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *a = unsafe { gather(src.add(i * stride), stride, 16) };
+    }
+    // A round rotates the 8 bits of a byte's place, row above column: four swap the two.
+    for _ in 0..4 {
+        let b = a;
+        for i in 0..8 {
+            a[2 * i] = _mm256_unpacklo_epi8(b[i], b[i + 8]);
+            a[2 * i + 1] = _mm256_unpackhi_epi8(b[i], b[i + 8]);
+        }
+    }
+    for (i, a) in a.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(out.add(i * out_stride).cast(), a) };
+    }
 }
 
 /// Transposes 16 rows by 8 columns of 2 bytes.
@@ -111,12 +137,35 @@ unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize)
     }
 }
 
-/// Asks for the cache lines of `items`.
+/// Asks for the cache lines of `rows` runs of `cols` numbers, which may lie anywhere.
 #[target_feature(enable = "avx2,f16c")]
-pub(in super::super) fn prefetch<T>(items: &[T]) {
-    let per_line = 64 / size_of::<T>();
-    for item in items.iter().step_by(per_line).chain(items.last()) {
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(item).cast());
+pub(in super::super) fn prefetch(items: &[f32], stride: usize, rows: usize, cols: usize) {
+    for row in 0..rows {
+        let run = items.as_ptr().wrapping_add(row * stride);
+        for at in (0..cols).step_by(16).chain([cols - 1]) {
+            _mm_prefetch::<_MM_HINT_T0>(run.wrapping_add(at).cast());
+        }
+    }
+}
+
+/// Copies `rows` runs of `width` bytes and asks for as many below them.
+#[target_feature(enable = "avx2,f16c")]
+pub(in super::super) fn fetch(
+    src: &[u8],
+    stride: usize,
+    rows: usize,
+    width: usize,
+    out: &mut [u8],
+    out_stride: usize,
+) {
+    for row in 0..rows {
+        let (src, out) = (&src[row * stride..][..width], &mut out[row * out_stride..][..width]);
+        // What is asked for may lie anywhere.
+        let below = src.as_ptr().wrapping_add(rows * stride);
+        for line in (0..width).step_by(64) {
+            _mm_prefetch::<_MM_HINT_T0>(below.wrapping_add(line).cast());
+        }
+        out.copy_from_slice(src);
     }
 }
 
