@@ -82,11 +82,15 @@ fn json_bound(text: &str) -> u64 {
     if plain { bytes } else { bytes.saturating_mul(6) }
 }
 
-/// Length word, JSON and padding of a file that holds these tensors in this order.
+/// What pads a header.
+pub(super) const PADDING: u8 = b' ';
+
+/// Length word and JSON of a file that holds these tensors in this order, and where its data starts:
+/// what lies between is [`PADDING`], and may be megabytes.
 pub(super) fn header<'a>(
     entries: impl IntoIterator<Item = Entry<'a>>,
     alignment: Alignment,
-) -> Vec<u8> {
+) -> (Vec<u8>, u64) {
     const IN_MEMORY: &str = "writing to memory does not fail";
     let mut out = vec![0; 8];
     out.extend_from_slice(METADATA.as_bytes());
@@ -103,11 +107,9 @@ pub(super) fn header<'a>(
         at = end;
     }
     out.push(b'}');
-    let alignment = usize::try_from(alignment.bytes()).expect("it fits in memory");
-    out.resize(out.len().next_multiple_of(alignment), b' ');
-    let json = wide(out.len() - 8);
-    out[..8].copy_from_slice(&json.to_le_bytes());
-    out
+    let start = wide(out.len()).next_multiple_of(alignment.bytes());
+    out[..8].copy_from_slice(&(start - 8).to_le_bytes());
+    (out, start)
 }
 
 #[cfg(test)]
@@ -116,6 +118,13 @@ mod tests {
 
     fn entry<'a>(name: &'a str, dtype: DType, shape: &'a Shape) -> Entry<'a> {
         Entry { name, dtype, shape, bytes: shape.bytes(dtype).expect("small") }
+    }
+
+    /// A header with its padding.
+    fn padded(entries: &[Entry<'_>], alignment: Alignment) -> Vec<u8> {
+        let (mut text, start) = header(entries.iter().copied(), alignment);
+        text.resize(usize::try_from(start).expect("small"), PADDING);
+        text
     }
 
     #[test]
@@ -128,7 +137,7 @@ mod tests {
             entry("naïve", DType::BF16, &empty),
             entry("u8", DType::U8, &vector),
         ];
-        let mut file = header(entries, Alignment::Page);
+        let mut file = padded(&entries, Alignment::Page);
         assert_eq!(file.len(), 4096);
         assert!(file[8..].starts_with(br#"{"__metadata__":{"format":"pt"},"scalar":{"#));
         file.resize(4096 + 8 + 24 + 5, 0);
@@ -147,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_file_of_no_tensors_is_valid() {
-        let file = header([], Alignment::Page);
+        let file = padded(&[], Alignment::Page);
         assert_eq!(file.len(), 4096);
         assert!(safetensors::SafeTensors::deserialize(&file).expect("valid").is_empty());
     }
@@ -159,7 +168,7 @@ mod tests {
             [("w", DType::F8E4M3), ("\u{1}\u{2}", DType::U8), ("é\"", DType::F6E2M3)]
         {
             let one = Entry { name, dtype, shape: &big, bytes: u64::from(u32::MAX) };
-            let text = header([one], Alignment::Page);
+            let text = padded(&[one], Alignment::Page);
             let json = text[8..].trim_ascii_end().len() as u64;
             let alone = json - METADATA.len() as u64 - 1;
             assert!(alone <= one.bound(), "{name}: {alone} > {}", one.bound());
@@ -174,7 +183,7 @@ mod tests {
             .chain([10, (1 << 20) - 80, 1 << 20].map(|n| (n, Alignment::Request)))
         {
             let name = "x".repeat(n);
-            let text = header([entry(&name, DType::U8, &shape)], alignment);
+            let text = padded(&[entry(&name, DType::U8, &shape)], alignment);
             assert_eq!(wide(text.len()) % alignment.bytes(), 0);
             let json = u64::from_le_bytes(text[..8].try_into().expect("eight bytes"));
             assert_eq!(json + 8, text.len() as u64);

@@ -44,7 +44,9 @@ pub(super) fn fill<'a>(
 /// One safetensors file of the view: header, then the tensors' bytes without a hole.
 #[derive(Debug)]
 pub(super) struct Shard {
+    /// Without its padding.
     header: Box<[u8]>,
+    data_start: u64,
     tensors: Box<[TensorId]>,
     /// Offset in the file behind each tensor, in bytes.
     ends: Box<[u64]>,
@@ -68,24 +70,21 @@ impl Shard {
     }
 
     fn laid_out(tensors: &[(TensorId, Entry<'_>)], alignment: Alignment) -> Option<Shard> {
-        let header = header::header(tensors.iter().map(|(_, e)| *e), alignment).into_boxed_slice();
-        let mut end = wide(header.len());
+        let (header, data_start) = header::header(tensors.iter().map(|(_, e)| *e), alignment);
+        let mut end = data_start;
         let mut ends = Vec::with_capacity(tensors.len());
         for (_, entry) in tensors {
             end = end.checked_add(entry.bytes)?;
             ends.push(end);
         }
         let tensors = tensors.iter().map(|(id, _)| *id).collect();
-        Some(Shard { header, tensors, ends: ends.into_boxed_slice() })
+        let (header, ends) = (header.into_boxed_slice(), ends.into_boxed_slice());
+        Some(Shard { header, data_start, tensors, ends })
     }
 
     /// Size of the file, in bytes.
     pub(super) fn size(&self) -> u64 {
-        self.ends.last().copied().unwrap_or(self.data_start())
-    }
-
-    fn data_start(&self) -> u64 {
-        wide(self.header.len())
+        self.ends.last().copied().unwrap_or(self.data_start)
     }
 
     /// Fills `out` from the bytes at `at` and returns how many there were.
@@ -101,10 +100,14 @@ impl Shard {
         mut fetch: impl FnMut(TensorId, u64, &mut [u8]) -> Result<(), E>,
     ) -> Result<usize, E> {
         let mut done = copy_from(&self.header, at, out);
+        let padding =
+            clamp(self.data_start.saturating_sub(at.saturating_add(wide(done))), out.len() - done);
+        out[done..done + padding].fill(header::PADDING);
+        done += padding;
         let mut at = at.saturating_add(wide(done));
         let mut i = self.ends.partition_point(|&end| end <= at);
         while done < out.len() && i < self.ends.len() {
-            let start = if i == 0 { self.data_start() } else { self.ends[i - 1] };
+            let start = if i == 0 { self.data_start } else { self.ends[i - 1] };
             let n = clamp(self.ends[i] - at, out.len() - done);
             if n > 0 {
                 fetch(self.tensors[i], at - start, &mut out[done..done + n])?;
@@ -275,6 +278,7 @@ mod tests {
             let tensors = tensors(&of);
             let shard = shard(&tensors);
             let mut expected = shard.header.to_vec();
+            expected.resize(shard.data_start as usize, header::PADDING);
             for id in &shard.tensors {
                 let n = tensors[id.0 as usize].entry().bytes;
                 expected.extend((0..n).map(|at| byte(*id, at)));
