@@ -1,11 +1,11 @@
-//! Decoders, encoders and transposes on one core, against memcpy.
+//! Decoders, encoders and transposes on one core, against memcpy: whole matrices, from memory to
+//! memory.
 
 use std::hint::black_box;
 
 use anyhow::Result;
 use mount_ckpt::codec::{Code, Level, Orientation, Scales, Tile, copy2d_at, decode_at, encode_at};
-use mount_ckpt::plan::Grid;
-use mount_ckpt::tensor::{Float, Shape};
+use mount_ckpt::tensor::Float;
 
 use super::table::{Row, Value, compare};
 
@@ -82,38 +82,27 @@ fn kernels(level: Level) -> [(&'static str, f64, Kernel); 10] {
     ]
 }
 
-/// Scales of a code over a matrix, from a column on.
-fn scales_from(code: Code, values: &[f32], col: usize) -> Scales<'_> {
+/// Scales of a code over a matrix.
+fn scales_of(code: Code, values: &[f32]) -> Scales<'_> {
     let block = if code == Code::E4M3 { [128, 128] } else { [1, 32] };
-    Scales { values, stride: COLS / block[1], block, phase: [0, col] }
+    Scales { values, stride: COLS / block[1], block, phase: [0, 0] }
 }
 
-/// As the engine decodes the experts of a grouped tensor: chunk by chunk, each a strip of columns.
 fn transposed(level: Level, code: Code, memory: &mut Memory) {
     let Memory { codes, scales, out, .. } = memory;
-    let wide = usize::try_from(chunk_rows(code)).expect("thousands");
     let row = code.row_bytes(COLS);
-    for (codes, out) in codes.chunks(ROWS * row).zip(out.chunks_mut(2 * ROWS * COLS)) {
-        for col in (0..COLS).step_by(wide) {
-            let bytes = &codes[code.row_bytes(col)..];
-            let scales = Some(scales_from(code, scales, col));
-            let tile = Tile { code, bytes, stride: row, rows: ROWS, cols: wide, scales };
-            let out = &mut out[2 * ROWS * col..];
-            decode_at(level, &tile, Float::BF16, Orientation::Transposed, out, 2 * ROWS);
-        }
+    for (bytes, out) in codes.chunks(ROWS * row).zip(out.chunks_mut(2 * ROWS * COLS)) {
+        let scales = Some(scales_of(code, scales));
+        let tile = Tile { code, bytes, stride: row, rows: ROWS, cols: COLS, scales };
+        decode_at(level, &tile, Float::BF16, Orientation::Transposed, out, 2 * ROWS);
     }
-}
-
-/// Rows of a chunk of `gate_and_up_projs`, which are columns of the stored matrices.
-fn chunk_rows(_: Code) -> u64 {
-    Grid::new(&Shape::from([42, 4096, 4096]), 2).chunk_rows
 }
 
 fn straight(level: Level, code: Code, memory: &mut Memory) {
     let Memory { codes, scales, out, .. } = memory;
     let row = code.row_bytes(COLS);
     for (bytes, out) in codes.chunks(ROWS * row).zip(out.chunks_mut(2 * ROWS * COLS)) {
-        let scales = Some(scales_from(code, scales, 0));
+        let scales = Some(scales_of(code, scales));
         let tile = Tile { code, bytes, stride: row, rows: ROWS, cols: COLS, scales };
         decode_at(level, &tile, Float::BF16, Orientation::Straight, out, 2 * COLS);
     }
@@ -131,7 +120,7 @@ fn encode(level: Level, code: Code, memory: &mut Memory) {
     let Memory { numbers, scales, out, .. } = memory;
     let row = code.row_bytes(COLS);
     for (numbers, out) in numbers.chunks(ROWS * COLS).zip(out.chunks_mut(ROWS * row)) {
-        let scales = scales_from(code, scales, 0);
+        let scales = scales_of(code, scales);
         encode_at(level, code, numbers, COLS, ROWS, COLS, Some(&scales), out, row);
     }
 }

@@ -1,12 +1,11 @@
 //! The engine: a plan, the checkpoint that it reads, and a cache of decoded chunks.
 //!
-//! A read of many whole rows is decoded in place, since the kernel keeps what it was given. Smaller
-//! reads, and all reads where the kernel keeps nothing, are served from chunks. What a reader that
-//! goes forward will want next is begun before it asks.
+//! A read of many whole rows is decoded in place, smaller ones are served from chunks. What a reader
+//! that goes forward will want next is begun before it asks.
 
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use super::ReadError;
 use super::ahead::Ahead;
@@ -26,7 +25,7 @@ use crate::source::Checkpoint;
 /// Most bytes of stored rows that are kept for the next chunk, or asked for ahead of strips.
 const MAX_SLAB_BYTES: u64 = 256 << 20;
 
-/// Bytes from which on a read is decoded in place, where the kernel keeps what it is given.
+/// Bytes from which on a read is decoded in place.
 const IN_PLACE: u64 = 512 << 10;
 
 /// Bytes up to which a read that nothing leads to is decoded alone, without the rest of its chunk.
@@ -44,8 +43,9 @@ const CHUNKS_AHEAD: u64 = 4;
 pub struct EngineOptions {
     /// Bytes of decoded chunks that are kept, those being decoded included.
     pub cache_bytes: u64,
-    /// Whether a chunk is kept after every byte of it was given to a reader: for readers that
-    /// bypass the kernel's page cache, which keeps it for all others.
+    /// Whether readers bypass the kernel's page cache, which else keeps what they were given and reads
+    /// ahead: then a chunk is kept after small reads were given all of it, and chunks are made ahead
+    /// of a single reader.
     pub keep_given: bool,
     /// Threads that work ahead of readers; they start when there is something to do. With none,
     /// readers do everything themselves.
@@ -56,6 +56,10 @@ pub struct EngineOptions {
 pub struct Engine {
     core: Arc<Core>,
     streams: Streams,
+    /// Reads of made tensors that are under way.
+    active: AtomicUsize,
+    /// How many reads without another under way are left until a reader counts as the only one.
+    crowd: AtomicU32,
     ahead: Ahead<Job>,
 }
 
@@ -102,7 +106,13 @@ impl Engine {
         });
         let working = Arc::clone(&core);
         let ahead = Ahead::new(options.threads, move |job| working.work(&job));
-        Engine { core, streams: Streams::default(), ahead }
+        Engine {
+            core,
+            streams: Streams::default(),
+            active: AtomicUsize::new(0),
+            crowd: AtomicU32::new(0),
+            ahead,
+        }
     }
 
     /// The plan that it serves.
@@ -138,9 +148,9 @@ impl Engine {
             match &tensor.body {
                 Body::Verbatim(runs) => core.verbatim(tensor, runs, at, out),
                 Body::Computed(computed) => {
-                    self.made(id, tensor, Made::Computed(computed), at, out)
+                    self.counted(id, tensor, Made::Computed(computed), at, out)
                 }
-                Body::Encoded(encoded) => self.made(id, tensor, Made::Encoded(encoded), at, out),
+                Body::Encoded(encoded) => self.counted(id, tensor, Made::Encoded(encoded), at, out),
                 Body::Literal(bytes) => {
                     let start = len(at);
                     out.copy_from_slice(&bytes[start..start + out.len()]);
@@ -155,7 +165,25 @@ impl Engine {
         done
     }
 
-    /// Reads from a tensor whose bytes are made.
+    /// [`Engine::made`], counted while it lasts.
+    fn counted(
+        &self,
+        id: TensorId,
+        tensor: &TensorPlan,
+        made: Made<'_>,
+        at: u64,
+        out: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let others = self.active.fetch_add(1, Ordering::Relaxed);
+        let crowd = self.crowd.load(Ordering::Relaxed);
+        let crowd = if others > 0 { CROWD } else { crowd.saturating_sub(1) };
+        self.crowd.store(crowd, Ordering::Relaxed);
+        let done = self.made(id, tensor, made, at, out, crowd == 0);
+        self.active.fetch_sub(1, Ordering::Relaxed);
+        done
+    }
+
+    /// Reads from a tensor whose bytes are made; `alone` where one reader reads such tensors.
     fn made(
         &self,
         id: TensorId,
@@ -163,6 +191,7 @@ impl Engine {
         made: Made<'_>,
         at: u64,
         out: &mut [u8],
+        alone: bool,
     ) -> Result<(), ReadError> {
         if out.is_empty() {
             return Ok(());
@@ -198,25 +227,25 @@ impl Engine {
             let part = Part { plane: now / plane_bytes, at: within, keep };
             let size = here.min(AT_A_TIME);
             let (out, _) = left.split_at_mut(len(size));
-            let whole_rows = here >= IN_PLACE && size >= 2 * grid.row_bytes;
+            let rows = here >= IN_PLACE && size >= 2 * grid.row_bytes;
+            let page = run == 0 && size <= ALONE;
+            in_place |= rows;
             let here = match made {
-                Made::Computed(computed) if !core.keep_given && whole_rows => {
-                    in_place = true;
-                    core.in_place(tensor, computed, part, out)?
-                }
                 Made::Computed(computed)
-                    if run == 0 && size <= ALONE && !core.chunks.has(&(id, grid.chunk_at(now))) =>
+                    if (rows || page) && !core.chunks.has(&(id, grid.chunk_at(now))) =>
                 {
                     core.in_place(tensor, computed, part, out)?
                 }
                 Made::Computed(_) | Made::Encoded(_) => {
-                    core.copy_chunk(id, tensor, made, part, left)?
+                    core.copy_chunk(id, tensor, made, part, left, rows)?
                 }
             };
             now += to_u64(here);
             left = &mut left[here..];
         }
-        if !in_place && run > 0 {
+        // A single reader without the kernel's read-ahead waits for one core while others idle.
+        let single = core.keep_given && alone;
+        if run > 0 && (!in_place || single) {
             let chunk = grid.chunk_at(end - 1);
             let until = (chunk + 1 + CHUNKS_AHEAD).min(grid.chunks());
             let chunks = self.streams.ask(id, Unit::Chunk, until, CHUNKS_AHEAD);
@@ -233,6 +262,9 @@ const PLANES_BEFORE_ROWS_AHEAD: u64 = 10;
 /// Bytes that a reader went through before it is expected to want more columns than it asks for: the
 /// kernel reads 2 MiB around the first page of a map that is touched.
 const GOES_ON: u64 = 2 << 20;
+
+/// Reads in a row without another under way that make a reader the only one.
+const CROWD: u32 = 32;
 
 /// Planes that may still be read when a reader has gone on to another: readers with several threads
 /// read pieces of 8 MiB in no order, 8 of them two planes of the largest experts.
@@ -371,6 +403,7 @@ impl Core {
         made: Made<'_>,
         part: Part,
         out: &mut [u8],
+        large: bool,
     ) -> Result<usize, ReadError> {
         let grid = made.grid();
         let at = part.plane * grid.rows * grid.row_bytes + part.at;
@@ -385,7 +418,7 @@ impl Core {
         let n = (bytes.len() - into).min(out.len());
         out[..n].copy_from_slice(&bytes[into..into + n]);
         drop(bytes);
-        if !self.keep_given {
+        if large || !self.keep_given {
             self.chunks.given(&(id, chunk), to_u64(n));
         }
         Ok(n)

@@ -9,8 +9,9 @@ use crate::plan::TensorId;
 const STREAMS: usize = 16;
 
 /// Reads by which a reader may be ahead of or behind where it is expected, in reads as large as the
-/// one that is judged: the kernel has several requests of a read-ahead window under way at once.
-const SLACK: u64 = 4;
+/// one that is judged: the kernel has several requests of a read-ahead window under way at once, and
+/// threads that take turns with pieces of 8 MiB are one reader.
+const SLACK: u64 = 16;
 
 /// A reader that goes forward through a tensor.
 #[derive(Clone, Copy, Debug)]
@@ -99,8 +100,8 @@ mod tests {
         assert_eq!([60, 40, 50, 70].map(|at| run(&streams, A, at)), [60, 40, 50, 70]);
         // Another tensor, a jump, and back.
         assert_eq!(run(&streams, B, 80), 0);
-        assert_eq!(run(&streams, A, 1000), 0);
-        assert_eq!(run(&streams, A, 1010), 10);
+        assert_eq!(run(&streams, A, 241), 0);
+        assert_eq!(run(&streams, A, 251), 10);
         assert_eq!(run(&streams, A, 80), 80);
     }
 
