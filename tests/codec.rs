@@ -1,7 +1,8 @@
 //! The codec against PyTorch: `tests/golden/codec/make.py` says how its tensors were made.
 
 use mount_ckpt::codec::{
-    Code, Level, Orientation, ScaleCode, Scales, Tile, decode_at, encode_at, f32_to_scale,
+    Code, Level, Orientation, ScaleCode, Scales, Tile, copy2d_at, decode_at, encode_at,
+    f32_to_scale,
 };
 use mount_ckpt::tensor::Float;
 use safetensors::SafeTensors;
@@ -93,4 +94,37 @@ fn casts_are_those_of_pytorch() {
     let mut out = vec![0; n];
     f32_to_scale(ScaleCode::E8M0, &values, &mut out);
     assert!(out == bytes("cast.e8m0"));
+}
+
+#[test]
+fn copies_past_the_caches_move_every_element() {
+    // 4.5 MB in both orientations: more than what is written through the caches.
+    let (rows, cols) = (1100, 2056);
+    for width in [1, 2, 4] {
+        let bytes = rows * cols * width;
+        let from: Vec<u8> =
+            (0..bytes).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+        for level in Level::available() {
+            for orientation in [Orientation::Straight, Orientation::Transposed] {
+                // Rows that start off a cache line and have room between them.
+                let (out_rows, out_cols) =
+                    if orientation == Orientation::Straight { (rows, cols) } else { (cols, rows) };
+                let stride = (out_cols * width).next_multiple_of(64) + 4096 / width;
+                let mut out = vec![0xAA; out_rows * stride];
+                let stored = cols * width;
+                copy2d_at(level, width, &from, stored, rows, cols, orientation, &mut out, stride);
+                for (r, line) in out.chunks(stride).enumerate() {
+                    let (line, gap) = line.split_at(out_cols * width);
+                    for (c, got) in line.chunks(width).enumerate() {
+                        let at = match orientation {
+                            Orientation::Straight => r * cols + c,
+                            Orientation::Transposed => c * cols + r,
+                        };
+                        assert!(got == &from[at * width..][..width], "{}: {r}, {c}", level.name());
+                    }
+                    assert!(gap.iter().all(|&b| b == 0xAA), "{}: gap of {r}", level.name());
+                }
+            }
+        }
+    }
 }

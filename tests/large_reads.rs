@@ -17,11 +17,20 @@ use mount_ckpt::source::Checkpoint;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-/// More than a reader must have gone through before rows are read ahead of it.
-const EXPERTS: usize = 12;
-/// No multiple of a block of 128, nor of a page in any type.
-const HIDDEN: usize = 544;
-const INTERMEDIATE: usize = 512;
+/// Extents of a checkpoint's experts.
+#[derive(Clone, Copy)]
+struct Size {
+    experts: usize,
+    hidden: usize,
+    intermediate: usize,
+}
+
+/// More experts than a reader must have gone through before rows are read ahead of it; extents that
+/// are no multiple of a block of 128, nor rows of a page in any type.
+const MANY: Size = Size { experts: 12, hidden: 544, intermediate: 512 };
+
+/// Experts that are larger than what of them counts as leading columns, 8 MiB.
+const LARGE: Size = Size { experts: 2, hidden: 1120, intermediate: 2560 };
 
 /// A family's config.json and the names of gate, up and down of an expert with their parts: suffix,
 /// element type, and columns of the matrix to an element and rows of the matrix to a row.
@@ -33,17 +42,18 @@ struct Family {
     parts: &'static [(&'static str, Dtype, [usize; 2])],
 }
 
-fn families() -> [Family; 3] {
+fn families(size: Size) -> [Family; 3] {
+    let Size { experts, hidden, intermediate } = size;
     let text = json!({
-        "model_type": "kimi_k2", "num_hidden_layers": 1, "n_routed_experts": EXPERTS,
-        "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE,
+        "model_type": "kimi_k2", "num_hidden_layers": 1, "n_routed_experts": experts,
+        "hidden_size": hidden, "moe_intermediate_size": intermediate,
     });
     [
         Family {
             model: "mimo-v2-flash",
             config: json!({
-                "model_type": "mimo_v2_flash", "num_hidden_layers": 1, "hidden_size": HIDDEN,
-                "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS,
+                "model_type": "mimo_v2_flash", "num_hidden_layers": 1, "hidden_size": hidden,
+                "moe_intermediate_size": intermediate, "n_routed_experts": experts,
                 "num_key_value_heads": 4,
                 "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
             }),
@@ -57,8 +67,8 @@ fn families() -> [Family; 3] {
         Family {
             model: "deepseek-v4",
             config: json!({
-                "model_type": "deepseek_v4", "num_hidden_layers": 1, "hidden_size": HIDDEN,
-                "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS,
+                "model_type": "deepseek_v4", "num_hidden_layers": 1, "hidden_size": hidden,
+                "moe_intermediate_size": intermediate, "n_routed_experts": experts,
                 "expert_dtype": "fp4",
             }),
             experts: "layers.0.ffn.experts",
@@ -98,12 +108,13 @@ fn tensor(dtype: Dtype, shape: Vec<usize>, seed: usize) -> Tensor {
     (format!("{dtype:?}"), shape, bytes.collect())
 }
 
-fn write(family: &Family, dir: &Path) {
+fn write(family: &Family, size: Size, dir: &Path) {
+    let Size { experts, hidden, intermediate } = size;
     let mut tensors = BTreeMap::new();
-    for expert in 0..EXPERTS {
+    for expert in 0..experts {
         for (part, name) in family.names.iter().enumerate() {
             let [rows, cols] =
-                if part == 2 { [HIDDEN, INTERMEDIATE] } else { [INTERMEDIATE, HIDDEN] };
+                if part == 2 { [hidden, intermediate] } else { [intermediate, hidden] };
             for (suffix, dtype, [to_col, to_row]) in family.parts {
                 let name = format!("{}.{expert}.{name}{suffix}", family.experts);
                 let value = if *to_col == 0 {
@@ -164,9 +175,9 @@ enum Order {
 #[test]
 fn large_reads_give_what_small_ones_give() {
     const MIB: usize = 1 << 20;
-    for family in families() {
+    for family in families(MANY) {
         let dir = tempfile::tempdir().unwrap();
-        write(&family, dir.path());
+        write(&family, MANY, dir.path());
         let options = |cache_bytes, keep_given, threads| {
             engine(&family, dir.path(), EngineOptions { cache_bytes, keep_given, threads })
         };
@@ -197,10 +208,41 @@ fn large_reads_give_what_small_ones_give() {
 }
 
 #[test]
-fn a_reader_that_goes_forward_reads_every_stored_byte_about_once() {
-    for family in families() {
+fn leading_columns_and_the_rest_make_a_whole() {
+    for family in families(LARGE) {
         let dir = tempfile::tempdir().unwrap();
-        write(&family, dir.path());
+        write(&family, LARGE, dir.path());
+        let options = |cache_bytes, keep_given, threads| {
+            engine(&family, dir.path(), EngineOptions { cache_bytes, keep_given, threads })
+        };
+        let id = stacked(&options(0, true, 0), "gate");
+        // Too little memory for rows to be kept at all.
+        let expected = read(&options(0, true, 0), id, 0, 64 << 20, Order::Forward);
+        for (keep, first, order) in [
+            (false, 0, Order::Forward),
+            (false, 5000, Order::Forward),
+            (false, 0, Order::Threads(2)),
+            (true, 5000, Order::Forward),
+        ] {
+            let engine = options(256 << 20, keep, 2);
+            let got = read(&engine, id, first, 1 << 20, order);
+            assert!(got == expected, "{}: keep {keep}, from {first}, {order:?}", family.model);
+        }
+    }
+}
+
+/// The stacked tensor with `part` in its name.
+fn stacked(engine: &Engine, part: &str) -> TensorId {
+    let named = |t: &mount_ckpt::plan::TensorPlan| t.name.contains(part) && t.shape.rank() == 3;
+    let i = engine.plan().tensors.iter().position(named).unwrap();
+    TensorId(u32::try_from(i).unwrap())
+}
+
+#[test]
+fn a_reader_that_goes_forward_reads_every_stored_byte_about_once() {
+    for family in families(MANY) {
+        let dir = tempfile::tempdir().unwrap();
+        write(&family, MANY, dir.path());
         let options = EngineOptions { cache_bytes: 256 << 20, keep_given: false, threads: 0 };
         let engine = engine(&family, dir.path(), options);
         for (id, _) in (0..).map(TensorId).zip(&engine.plan().tensors) {

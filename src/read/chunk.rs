@@ -422,8 +422,14 @@ impl ChunkReader<'_> {
                     let slab = slab.expect("it was waited for");
                     let from = slab.rows_from(part.start).chunks(len(row_bytes));
                     let dense = &mut dense[len(part.start - rows.start) * width..];
-                    for (to, row) in dense.chunks_mut(width).take(len(part.count)).zip(from) {
-                        to.copy_from_slice(&row[first..first + width]);
+                    let dense = dense.chunks_exact_mut(width).take(len(part.count));
+                    // Copies of a known length are single moves.
+                    match width {
+                        4 => dense.zip(from).for_each(|(to, row)| copy::<4>(to, &row[first..])),
+                        8 => dense.zip(from).for_each(|(to, row)| copy::<8>(to, &row[first..])),
+                        _ => dense
+                            .zip(from)
+                            .for_each(|(to, row)| to.copy_from_slice(&row[first..][..width])),
                     }
                 }
             }
@@ -544,6 +550,12 @@ fn code_of_float(float: Float) -> Code {
 /// The band that holds a row.
 fn first_band(scales: &MatrixScales, row: u64) -> usize {
     scales.bands.partition_point(|b| b.rows.end <= row)
+}
+
+fn copy<const N: usize>(to: &mut [u8], from: &[u8]) {
+    if let (Some(to), Some(from)) = (to.first_chunk_mut::<N>(), from.first_chunk::<N>()) {
+        *to = *from;
+    }
 }
 
 fn to_u64(n: usize) -> u64 {
