@@ -99,11 +99,11 @@ fn casts_are_those_of_pytorch() {
 #[test]
 fn copies_past_the_caches_move_every_element() {
     // 4.5 MB in both orientations: more than what is written through the caches.
-    let (rows, cols) = (1100, 2056);
-    for width in [1, 2, 4] {
+    let (rows, cols) = (1100usize, 2056usize);
+    for width in [1usize, 2, 4] {
         let bytes = rows * cols * width;
         let from: Vec<u8> =
-            (0..bytes).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+            (0..bytes).map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
         for level in Level::available() {
             for orientation in [Orientation::Straight, Orientation::Transposed] {
                 // Rows that start off a cache line and have room between them.
