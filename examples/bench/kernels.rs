@@ -44,7 +44,7 @@ pub fn rows(rounds: usize, wanted: &impl Fn(&str) -> bool) -> Result<Vec<Row>> {
             }
             // The encoders' target is the bytes that they read.
             let moved = if what.starts_with("encode") { 4 * ELEMENTS } else { 2 * ELEMENTS };
-            let mut from = vec![1u8; moved];
+            let from = vec![1u8; moved];
             let mut to = vec![1u8; moved];
             let rates = compare(
                 rounds,
@@ -57,7 +57,6 @@ pub fn rows(rounds: usize, wanted: &impl Fn(&str) -> bool) -> Result<Vec<Row>> {
                     Ok(moved as u64)
                 },
             )?;
-            from.clear();
             rows.push(Row { name, against: "memcpy", value: Value::Ratio { rates, at_least } });
         }
     }

@@ -231,7 +231,7 @@ impl Bench<'_> {
         let mut measured = Vec::new();
         for i in 1..=READS {
             // Multiples of an odd number modulo the pages: far from each other, no two the same.
-            let at = i * (pages * 618 / 1000 | 1) % pages * 4096;
+            let at = i * ((pages * 618 / 1000) | 1) % pages * 4096;
             let start = Instant::now();
             file.read_exact_at(&mut page, at)?;
             measured.push(start.elapsed().as_secs_f64() * 1e3);
