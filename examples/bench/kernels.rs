@@ -5,6 +5,7 @@ use std::hint::black_box;
 
 use anyhow::Result;
 use mount_ckpt::codec::{Code, Level, Orientation, Scales, Tile, copy2d_at, decode_at, encode_at};
+use mount_ckpt::read::Buffer;
 use mount_ckpt::tensor::Float;
 
 use super::table::{Row, Value, compare};
@@ -18,20 +19,27 @@ const ELEMENTS: usize = MATRICES * ROWS * COLS;
 
 /// What all kernels read and write.
 struct Memory {
-    codes: Vec<u8>,
+    codes: Buffer,
     numbers: Vec<f32>,
     scales: Vec<f32>,
-    out: Vec<u8>,
+    out: Buffer,
+}
+
+/// Memory as the engine has it, in huge pages; every page is there.
+fn filled(len: usize, byte: impl Fn(usize) -> u8) -> Buffer {
+    let mut buffer = Buffer::huge(len);
+    buffer.iter_mut().enumerate().for_each(|(i, b)| *b = byte(i));
+    buffer
 }
 
 /// The rows of all kernels, for each level of this machine that has a target.
 pub fn rows(rounds: usize, wanted: &impl Fn(&str) -> bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let mut memory = Memory {
-        codes: (0..2 * ELEMENTS).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect(),
+        codes: filled(2 * ELEMENTS, |i| (i.wrapping_mul(2_654_435_761) >> 13) as u8),
         numbers: (0..ELEMENTS).map(|i| (i * 7919 % 10_007) as f32 * 1e-3 - 5.0).collect(),
         scales: (0..ROWS * COLS / 32).map(|i| 1e-3 + i as f32 * 1e-9).collect(),
-        out: vec![1; 2 * ELEMENTS],
+        out: filled(2 * ELEMENTS, |_| 1),
     };
     for level in Level::available() {
         if level == Level::PORTABLE {
@@ -44,8 +52,8 @@ pub fn rows(rounds: usize, wanted: &impl Fn(&str) -> bool) -> Result<Vec<Row>> {
             }
             // The encoders' target is the bytes that they read.
             let moved = if what.starts_with("encode") { 4 * ELEMENTS } else { 2 * ELEMENTS };
-            let from = vec![1u8; moved];
-            let mut to = vec![1u8; moved];
+            let from = filled(moved, |_| 1);
+            let mut to = filled(moved, |_| 1);
             let rates = compare(
                 rounds,
                 || {

@@ -58,7 +58,7 @@ impl Row {
         match &self.value {
             Value::Ratio { rates, at_least } => {
                 let ratios = || rates.iter().map(|[subject, baseline]| subject / baseline);
-                let (low, high) = ratios().fold((f64::MAX, 0.0f64), |(low, high), ratio| {
+                let (low, high) = ratios().fold((f64::MAX, f64::MIN), |(low, high), ratio| {
                     (low.min(ratio), high.max(ratio))
                 });
                 let [subject, baseline] = [0, 1].map(|i| median(rates.iter().map(|pair| pair[i])));
@@ -70,7 +70,8 @@ impl Row {
             }
             Value::Number { measured, at_most, unit } => {
                 let all = || measured.iter().copied();
-                let (low, high) = all().fold((f64::MAX, 0.0f64), |(l, h), n| (l.min(n), h.max(n)));
+                let (low, high) =
+                    all().fold((f64::MAX, f64::MIN), |(l, h), n| (l.min(n), h.max(n)));
                 let middle = median(all());
                 let _ = write!(
                     line,

@@ -67,15 +67,13 @@ impl Bench<'_> {
             "Automodel's `from_hf`",
             Box::new(|| self.automodel()),
         );
-        for (family, at_least) in
-            [(Family::Mimo, 1.5), (Family::DeepSeek, 2.5), (Family::Kimi, 2.5)]
-        {
-            let name = format!("cold disk: {}", family.name());
-            add(
-                name,
-                "converted BF16 file, cold disk",
-                Box::new(move || self.disk(family, at_least)),
-            );
+        for (how, options) in [("mapped copy", &[][..]), ("pread 8 MiB x2, --direct-io", DIRECT)] {
+            for family in [Family::Mimo, Family::DeepSeek, Family::Kimi] {
+                let at_least = if family == Family::Mimo { 1.5 } else { 2.5 };
+                let name = format!("cold disk, {how}: {}", family.name());
+                let against = "converted BF16 file, cold disk";
+                add(name, against, Box::new(move || self.disk(family, options, at_least)));
+            }
         }
         add("mount of Kimi's 208,215 tensors".to_owned(), "", Box::new(|| self.mount_time()));
         add("memory of that mount".to_owned(), "", Box::new(|| self.mount_memory()));
@@ -157,10 +155,11 @@ impl Bench<'_> {
         Ok(Value::Ratio { rates, at_least: 20.0 })
     }
 
-    /// A view of a checkpoint of which nothing is in memory, in turn with its copy on the same disk.
-    fn disk(&self, family: Family, at_least: f64) -> Result<Value> {
+    /// A view of a checkpoint of which nothing is in memory, in turn with its copy on the same disk,
+    /// by the same reader.
+    fn disk(&self, family: Family, options: &[&str], at_least: f64) -> Result<Value> {
         let source = family.checkpoint(self.data)?;
-        let view = self.mount(Server::MountCkpt, &source, &[])?;
+        let view = self.mount(Server::MountCkpt, &source, options)?;
         let (shown, stored) = (shards(view.at())?, shards(&source)?);
         let converted = self.data.join("converted");
         fs::create_dir_all(&converted)?;
@@ -172,7 +171,7 @@ impl Bench<'_> {
         }
         let cold = |files: &[PathBuf], read: &[PathBuf]| {
             forget(files)?;
-            mapped(read)
+            if options == DIRECT { pread(read, 2) } else { mapped(read) }
         };
         let all = [shown.clone(), stored].concat();
         let rates = compare(self.rounds, || cold(&all, &shown), || cold(&copies, &copies));

@@ -183,12 +183,15 @@ pub struct EngineArgs {
     /// Memory for decoded chunks, those in flight included [default: 1GiB, or a quarter of memory]
     ///
     /// Serves requests smaller than a chunk and readers that bypass the page cache; what has been
-    /// served is kept by the kernel's page cache, which this does not count. The default is at most
+    /// served is kept by the kernel's page cache, which this does not count. A quarter of it, at most
+    /// 256 MiB, holds stored rows of matrices that are being transposed. The default is at most
     /// a quarter of the memory that the process may use (its control group's limit, or the
     /// machine's memory).
     #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<Size>,
     /// Threads that answer requests [default: the cores this process may use]
+    ///
+    /// As many more read and decode ahead of readers that go forward.
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
 }
@@ -205,8 +208,8 @@ pub struct KernelArgs {
     pub read_ahead: Size,
     /// Answer large reads past the page cache
     ///
-    /// Twice as fast for readers that take each byte once in large pieces; slow for small reads,
-    /// and every reader computes anew.
+    /// For readers with several threads that take each byte once, in large pieces and into memory that
+    /// starts at a page; slow for small reads, and every reader computes anew.
     #[arg(long)]
     pub direct_io: bool,
     /// Let other users see the mount; without root, needs user_allow_other in /etc/fuse.conf

@@ -120,6 +120,20 @@ impl ChunkReader<'_> {
         Ok(())
     }
 
+    /// Tells the system that [`ChunkReader::load`] comes soon for a plane.
+    pub fn expect<'m>(
+        &self,
+        computed: &Computed,
+        matrix_of: impl Fn(MatrixId) -> &'m Matrix,
+        shape: &Shape,
+        plane: u64,
+    ) {
+        for (matrix, rows) in transposed_rows(computed, matrix_of, shape, plane) {
+            let Stored { tensor, row_bytes, .. } = stored_payload(matrix);
+            self.checkpoint.will_need(tensor, rows.start * row_bytes, rows.count * row_bytes);
+        }
+    }
+
     /// Lets go of the stored rows that chunks of a plane are transposes of.
     pub fn forget<'m>(
         &self,
