@@ -98,68 +98,8 @@ impl ChunkReader<'_> {
         })
     }
 
-    /// Reads the stored rows that chunks of a plane are transposes of, for whoever asks for them.
-    ///
-    /// # Errors
-    /// What the source fails with.
-    pub fn load<'m>(
-        &self,
-        computed: &Computed,
-        matrix_of: impl Fn(MatrixId) -> &'m Matrix,
-        shape: &Shape,
-        plane: u64,
-    ) -> Result<(), Failure> {
-        for (matrix, rows) in transposed_rows(computed, matrix_of, shape, plane) {
-            let stored = stored_payload(matrix);
-            let width = computed.grid.chunk_rows * bits_of(matrix) / 8;
-            if self.worth(Orientation::Transposed, stored, width, rows.count) {
-                let source = (self.checkpoint, self.counters);
-                self.slabs.load(source, stored, rows.start, rows.count)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells the system that [`ChunkReader::load`] comes soon for a plane.
-    pub fn expect<'m>(
-        &self,
-        computed: &Computed,
-        matrix_of: impl Fn(MatrixId) -> &'m Matrix,
-        shape: &Shape,
-        plane: u64,
-    ) {
-        for (matrix, rows) in transposed_rows(computed, matrix_of, shape, plane) {
-            let Stored { tensor, row_bytes, .. } = stored_payload(matrix);
-            self.checkpoint.will_need(tensor, rows.start * row_bytes, rows.count * row_bytes);
-        }
-    }
-
-    /// Lets go of the stored rows that chunks of a plane are transposes of.
-    pub fn forget<'m>(
-        &self,
-        computed: &Computed,
-        matrix_of: impl Fn(MatrixId) -> &'m Matrix,
-        shape: &Shape,
-        plane: u64,
-    ) {
-        for (matrix, rows) in transposed_rows(computed, matrix_of, shape, plane) {
-            let lead = lead(&computed.grid) * bits_of(matrix) / 8;
-            self.slabs.forget(stored_payload(matrix), lead, rows.start, rows.count);
-            let Some(scales) = &matrix.scales else { continue };
-            for band in &scales.bands {
-                let start = rows.start.max(band.rows.start);
-                let end = (rows.start + rows.count).min(band.rows.end);
-                if start < end {
-                    let row_of = |row| band.scale_row(row, scales.block[0]);
-                    let (first, last) = (row_of(start), row_of(end - 1));
-                    let stored = self.stored_scales(scales, band.scale);
-                    self.slabs.forget(stored, 0, first, last - first + 1);
-                }
-            }
-        }
-    }
-
-    fn stored_scales(&self, scales: &MatrixScales, tensor: SourceId) -> Stored {
+    /// A scale tensor as rows.
+    pub fn stored_scales(&self, scales: &MatrixScales, tensor: SourceId) -> Stored {
         let row_bytes = scales.cols * u64::try_from(scales.scale.bytes()).expect("a few bytes");
         Stored::whole(tensor, self.checkpoint.tensor(tensor).bytes / row_bytes, row_bytes)
     }
@@ -312,7 +252,7 @@ impl ChunkReader<'_> {
     }
 
     /// Whether strips of `width` bytes of `count` stored rows are better taken out of slabs.
-    fn worth(&self, orientation: Orientation, stored: Stored, width: u64, count: u64) -> bool {
+    pub fn worth(&self, orientation: Orientation, stored: Stored, width: u64, count: u64) -> bool {
         orientation == Orientation::Transposed
             && stored.narrow(width, count)
             && self.slabs.can_hold(count * stored.row_bytes)
@@ -512,40 +452,21 @@ impl Out {
     }
 }
 
-/// The matrices that chunks of a plane are transposes of, and the rows of each.
-fn transposed_rows<'m>(
-    computed: &Computed,
-    matrix_of: impl Fn(MatrixId) -> &'m Matrix,
-    shape: &Shape,
-    plane: u64,
-) -> Vec<(&'m Matrix, Span)> {
-    let whole = ChunkBox { plane, row: 0, rows: computed.grid.rows };
-    let mut found = Vec::new();
-    for fragment in computed.fragments_of(plane) {
-        let matrix = matrix_of(fragment.matrix);
-        let placed = placements(fragment, matrix, shape, whole);
-        found.extend(placed.iter().filter(|p| p.transposed).map(|p| {
-            let count = p.rows.step * (p.rows.count - 1) + 1;
-            (matrix, Span { start: p.rows.start, step: 1, count })
-        }));
-    }
-    found
-}
-
 /// Columns of transposed matrices that are the leading ones.
-fn lead(grid: &Grid) -> u64 {
+pub fn lead(grid: &Grid) -> u64 {
     (LEADING / grid.row_bytes.max(1)).next_multiple_of(COLUMN_MULTIPLE)
 }
 
 /// Bits of an element of the payload.
-fn bits_of(matrix: &Matrix) -> u64 {
+pub fn bits_of(matrix: &Matrix) -> u64 {
     match code_of(matrix) {
         Some(code) => u64::from(code.bits()),
         None => u64::from(matrix.dtype.bits()),
     }
 }
 
-fn stored_payload(matrix: &Matrix) -> Stored {
+/// The payload as rows.
+pub fn stored_payload(matrix: &Matrix) -> Stored {
     Stored::whole(matrix.payload, matrix.rows(), matrix.cols() * bits_of(matrix) / 8)
 }
 

@@ -11,10 +11,12 @@ mod audit;
 mod buffer;
 mod cache;
 mod chunk;
+mod core;
 mod counters;
 mod encode;
 mod engine;
 mod placement;
+mod planes;
 mod slabs;
 mod streams;
 

@@ -12,6 +12,10 @@ use super::counters::{Counters, add};
 use super::placement::Span;
 use crate::source::{Checkpoint, SourceId};
 
+/// Most bytes of stored rows that are kept for the next chunk, or asked for ahead of strips: one
+/// expert's gate and up of the largest models are 32 MiB, and more than a few are not read at a time.
+pub const MAX_SLAB_BYTES: u64 = 256 << 20;
+
 /// Strips of a tensor that are this part of its width or more are read as they are.
 const WIDE_STRIP: u64 = 2;
 
