@@ -14,6 +14,7 @@ use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{major, minor};
+use nix::sys::statfs::statfs;
 
 const DEVICE: &str = "/dev/fuse";
 
@@ -166,10 +167,11 @@ pub fn mount(
     let session = Session::new(filesystem, &at, &config(options))?.spawn()?;
     let threads = keep_mounted(session);
     let end = Arc::new(End::default());
-    let reached = Arc::clone(&end);
+    let (reached, point) = (Arc::clone(&end), at.clone());
     thread::Builder::new().name("fuse-session".to_owned()).spawn(move || {
         let panicked = |_| Err(io::Error::other("a session thread panicked"));
-        reached.reach(threads.join().unwrap_or_else(panicked));
+        let result = threads.join().unwrap_or_else(panicked);
+        reached.reach(result.or_else(|e| if was_unmounted(&e, &point) { Ok(()) } else { Err(e) }));
     })?;
     let mounted = Mounted { at, end };
     if options.read_ahead > 0
@@ -178,6 +180,16 @@ pub fn mount(
         tracing::debug!("kernel read-ahead of `{}` stays as it is: {e}", mounted.at.display());
     }
     Ok(mounted)
+}
+
+/// Whether a session that ended in `error` ended because its mount at `at` was taken away.
+///
+/// A thread that comes late to the end, when another has closed its queue, reads ECONNABORTED and not
+/// ENODEV. So it does where somebody aborts the connection, but then the mount is still there: it
+/// asks its file system, not what the kernel remembers of it.
+fn was_unmounted(error: &io::Error, at: &Path) -> bool {
+    error.raw_os_error() == Some(Errno::ECONNABORTED as i32)
+        && !matches!(statfs(at), Err(Errno::ENOTCONN | Errno::ECONNABORTED))
 }
 
 /// The session's threads, without what fuser does when it drops a session: it unmounts whatever is
