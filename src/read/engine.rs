@@ -35,6 +35,9 @@ const CHUNKS_AHEAD: u64 = 4;
 /// wants five experts of a tensor would ask for 1.2 times its share, and asks for 1.09.
 const PLANES_BEFORE_ROWS_AHEAD: u64 = 10;
 
+/// Bytes that it went through as well: what the kernel reads ahead is many small planes.
+const BYTES_BEFORE_ROWS_AHEAD: u64 = 128 << 20;
+
 /// Bytes that a reader went through before it is expected to want more columns than it asks for: the
 /// kernel reads 2 MiB around the first page of a map that is touched.
 const GOES_ON: u64 = 2 << 20;
@@ -42,9 +45,12 @@ const GOES_ON: u64 = 2 << 20;
 /// Reads in a row without another under way that make a reader the only one.
 const CROWD: u32 = 32;
 
-/// Planes that may still be read when a reader has gone on to another: readers with several threads
-/// read pieces of 8 MiB in no order, 8 of them two planes of the largest experts.
-const PLANES_BEHIND: u64 = 1;
+/// Bytes behind the furthest that a reader read where it may still read: the kernel's requests come in
+/// any order, and readers with several threads read pieces of 8 MiB.
+const BYTES_BEHIND: u64 = 32 << 20;
+
+/// Planes that are let go of at a time; those that are more were evicted.
+const PLANES_AT_ONCE: u64 = 64;
 
 /// What an engine may use.
 #[derive(Clone, Copy, Debug)]
@@ -172,12 +178,13 @@ impl Engine {
         let run = self.streams.advance(id, at, end).run;
         let plane_bytes = grid.rows * grid.row_bytes;
         if let Made::Computed(computed) = made {
-            let behind = (end / plane_bytes).saturating_sub(PLANES_BEHIND);
-            for plane in self.streams.ask(id, Unit::Behind, behind, PLANES_BEHIND) {
+            let behind = (end / plane_bytes).saturating_sub(BYTES_BEHIND.div_ceil(plane_bytes));
+            for plane in self.streams.ask(id, Unit::Behind, behind, PLANES_AT_ONCE) {
                 core.forget_rows(tensor, computed, plane);
             }
         }
-        if run >= PLANES_BEFORE_ROWS_AHEAD * plane_bytes {
+        let sure = (PLANES_BEFORE_ROWS_AHEAD * plane_bytes).max(BYTES_BEFORE_ROWS_AHEAD);
+        if run >= sure {
             let planes =
                 self.streams.ask(id, Unit::Plane, (end / plane_bytes + 2).min(grid.planes), 1);
             self.ahead.push(planes.map(|plane| Job::Rows(id, plane)));
@@ -188,7 +195,7 @@ impl Engine {
             let within = now % plane_bytes;
             let here = (plane_bytes - within).min(to_u64(left.len()));
             let run = run + (now - at);
-            keep = if run >= PLANES_BEFORE_ROWS_AHEAD * plane_bytes {
+            keep = if run >= sure {
                 Keep::Rows
             } else if run >= GOES_ON && plane_bytes - within >= LEADING.min(plane_bytes / 2) {
                 Keep::Part
