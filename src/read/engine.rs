@@ -205,7 +205,8 @@ impl Engine {
             let part = Part { plane: now / plane_bytes, at: within, keep };
             let size = here.min(AT_A_TIME);
             let (out, _) = left.split_at_mut(len(size));
-            let rows = here >= IN_PLACE && size >= 2 * grid.row_bytes;
+            // Requests cut small planes anywhere, and so would decode much of them twice.
+            let rows = end - at >= IN_PLACE && size >= 2 * grid.row_bytes && plane_bytes > LEADING;
             let page = run == 0 && size <= ALONE;
             in_place |= rows;
             let here = match made {
@@ -226,8 +227,10 @@ impl Engine {
         let room = core.chunks.budget() >= 4 * CHUNKS_AHEAD * grid.chunk_rows * grid.row_bytes;
         if run > 0 && room && (!in_place || single) {
             let chunk = grid.chunk_at(end - 1);
-            let until = (chunk + 1 + CHUNKS_AHEAD).min(grid.chunks());
-            let chunks = self.streams.ask(id, Unit::Chunk, until, CHUNKS_AHEAD);
+            // The kernel reads ahead as well, unless it is told not to keep pages.
+            let ahead = if core.keep_given { CHUNKS_AHEAD } else { 1 };
+            let until = (chunk + 1 + ahead).min(grid.chunks());
+            let chunks = self.streams.ask(id, Unit::Chunk, until, ahead);
             self.ahead.push(chunks.map(|chunk| Job::Chunk(id, chunk, keep)));
         }
         Ok(())

@@ -16,9 +16,6 @@ use crate::source::{Checkpoint, SourceId};
 /// expert's gate and up of the largest models are 32 MiB, and more than a few are not read at a time.
 pub const MAX_SLAB_BYTES: u64 = 256 << 20;
 
-/// Strips of a tensor that are this part of its width or more are read as they are.
-const WIDE_STRIP: u64 = 2;
-
 /// Stored tensors that are smaller are read as they are: the runs lie close together.
 const SMALL: u64 = 64 << 10;
 
@@ -119,7 +116,7 @@ impl Stored {
 
     /// Whether strips of `width` bytes of `count` rows are better read from slabs.
     pub fn narrow(self, width: u64, count: u64) -> bool {
-        width * WIDE_STRIP < self.row_bytes && count * self.row_bytes >= SMALL
+        width < self.row_bytes && count * self.row_bytes >= SMALL
     }
 }
 
