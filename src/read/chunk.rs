@@ -29,6 +29,11 @@ pub fn len(n: u64) -> usize {
     usize::try_from(n).expect("a box of a chunk fits in memory")
 }
 
+/// A length in memory as a file position or count.
+pub fn to_u64(n: usize) -> u64 {
+    u64::try_from(n).expect("a usize fits in 64 bits")
+}
+
 /// Why a chunk could not be made; shared by all who wait for it.
 #[derive(Clone, Debug)]
 pub enum Failure {
@@ -406,7 +411,7 @@ impl ChunkReader<'_> {
         rows: usize,
         out: &mut [u8],
     ) -> Result<(), Failure> {
-        let bytes = u64::try_from(width * rows).expect("a usize fits in 64 bits");
+        let bytes = to_u64(width * rows);
         add(&self.counters.source_bytes, bytes);
         self.checkpoint.read_rows(id, at, width, stride, rows, out, width).map_err(Failure::from)
     }
@@ -491,8 +496,4 @@ fn copy<const N: usize>(to: &mut [u8], from: &[u8]) {
     if let (Some(to), Some(from)) = (to.first_chunk_mut::<N>(), from.first_chunk::<N>()) {
         *to = *from;
     }
-}
-
-fn to_u64(n: usize) -> u64 {
-    u64::try_from(n).expect("a usize fits in 64 bits")
 }

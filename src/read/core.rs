@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::ReadError;
 use super::buffer::Buffer;
 use super::cache::{Bytes, Cache, Outcome, Wanted};
-use super::chunk::{ChunkReader, Failure, len};
+use super::chunk::{ChunkReader, Failure, len, to_u64};
 use super::counters::{Counters, add};
 use super::encode::Encoder;
 use super::engine::EngineOptions;
@@ -135,7 +135,7 @@ impl Core {
             self.of(run.origin)
                 .read(run.source, run.offset + into, now)
                 .map_err(|e| failed(tensor, e))?;
-            let n = u64::try_from(here).expect("a usize fits in 64 bits");
+            let n = to_u64(here);
             add(&self.counters.verbatim_bytes, n);
             add(&self.counters.source_bytes, n);
             at += n;
@@ -381,8 +381,4 @@ fn failed(tensor: &TensorPlan, failure: impl Into<Failure>) -> ReadError {
         Failure::Source(source) => ReadError::Source { tensor: tensor.name.clone(), source },
         Failure::Abandoned => ReadError::Abandoned,
     }
-}
-
-fn to_u64(n: usize) -> u64 {
-    u64::try_from(n).expect("a usize fits in 64 bits")
 }

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::chunk::{ChunkReader, Failure, len};
+use super::chunk::{ChunkReader, Failure, len, to_u64};
 use crate::codec::{Scales, block_amax, encode, f32_to_scale, scale_to_f32};
 use crate::plan::{Band, ChunkBox, Encoded, Facet, Matrix, MatrixId, Member, Quantized, ScaleOf};
 use crate::source::Checkpoint;
@@ -243,8 +243,4 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
 fn band_of(member: &Member, row: u64) -> &Band<ScaleOf> {
     let i = member.bands.partition_point(|b| b.rows.end <= row);
     &member.bands[i]
-}
-
-fn to_u64(n: usize) -> u64 {
-    u64::try_from(n).expect("a usize fits in 64 bits")
 }

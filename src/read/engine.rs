@@ -1,14 +1,14 @@
 //! The engine: a plan, the checkpoint that it reads, and a cache of decoded chunks.
 //!
-//! A read of many whole rows is decoded in place, smaller ones are served from chunks. What a reader
-//! that goes forward will want next is begun before it asks.
+//! A read of many rows of a large plane is decoded in place, all others are served from chunks. What a
+//! reader that goes forward will want next is begun before it asks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use super::ReadError;
 use super::ahead::Ahead;
-use super::chunk::{LEADING, len};
+use super::chunk::{LEADING, len, to_u64};
 use super::core::{Core, Job, Made, Part};
 use super::counters::{CounterSnapshot, add};
 use super::slabs::Keep;
@@ -116,7 +116,7 @@ impl Engine {
     pub fn read(&self, id: TensorId, at: u64, out: &mut [u8]) -> Result<(), ReadError> {
         let core = &*self.core;
         let tensor = core.plan.tensor(id);
-        let bytes = u64::try_from(out.len()).expect("a usize fits in 64 bits");
+        let bytes = to_u64(out.len());
         let size = tensor.bytes();
         add(&core.counters.reads, 1);
         let done = if at.checked_add(bytes).is_none_or(|end| end > size) {
@@ -235,8 +235,4 @@ impl Engine {
         }
         Ok(())
     }
-}
-
-fn to_u64(n: usize) -> u64 {
-    u64::try_from(n).expect("a usize fits in 64 bits")
 }
