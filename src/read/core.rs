@@ -294,10 +294,6 @@ impl Core {
     ) -> Result<(), ReadError> {
         self.touch_all(tensor, computed, plane)?;
         let (reader, matrix_of) = (self.reader(Keep::Rows), |id| self.plan.matrix(id));
-        // A cold disk works on the next plane while this one is copied.
-        if plane + 1 < computed.grid.planes {
-            reader.expect(computed, matrix_of, &tensor.shape, plane + 1);
-        }
         reader.load(computed, matrix_of, &tensor.shape, plane).map_err(|e| failed(tensor, e))
     }
 

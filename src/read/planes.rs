@@ -3,7 +3,6 @@
 
 use super::chunk::{ChunkReader, Failure, bits_of, lead, stored_payload};
 use super::placement::{Span, placements};
-use super::slabs::Stored;
 use crate::codec::Orientation;
 use crate::plan::{ChunkBox, Computed, Matrix, MatrixId};
 use crate::tensor::Shape;
@@ -29,20 +28,6 @@ impl ChunkReader<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Tells the system that [`ChunkReader::load`] comes soon for a plane.
-    pub fn expect<'m>(
-        &self,
-        computed: &Computed,
-        matrix_of: impl Fn(MatrixId) -> &'m Matrix,
-        shape: &Shape,
-        plane: u64,
-    ) {
-        for (matrix, rows) in transposed_rows(computed, matrix_of, shape, plane) {
-            let Stored { tensor, row_bytes, .. } = stored_payload(matrix);
-            self.checkpoint.will_need(tensor, rows.start * row_bytes, rows.count * row_bytes);
-        }
     }
 
     /// Lets go of the stored rows that chunks of a plane are transposes of.
