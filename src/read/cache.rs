@@ -43,8 +43,9 @@ struct State<K: Hash + Eq, E> {
     spare: Vec<Buffer>,
 }
 
-/// Evicted buffers that are kept for reuse: their pages are there already.
-const SPARES: usize = 8;
+/// Evicted buffers that are kept for reuse, the last ones: their pages are there already. A plane of
+/// stored rows is 8 to 16.
+const SPARES: usize = 16;
 
 /// A cache with a byte budget.
 pub struct Cache<K: Hash + Eq + Copy, E: Clone> {
@@ -156,8 +157,9 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
         state.slots.put(key, Slot::Making(Arc::clone(&flight)));
         state.bytes += u64::try_from(len).expect("a usize fits in 64 bits");
         state.evict(self.budget);
-        let spare = state.spare.iter().position(|b| b.len() == len);
-        Found::Absent(flight, spare.map(|i| state.spare.swap_remove(i)))
+        // The last one is most likely to be in the core's cache.
+        let spare = state.spare.iter().rposition(|b| b.len() == len);
+        Found::Absent(flight, spare.map(|i| state.spare.remove(i)))
     }
 
     fn make(
@@ -252,9 +254,11 @@ impl<K: Hash + Eq + Copy, E> State<K, E> {
     /// Keeps a buffer that nobody reads any more for the next of its size.
     fn recycle(&mut self, bytes: Bytes) {
         self.bytes -= size(&bytes);
-        if self.spare.len() < SPARES
-            && let Ok(buffer) = Arc::try_unwrap(bytes)
-        {
+        if let Ok(buffer) = Arc::try_unwrap(bytes) {
+            // The oldest may be of a size that nobody wants any more.
+            if self.spare.len() == SPARES {
+                self.spare.remove(0);
+            }
             self.spare.push(buffer);
         }
     }
