@@ -164,8 +164,16 @@ pub fn mount(
     options: &MountOptions,
 ) -> io::Result<Mounted> {
     let at = fs::canonicalize(at)?;
-    let session = Session::new(filesystem, &at, &config(options))?.spawn()?;
-    let threads = keep_mounted(session);
+    let session = Session::new(filesystem, &at, &config(options))?;
+    // The session's threads have the policy of the one that starts them.
+    let start = || {
+        if !options.direct_io {
+            interrupt_nobody();
+        }
+        session.spawn()
+    };
+    let started = thread::scope(|scope| scope.spawn(start).join());
+    let threads = keep_mounted(started.map_err(|_| io::Error::other("fuser panicked"))??);
     let end = Arc::new(End::default());
     let (reached, point) = (Arc::clone(&end), at.clone());
     thread::Builder::new().name("fuse-session".to_owned()).spawn(move || {
@@ -180,6 +188,21 @@ pub fn mount(
         tracing::debug!("kernel read-ahead of `{}` stays as it is: {e}", mounted.at.display());
     }
     Ok(mounted)
+}
+
+/// Has this thread, and those that it starts, wait for a processor instead of taking it from a reader.
+///
+/// A reader whose page is there is else interrupted as soon as it makes the kernel read ahead; it then
+/// waits until all of that is answered, and leaves nothing to do meanwhile for the threads that answered.
+/// A mapped copy on two cores is a tenth faster so (2.6 to 2.8 GB/s of FP8, 3.5 to 3.9 verbatim), several
+/// readers are as fast. Readers past the page cache wait for each answer anyway: a quarter slower.
+#[allow(unsafe_code, reason = "no crate among the dependencies has a safe call")]
+fn interrupt_nobody() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: 0 is the calling thread, and the parameters live longer than the call.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } != 0 {
+        tracing::debug!("threads interrupt readers: {}", io::Error::last_os_error());
+    }
 }
 
 /// Whether a session that ended in `error` ended because its mount at `at` was taken away.
@@ -278,6 +301,23 @@ mod tests {
     fn one_thread_at_least_and_a_queue_for_each_of_several() {
         let config = config(&options(Vec::new()));
         assert_eq!((config.n_threads, config.clone_fd), (Some(1), false));
+    }
+
+    #[test]
+    fn threads_that_it_starts_interrupt_nobody_either() {
+        let policy = || {
+            let stat = fs::read_to_string("/proc/thread-self/stat").expect("Linux tells");
+            // Fields from the third on follow the name in parentheses; the policy is the 41st.
+            let (_, fields) = stat.rsplit_once(')').expect("a name");
+            fields.split_whitespace().nth(41 - 3).map(|field| field.parse()).expect("a field")
+        };
+        let started = thread::spawn(move || {
+            interrupt_nobody();
+            (policy(), thread::spawn(policy).join().expect("no panic"))
+        });
+        let batch = Ok(libc::SCHED_BATCH);
+        assert_eq!(started.join().expect("no panic"), (batch.clone(), batch));
+        assert_eq!(policy(), Ok(libc::SCHED_OTHER), "it is the thread's own");
     }
 
     #[test]
