@@ -5,6 +5,7 @@
 //! open file has a text of its own, read past the page cache because its size is not known before.
 
 mod session;
+mod splice;
 #[cfg(test)]
 mod tests;
 
@@ -14,6 +15,7 @@ use std::error::Error;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,10 +30,12 @@ use fuser::{
     WriteFlags,
 };
 
+use crate::plan::Summary;
 use crate::read::Buffer;
 use crate::view::{Attr, Content, Ino, Kind, View, ViewError};
 
-pub use session::{MountOptions, Mounted, mount};
+pub use session::{MountOptions, Mountable, Mounted, mount};
+pub use splice::Device;
 
 /// How long the kernel may keep names and attributes, absent names included.
 const TTL: Duration = Duration::from_secs(3600);
@@ -45,6 +49,13 @@ const MAX_BACKGROUND: u16 = 64;
 
 /// Of those, from how many on the kernel holds back new ones.
 const CONGESTION_THRESHOLD: u16 = 48;
+
+/// The largest request that kernels send unless they are told otherwise, in bytes.
+const LARGEST_REQUEST: usize = 1 << 20;
+
+/// The largest of a view that is mostly the source's bytes, where replies of 1 MiB cannot be spliced.
+/// Such a view is read at 4.6 GB/s instead of 3.5; one that is decoded at 2.5 instead of 2.9.
+const SMALLER_REQUEST: u32 = 512 << 10;
 
 /// Numbers are never given to another file.
 const GENERATION: Generation = Generation(0);
@@ -62,6 +73,7 @@ pub struct Filesystem {
     view: Arc<View>,
     direct_io: bool,
     passthrough: bool,
+    device: Device,
     /// Files of the source that the kernel reads itself, or was found not to. Kept for the life
     /// of the mount: one inode must not be open in both ways.
     backing: Mutex<HashMap<Ino, Option<BackingId>>>,
@@ -77,6 +89,7 @@ impl Filesystem {
             view,
             direct_io,
             passthrough: false,
+            device: Device::default(),
             backing: Mutex::default(),
             live: Mutex::default(),
             next_handle: AtomicU64::new(NO_HANDLE.0 + 1),
@@ -208,6 +221,12 @@ macro_rules! read_only {
     };
 }
 
+impl Mountable for Filesystem {
+    fn device(&self) -> Device {
+        self.device.clone()
+    }
+}
+
 impl fuser::Filesystem for Filesystem {
     /// `max_readahead` stays as offered: it can only be lowered here (see [`mount`]).
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
@@ -235,6 +254,11 @@ impl fuser::Filesystem for Filesystem {
             && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(1).is_ok();
         let bounded = |nearest: u16| io::Error::other(format!("the nearest limit is {nearest}"));
+        let Summary { view, verbatim, .. } = &self.view.engine().plan().summary;
+        if verbatim.1 > view.1 / 2 && !splice::can_send(LARGEST_REQUEST) {
+            let narrow = |nearest| io::Error::other(format!("the nearest limit is {nearest}"));
+            config.set_max_write(SMALLER_REQUEST).map_err(narrow)?;
+        }
         config.set_max_background(MAX_BACKGROUND).map_err(bounded)?;
         config.set_congestion_threshold(CONGESTION_THRESHOLD).map_err(bounded)?;
         Ok(())
@@ -284,7 +308,7 @@ impl fuser::Filesystem for Filesystem {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -299,6 +323,11 @@ impl fuser::Filesystem for Filesystem {
             let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
             let end = start.saturating_add(size).min(text.len());
             return reply.data(&text[start..end]);
+        }
+        let send = |file: &File, at, n| self.device.send(request.unique().0, file, at, n);
+        if self.view.send_stored(Ino(ino.0), offset, size, send) {
+            // Dropped, it would answer again. What it shares with its session lives on.
+            return mem::forget(reply);
         }
         BUFFER.with_borrow_mut(|buffer| {
             buffer.grow(size);

@@ -11,7 +11,7 @@ use fuser::{
     FileHandle, INodeNo, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
 };
-use mount_ckpt::fuse::{self, Filesystem, MountOptions};
+use mount_ckpt::fuse::{self, Filesystem, MountOptions, Mountable};
 use mount_ckpt::view::{Content, Ino, View};
 use sd_notify::NotifyState;
 
@@ -32,6 +32,8 @@ pub fn serve(view: Arc<View>, at: &Path, options: &MountOptions) -> Result<()> {
     sd_notify::notify(&[NotifyState::Ready])?;
     Ok(mounted.wait()?)
 }
+
+impl Mountable for Null {}
 
 impl fuser::Filesystem for Null {
     fn init(&mut self, request: &Request, config: &mut KernelConfig) -> io::Result<()> {

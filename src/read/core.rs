@@ -2,6 +2,7 @@
 //! that is kept or where a reader wants them.
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -142,6 +143,17 @@ impl Core {
             left = later;
         }
         Ok(())
+    }
+
+    /// Where bytes `at..at + bytes` of a tensor that is made of `runs` lie in the source, where that
+    /// is one place.
+    pub fn stored(&self, runs: &[Run], at: u64, bytes: u64) -> Option<(&File, u64)> {
+        let run = runs.get(runs.partition_point(|r| r.at + r.bytes <= at))?;
+        let into = at - run.at;
+        let checkpoint = self.of(run.origin);
+        (bytes <= run.bytes - into)
+            .then(|| checkpoint.stored(run.source, run.offset + into, bytes))
+            .flatten()
     }
 
     fn of(&self, origin: Origin) -> &Checkpoint {

@@ -3,6 +3,7 @@
 //! A read of many rows of a large plane is decoded in place, all others are served from chunks. What a
 //! reader that goes forward will want next is begun before it asks.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -144,6 +145,24 @@ impl Engine {
             Err(_) => add(&core.counters.errors, 1),
         }
         done
+    }
+
+    /// Where bytes `at..at + bytes` of a tensor of the view lie in a file of the source as they are:
+    /// the file, and the offset in it. `None` where they are made, or lie in several places.
+    pub fn stored(&self, id: TensorId, at: u64, bytes: u64) -> Option<(&File, u64)> {
+        match &self.core.plan.tensor(id).body {
+            Body::Verbatim(runs) => self.core.stored(runs, at, bytes),
+            Body::Computed(_) | Body::Encoded(_) | Body::Literal(_) => None,
+        }
+    }
+
+    /// Counts a read of `bytes` bytes that somebody took from where [`Engine::stored`] said.
+    pub fn count_stored(&self, bytes: u64) {
+        let counters = &self.core.counters;
+        add(&counters.reads, 1);
+        for counter in [&counters.served_bytes, &counters.verbatim_bytes, &counters.source_bytes] {
+            add(counter, bytes);
+        }
     }
 
     /// [`Engine::made`], counted while it lasts.

@@ -4,6 +4,7 @@
 //! short and becomes a [`ReadError`].
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
@@ -108,6 +109,14 @@ impl Checkpoint {
             }
             Ok(())
         })
+    }
+
+    /// The file and the offset in it where bytes `at..at + bytes` of a tensor lie; `None` where they
+    /// leave the tensor.
+    pub fn stored(&self, id: SourceId, at: u64, bytes: u64) -> Option<(&File, u64)> {
+        let t = self.tensor(id);
+        check_range(t, at, Some(bytes)).ok()?;
+        Some((self.shard(t.shard).file(), t.offset + at))
     }
 
     /// Tells the kernel that `bytes` bytes at `at` of a tensor are wanted soon. What leaves the

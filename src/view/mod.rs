@@ -288,6 +288,35 @@ impl View {
         }
     }
 
+    /// Has `send(file, offset, bytes)` give a reader the bytes of a file at `at`, where they lie in one
+    /// piece in a file of the source, and returns whether it did. They are `len`, or fewer at the end
+    /// of the file.
+    pub fn send_stored(
+        &self,
+        ino: Ino,
+        at: u64,
+        len: usize,
+        send: impl FnOnce(&File, u64, usize) -> bool,
+    ) -> bool {
+        let of_shard = |shard: &Shard| {
+            let (tensor, at, n) = shard.within(at, len)?;
+            let (file, offset) = self.engine.stored(tensor, at, wide(n))?;
+            send(file, offset, n).then(|| {
+                self.engine.count_stored(wide(n));
+                n
+            })
+        };
+        let sent = match self.tree.place(ino) {
+            Some(Place::Tensor(_, id)) => of_shard(&self.tensor_file(id)),
+            Some(Place::Node(_, Node { body: Body::Shard(shard), .. })) => of_shard(shard),
+            Some(Place::Node(..)) | None => None,
+        };
+        if let Some(n) = sent {
+            self.served.count(Some(wide(n)));
+        }
+        sent.is_some()
+    }
+
     /// The text of a live file as it is now.
     ///
     /// # Errors

@@ -87,6 +87,16 @@ impl Shard {
         self.ends.last().copied().unwrap_or(self.data_start)
     }
 
+    /// The tensor that holds all of the file's bytes `at..at + len`, the byte of it where they start,
+    /// and how many they are: fewer than `len` only at the end of the file.
+    pub(super) fn within(&self, at: u64, len: usize) -> Option<(TensorId, u64, usize)> {
+        let i = self.ends.partition_point(|&end| end <= at);
+        let end = *self.ends.get(i)?;
+        let start = if i == 0 { self.data_start } else { self.ends[i - 1] };
+        let n = clamp(end - at, len);
+        (at >= start && (n == len || end == self.size())).then(|| (self.tensors[i], at - start, n))
+    }
+
     /// Fills `out` from the bytes at `at` and returns how many there were.
     ///
     /// `fetch(tensor, at, out)` fills `out` with the bytes of a tensor from `at`.
@@ -254,6 +264,24 @@ mod tests {
             assert_eq!(shard.read(at, &mut out, fetch), Ok(n), "at {at}");
         }
         assert_eq!(shard.read(4095, &mut [], fetch), Ok(0));
+    }
+
+    #[test]
+    fn what_lies_within_a_tensor_is_told() {
+        let shard = shard(&tensors(&[(DType::U8, 16), (DType::U8, 10)]));
+        let (a, b) = (TensorId(0), TensorId(1));
+        for (at, len, expected) in [
+            (4095, 4, None),
+            (4096, 16, Some((a, 0, 16))),
+            (4100, 12, Some((a, 4, 12))),
+            (4100, 13, None),
+            (4112, 10, Some((b, 0, 10))),
+            (4115, 100, Some((b, 3, 7))),
+            (4122, 1, None),
+            (u64::MAX, 1, None),
+        ] {
+            assert_eq!(shard.within(at, len), expected, "{len} at {at}");
+        }
     }
 
     #[test]
