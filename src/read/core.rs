@@ -15,6 +15,7 @@ use super::encode::Encoder;
 use super::engine::EngineOptions;
 use super::placement::transposes;
 use super::slabs::{Keep, MAX_SLAB_BYTES, Slabs};
+use super::streams::Streams;
 use crate::plan::{
     Body, ChunkBox, Computed, Encoded, Grid, MatrixId, Origin, Plan, Run, TensorId, TensorPlan,
 };
@@ -35,6 +36,7 @@ pub struct Core {
     pub chunks: Cache<(TensorId, u64), ReadError>,
     pub keep_given: bool,
     pub slabs: Slabs,
+    pub streams: Streams,
     pub counters: Counters,
     /// For each matrix, whether it was read.
     touched: Box<[AtomicBool]>,
@@ -91,6 +93,7 @@ impl Core {
             chunks: Cache::new(options.cache_bytes - slab_bytes, Buffer::new),
             keep_given: options.keep_given,
             slabs: Slabs::new(slab_bytes),
+            streams: Streams::default(),
             counters: Counters::default(),
             touched,
         }
@@ -101,7 +104,9 @@ impl Core {
         match *job {
             Job::Chunk(id, chunk, keep) => {
                 let tensor = self.plan.tensor(id);
+                // Where its reader was faster, it decodes the chunk itself.
                 if let Some(made) = Made::of(&tensor.body)
+                    && !self.streams.passed(id, made.grid().extent(chunk).0)
                     && !self.chunks.has(&(id, chunk))
                 {
                     let _ = self.chunk(id, tensor, made, chunk, keep);

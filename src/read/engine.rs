@@ -13,7 +13,7 @@ use super::chunk::{LEADING, len, to_u64};
 use super::core::{Core, Job, Made, Part};
 use super::counters::{CounterSnapshot, add};
 use super::slabs::Keep;
-use super::streams::{Streams, Unit};
+use super::streams::Unit;
 use crate::plan::{Body, Plan, TensorId, TensorPlan};
 use crate::source::Checkpoint;
 
@@ -28,7 +28,9 @@ const ALONE: u64 = 64 << 10;
 /// copies them.
 const AT_A_TIME: u64 = 1 << 20;
 
-/// Chunks that are made ahead of a reader that goes forward.
+/// Chunks that are made ahead of a single reader past the page cache, for which else one core works:
+/// none, 1, 2, 4 and 8 give 2.6, 2.5, 2.6, 2.7 and 2.9 GB/s of FP8, and 2.2, 2.9, 2.9, 2.9 and 2.5 of
+/// INT4.
 const CHUNKS_AHEAD: u64 = 4;
 
 /// Planes that a reader went through without a gap for each whose stored rows are read whole ahead of
@@ -74,12 +76,20 @@ pub struct EngineOptions {
 /// Serves the bytes of a plan's tensors.
 pub struct Engine {
     core: Arc<Core>,
-    streams: Streams,
     /// Reads of made tensors that are under way.
     active: AtomicUsize,
     /// How many reads without another under way are left until a reader counts as the only one.
     crowd: AtomicU32,
     ahead: Ahead<Job>,
+}
+
+/// A read that is under way; it ends when this is dropped, also by a panic.
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Engine {
@@ -88,13 +98,7 @@ impl Engine {
         let core = Arc::new(Core::new(checkpoint, plan, options));
         let working = Arc::clone(&core);
         let ahead = Ahead::new(options.threads, move |job| working.work(&job));
-        Engine {
-            core,
-            streams: Streams::default(),
-            active: AtomicUsize::new(0),
-            crowd: AtomicU32::new(0),
-            ahead,
-        }
+        Engine { core, active: AtomicUsize::new(0), crowd: AtomicU32::new(0), ahead }
     }
 
     /// The plan that it serves.
@@ -175,12 +179,11 @@ impl Engine {
         out: &mut [u8],
     ) -> Result<(), ReadError> {
         let others = self.active.fetch_add(1, Ordering::Relaxed);
+        let _read = UnderWay(&self.active);
         let crowd = self.crowd.load(Ordering::Relaxed);
         let crowd = if others > 0 { CROWD } else { crowd.saturating_sub(1) };
         self.crowd.store(crowd, Ordering::Relaxed);
-        let done = self.made(id, tensor, made, at, out, crowd == 0);
-        self.active.fetch_sub(1, Ordering::Relaxed);
-        done
+        self.made(id, tensor, made, at, out, crowd == 0)
     }
 
     /// Reads from a tensor whose bytes are made; `alone` where one reader reads such tensors.
@@ -198,11 +201,11 @@ impl Engine {
         }
         let (core, grid) = (&*self.core, made.grid());
         let end = at + to_u64(out.len());
-        let run = self.streams.advance(id, tensor.bytes(), at, end).run;
+        let run = core.streams.advance(id, tensor.bytes(), at, end).run;
         let plane_bytes = grid.rows * grid.row_bytes;
         if let Made::Computed(computed) = made {
             let behind = (end / plane_bytes).saturating_sub(BYTES_BEHIND.div_ceil(plane_bytes));
-            for plane in self.streams.ask(id, Unit::Behind, behind, PLANES_AT_ONCE) {
+            for plane in core.streams.ask(id, Unit::Behind, behind, PLANES_AT_ONCE) {
                 core.forget_rows(tensor, computed, plane);
             }
         }
@@ -210,7 +213,7 @@ impl Engine {
         if run >= sure {
             let ahead = (run / (PLANES_BEFORE_ROWS_AHEAD * plane_bytes)).clamp(1, PLANES_AHEAD);
             let until = (end / plane_bytes + 1 + ahead).min(grid.planes);
-            let planes = self.streams.ask(id, Unit::Plane, until, ahead);
+            let planes = core.streams.ask(id, Unit::Plane, until, ahead);
             self.ahead.push(planes.map(|plane| Job::Rows(id, plane)));
         }
         let (mut now, mut left) = (at, out);
@@ -254,7 +257,7 @@ impl Engine {
             // The kernel reads ahead as well, unless it is told not to keep pages.
             let ahead = if core.keep_given { CHUNKS_AHEAD } else { 1 };
             let until = (chunk + 1 + ahead).min(grid.chunks());
-            let chunks = self.streams.ask(id, Unit::Chunk, until, ahead);
+            let chunks = core.streams.ask(id, Unit::Chunk, until, ahead);
             self.ahead.push(chunks.map(|chunk| Job::Chunk(id, chunk, keep)));
         }
         Ok(())

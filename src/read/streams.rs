@@ -83,6 +83,13 @@ impl Streams {
         progress
     }
 
+    /// Whether the last reader of a tensor came by byte `at`.
+    pub fn passed(&self, tensor: TensorId, at: u64) -> bool {
+        let streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = streams.iter().find(|s| s.tensor == tensor);
+        last.is_some_and(|s| (s.start..s.next).contains(&at))
+    }
+
     /// What to ask for on behalf of the reader that [`Streams::advance`] saw last in a tensor: what
     /// before `until` was not asked for yet, at most `most` of it.
     pub fn ask(&self, tensor: TensorId, unit: Unit, until: u64, most: u64) -> Range<u64> {
@@ -128,7 +135,10 @@ mod tests {
         assert_eq!(run(&streams, C, 5000), 0);
         assert!((5010..7000).step_by(10).all(|at| run(&streams, C, at) == at - 5000));
         assert_eq!(run(&streams, C, 5720), 720);
+        let passed = |at| streams.passed(C, at);
+        assert_eq!([4999, 5000, 6999, 7000].map(passed), [false, true, true, false]);
         assert_eq!(run(&streams, C, 5700), 0);
+        assert_eq!([5700, 5710].map(passed), [true, false], "this is another reader");
     }
 
     #[test]
