@@ -54,7 +54,8 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let done = Command::new(BINARY).arg("umount").arg(self.at()).output().unwrap();
         if !done.status.success() {
-            eprintln!("left mounted: {}", String::from_utf8_lossy(&done.stderr));
+            let _ = Command::new(BINARY).args(["umount", "--lazy"]).arg(self.at()).output();
+            eprintln!("in use: {}", String::from_utf8_lossy(&done.stderr));
         }
     }
 }

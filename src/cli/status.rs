@@ -9,6 +9,8 @@ use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::Value;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 /// A mount, as `status` lists it.
 #[derive(Debug, Serialize)]
@@ -95,6 +97,20 @@ fn lay_flat(name: &str, value: &Value, lines: &mut String) {
     }
 }
 
+/// Takes a mount down that may be in use by what is just ending: the process of a mount of its files
+/// outlives that mount by a moment.
+fn settled(mut unmount: impl FnMut() -> Result<(), UnmountError>) -> Result<(), UnmountError> {
+    const TRIES: u32 = 20;
+    const BETWEEN: Duration = Duration::from_millis(25);
+    for _ in 1..TRIES {
+        match unmount() {
+            Err(UnmountError::Busy(_)) => thread::sleep(BETWEEN),
+            done => return done,
+        }
+    }
+    unmount()
+}
+
 /// Takes mounts down, those after a failure too.
 ///
 /// # Errors
@@ -103,7 +119,7 @@ pub fn unmount_all(args: &UmountArgs) -> anyhow::Result<()> {
     let how = if args.lazy { Unmount::Lazy } else { Unmount::Now };
     let mut failures = Vec::new();
     for at in &args.at {
-        match unmount(at, how) {
+        match settled(|| unmount(at, how)) {
             Err(UnmountError::NotMounted(_)) if args.quiet => {}
             Err(error) => failures.push(error.to_string()),
             Ok(()) => {}
@@ -116,6 +132,24 @@ pub fn unmount_all(args: &UmountArgs) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_in_use_is_tried_for_a_while() {
+        let mut left = 3;
+        let done = settled(|| {
+            left -= 1;
+            if left > 0 { Err(UnmountError::Busy("/mnt".to_owned())) } else { Ok(()) }
+        });
+        assert!(done.is_ok());
+        let mut tries = 0;
+        let done = settled(|| {
+            tries += 1;
+            Err(UnmountError::Busy("/mnt".to_owned()))
+        });
+        assert!(matches!(done, Err(UnmountError::Busy(_))) && tries > 1);
+        let done = settled(|| Err(UnmountError::NotMounted("/mnt".into())));
+        assert!(matches!(done, Err(UnmountError::NotMounted(_))), "it is not tried again");
+    }
 
     #[test]
     fn counters_lie_flat() {
