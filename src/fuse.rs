@@ -13,6 +13,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::error::Error;
 use std::ffi::OsStr;
+use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::mem;
@@ -30,7 +31,6 @@ use fuser::{
     WriteFlags,
 };
 
-use crate::plan::Summary;
 use crate::read::Buffer;
 use crate::view::{Attr, Content, Ino, Kind, View, ViewError};
 
@@ -158,6 +158,11 @@ fn guarded<T>(answer: impl FnOnce() -> Result<T, ViewError>) -> Result<T, Errno>
     }
 }
 
+/// What fuser says of a setting: the nearest that the kernel takes.
+fn bounded(nearest: impl Display) -> io::Error {
+    io::Error::other(format!("the nearest limit is {nearest}"))
+}
+
 /// What the caller is told.
 fn errno(error: &ViewError) -> Errno {
     match error {
@@ -253,11 +258,8 @@ impl fuser::Filesystem for Filesystem {
         self.passthrough = nix::unistd::geteuid().is_root()
             && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(1).is_ok();
-        let bounded = |nearest: u16| io::Error::other(format!("the nearest limit is {nearest}"));
-        let Summary { view, verbatim, .. } = &self.view.engine().plan().summary;
-        if verbatim.1 > view.1 / 2 && !splice::can_send(LARGEST_REQUEST) {
-            let narrow = |nearest| io::Error::other(format!("the nearest limit is {nearest}"));
-            config.set_max_write(SMALLER_REQUEST).map_err(narrow)?;
+        if self.view.is_mostly_stored() && !splice::can_send(LARGEST_REQUEST) {
+            config.set_max_write(SMALLER_REQUEST).map_err(bounded)?;
         }
         config.set_max_background(MAX_BACKGROUND).map_err(bounded)?;
         config.set_congestion_threshold(CONGESTION_THRESHOLD).map_err(bounded)?;

@@ -51,6 +51,11 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// The smallest and the largest.
+fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    values.fold((f64::MAX, f64::MIN), |(low, high), n| (low.min(n), high.max(n)))
+}
+
 impl Row {
     /// The row of the table as Markdown.
     pub fn markdown(&self) -> String {
@@ -58,9 +63,7 @@ impl Row {
         match &self.value {
             Value::Ratio { rates, at_least } => {
                 let ratios = || rates.iter().map(|[subject, baseline]| subject / baseline);
-                let (low, high) = ratios().fold((f64::MAX, f64::MIN), |(low, high), ratio| {
-                    (low.min(ratio), high.max(ratio))
-                });
+                let (low, high) = range(ratios());
                 let [subject, baseline] = [0, 1].map(|i| median(rates.iter().map(|pair| pair[i])));
                 let _ = write!(
                     line,
@@ -70,8 +73,7 @@ impl Row {
             }
             Value::Number { measured, at_most, unit } => {
                 let all = || measured.iter().copied();
-                let (low, high) =
-                    all().fold((f64::MAX, f64::MIN), |(l, h), n| (l.min(n), h.max(n)));
+                let (low, high) = range(all());
                 let middle = median(all());
                 let _ = write!(
                     line,

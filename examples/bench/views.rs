@@ -112,7 +112,7 @@ impl Bench<'_> {
         let read = |mount: &Mount| {
             let shards = shards(mount.at())?;
             forget(&shards)?;
-            if options == DIRECT { pread(&shards, 2) } else { mapped(&shards) }
+            read_once(options, &shards)
         };
         let rates = compare(self.rounds, || read(&view), || read(&null))?;
         Ok(Value::Ratio { rates, at_least })
@@ -171,7 +171,7 @@ impl Bench<'_> {
         }
         let cold = |files: &[PathBuf], read: &[PathBuf]| {
             forget(files)?;
-            if options == DIRECT { pread(read, 2) } else { mapped(read) }
+            read_once(options, read)
         };
         let all = [shown.clone(), stored].concat();
         let rates = compare(self.rounds, || cold(&all, &shown), || cold(&copies, &copies));
@@ -263,6 +263,11 @@ impl Bench<'_> {
         let measured = vec![mebibytes(most) - mebibytes(CACHE)];
         Ok(Value::Number { measured, at_most: 128.0, unit: "MiB" })
     }
+}
+
+/// Reads files as readers do under options: two threads where they bypass the page cache, else a map.
+fn read_once(options: &[&str], paths: &[PathBuf]) -> Result<u64> {
+    if options == DIRECT { pread(paths, 2) } else { mapped(paths) }
 }
 
 fn mebibytes(bytes: u64) -> f64 {

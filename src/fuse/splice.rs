@@ -2,7 +2,8 @@
 //!
 //! fuser sends memory, so that bytes of a file would be copied twice: into a buffer of this process and
 //! out of it. Spliced into a pipe they stay where they are, and the reply to the kernel is the pipe's
-//! contents. A mapped copy of tensors that are shown as they are stored is a fifth to a half faster so.
+//! contents. A mapped copy of bytes that are shown as they are stored is a third faster so, one in requests
+//! of 128 KiB nearly half.
 
 use std::cell::RefCell;
 use std::fs::File;

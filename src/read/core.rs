@@ -130,8 +130,7 @@ impl Core {
     ) -> Result<(), ReadError> {
         let mut at = at;
         let mut left = out;
-        let first = runs.partition_point(|r| r.at + r.bytes <= at);
-        for run in &runs[first..] {
+        for run in runs_from(runs, at) {
             if left.is_empty() {
                 break;
             }
@@ -142,8 +141,7 @@ impl Core {
                 .read(run.source, run.offset + into, now)
                 .map_err(|e| failed(tensor, e))?;
             let n = to_u64(here);
-            add(&self.counters.verbatim_bytes, n);
-            add(&self.counters.source_bytes, n);
+            self.counters.add_verbatim(n);
             at += n;
             left = later;
         }
@@ -153,7 +151,7 @@ impl Core {
     /// Where bytes `at..at + bytes` of a tensor that is made of `runs` lie in the source, where that
     /// is one place.
     pub fn stored(&self, runs: &[Run], at: u64, bytes: u64) -> Option<(&File, u64)> {
-        let run = runs.get(runs.partition_point(|r| r.at + r.bytes <= at))?;
+        let run = runs_from(runs, at).first()?;
         let into = at - run.at;
         let checkpoint = self.of(run.origin);
         (bytes <= run.bytes - into)
@@ -387,6 +385,11 @@ impl Core {
             i64::from_le_bytes(wide)
         }))
     }
+}
+
+/// The runs from the one on that holds byte `at` of their tensor.
+fn runs_from(runs: &[Run], at: u64) -> &[Run] {
+    &runs[runs.partition_point(|r| r.at + r.bytes <= at)..]
 }
 
 fn failed(tensor: &TensorPlan, failure: impl Into<Failure>) -> ReadError {

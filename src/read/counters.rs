@@ -49,6 +49,12 @@ pub struct CounterSnapshot {
 }
 
 impl Counters {
+    /// Counts bytes that were given as the source has them.
+    pub fn add_verbatim(&self, bytes: u64) {
+        add(&self.verbatim_bytes, bytes);
+        add(&self.source_bytes, bytes);
+    }
+
     pub fn snapshot(&self, cache_bytes: u64, cache_budget: u64) -> CounterSnapshot {
         let load = |c: &AtomicU64| c.load(Ordering::Relaxed);
         CounterSnapshot {

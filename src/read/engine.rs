@@ -83,7 +83,7 @@ pub struct Engine {
     ahead: Ahead<Job>,
 }
 
-/// A read that is under way; it ends when this is dropped, also by a panic.
+/// A read of a made tensor that is under way; it ends when this is dropped, also by a panic.
 struct UnderWay<'a>(&'a AtomicUsize);
 
 impl Drop for UnderWay<'_> {
@@ -134,9 +134,9 @@ impl Engine {
             match &tensor.body {
                 Body::Verbatim(runs) => core.verbatim(tensor, runs, at, out),
                 Body::Computed(computed) => {
-                    self.counted(id, tensor, Made::Computed(computed), at, out)
+                    self.made(id, tensor, Made::Computed(computed), at, out)
                 }
-                Body::Encoded(encoded) => self.counted(id, tensor, Made::Encoded(encoded), at, out),
+                Body::Encoded(encoded) => self.made(id, tensor, Made::Encoded(encoded), at, out),
                 Body::Literal(bytes) => {
                     let start = len(at);
                     out.copy_from_slice(&bytes[start..start + out.len()]);
@@ -164,29 +164,20 @@ impl Engine {
     pub fn count_stored(&self, bytes: u64) {
         let counters = &self.core.counters;
         add(&counters.reads, 1);
-        for counter in [&counters.served_bytes, &counters.verbatim_bytes, &counters.source_bytes] {
-            add(counter, bytes);
-        }
+        add(&counters.served_bytes, bytes);
+        counters.add_verbatim(bytes);
     }
 
-    /// [`Engine::made`], counted while it lasts.
-    fn counted(
-        &self,
-        id: TensorId,
-        tensor: &TensorPlan,
-        made: Made<'_>,
-        at: u64,
-        out: &mut [u8],
-    ) -> Result<(), ReadError> {
+    /// Begins a read of a made tensor, and tells whether one reader alone reads such tensors.
+    fn begin(&self) -> (UnderWay<'_>, bool) {
         let others = self.active.fetch_add(1, Ordering::Relaxed);
-        let _read = UnderWay(&self.active);
         let crowd = self.crowd.load(Ordering::Relaxed);
         let crowd = if others > 0 { CROWD } else { crowd.saturating_sub(1) };
         self.crowd.store(crowd, Ordering::Relaxed);
-        self.made(id, tensor, made, at, out, crowd == 0)
+        (UnderWay(&self.active), crowd == 0)
     }
 
-    /// Reads from a tensor whose bytes are made; `alone` where one reader reads such tensors.
+    /// Reads from a tensor whose bytes are made.
     fn made(
         &self,
         id: TensorId,
@@ -194,14 +185,14 @@ impl Engine {
         made: Made<'_>,
         at: u64,
         out: &mut [u8],
-        alone: bool,
     ) -> Result<(), ReadError> {
         if out.is_empty() {
             return Ok(());
         }
+        let (_under_way, alone) = self.begin();
         let (core, grid) = (&*self.core, made.grid());
         let end = at + to_u64(out.len());
-        let run = core.streams.advance(id, tensor.bytes(), at, end).run;
+        let run = core.streams.advance(id, tensor.bytes(), at, end);
         let plane_bytes = grid.rows * grid.row_bytes;
         if let Made::Computed(computed) = made {
             let behind = (end / plane_bytes).saturating_sub(BYTES_BEHIND.div_ceil(plane_bytes));

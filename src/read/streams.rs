@@ -48,17 +48,11 @@ pub enum Unit {
 #[derive(Debug, Default)]
 pub struct Streams(Mutex<Vec<Stream>>);
 
-/// What is known of the reader of a range.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes that it read without a gap before this range, those of tensors that it read whole just
-    /// before included; 0 where it just came in.
-    pub run: u64,
-}
-
 impl Streams {
-    /// Notes a read of bytes `at..end` of a tensor of `size` bytes.
-    pub fn advance(&self, tensor: TensorId, size: u64, at: u64, end: u64) -> Progress {
+    /// Notes a read of bytes `at..end` of a tensor of `size` bytes. Gives how many bytes its reader read
+    /// without a gap before, those of tensors that it read whole just before included; 0 where it just
+    /// came in.
+    pub fn advance(&self, tensor: TensorId, size: u64, at: u64, end: u64) -> u64 {
         let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (ahead, behind) = (AHEAD * (end - at), BEHIND * (end - at));
         let near = |s: &Stream| {
@@ -76,11 +70,11 @@ impl Streams {
             }
         };
         stream.start = stream.start.min(at);
-        let progress = Progress { run: stream.before + at - stream.start };
+        let run = stream.before + at - stream.start;
         stream.next = stream.next.max(end);
         streams.truncate(STREAMS - 1);
         streams.insert(0, stream);
-        progress
+        run
     }
 
     /// Whether the last reader of a tensor came by byte `at`.
@@ -117,7 +111,7 @@ mod tests {
     const SIZE: u64 = 100_000;
 
     fn run(streams: &Streams, tensor: TensorId, at: u64) -> u64 {
-        streams.advance(tensor, SIZE, at, at + 10).run
+        streams.advance(tensor, SIZE, at, at + 10)
     }
 
     #[test]
@@ -144,14 +138,14 @@ mod tests {
     #[test]
     fn a_reader_of_whole_tensors_goes_on_in_the_next() {
         let streams = Streams::default();
-        let read = |tensor, at: u64| streams.advance(tensor, 10_000, at, at + 100).run;
+        let read = |tensor, at: u64| streams.advance(tensor, 10_000, at, at + 100);
         assert!((0..100).all(|i| read(A, 100 * i) == 100 * i));
         // Requests of a window come in any order here too.
         assert_eq!([read(B, 100), read(B, 0), read(B, 200)], [10_000, 10_000, 10_200]);
         assert_eq!(read(C, 0), 0, "most of the tensor before is missing");
 
         let streams = Streams::default();
-        let read = |tensor, at: u64| streams.advance(tensor, 10_000, at, at + 100).run;
+        let read = |tensor, at: u64| streams.advance(tensor, 10_000, at, at + 100);
         assert!((40..100).all(|i| read(A, 100 * i) == 100 * (i - 40)));
         assert_eq!(read(B, 0), 0, "the start of the tensor before is missing");
         assert!((1..100).all(|i| read(B, 100 * i) == 100 * i));

@@ -41,7 +41,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::plan::TensorId;
+use crate::plan::{Summary, TensorId};
 use crate::read::Engine;
 use crate::source::Checkpoint;
 
@@ -337,6 +337,13 @@ impl View {
             }
             None => format!("inode {}", ino.0),
         }
+    }
+
+    /// Whether more than half of its tensors' bytes are the source's own, which
+    /// [`View::send_stored`] sends.
+    pub fn is_mostly_stored(&self) -> bool {
+        let Summary { view, verbatim, .. } = &self.engine.plan().summary;
+        verbatim.1 > view.1 / 2
     }
 
     /// Bytes of all files, the per-tensor tree left out.

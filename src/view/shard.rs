@@ -87,12 +87,21 @@ impl Shard {
         self.ends.last().copied().unwrap_or(self.data_start)
     }
 
+    /// Number of the tensor that holds the file's byte `at`, or of the first behind it.
+    fn index_at(&self, at: u64) -> usize {
+        self.ends.partition_point(|&end| end <= at)
+    }
+
+    /// Offset in the file where tensor `i` starts, or where the last one ends.
+    fn start(&self, i: usize) -> u64 {
+        if i == 0 { self.data_start } else { self.ends[i - 1] }
+    }
+
     /// The tensor that holds all of the file's bytes `at..at + len`, the byte of it where they start,
     /// and how many they are: fewer than `len` only at the end of the file.
     pub(super) fn within(&self, at: u64, len: usize) -> Option<(TensorId, u64, usize)> {
-        let i = self.ends.partition_point(|&end| end <= at);
-        let end = *self.ends.get(i)?;
-        let start = if i == 0 { self.data_start } else { self.ends[i - 1] };
+        let i = self.index_at(at);
+        let (start, end) = (self.start(i), *self.ends.get(i)?);
         let n = clamp(end - at, len);
         (at >= start && (n == len || end == self.size())).then(|| (self.tensors[i], at - start, n))
     }
@@ -115,9 +124,9 @@ impl Shard {
         out[done..done + padding].fill(header::PADDING);
         done += padding;
         let mut at = at.saturating_add(wide(done));
-        let mut i = self.ends.partition_point(|&end| end <= at);
+        let mut i = self.index_at(at);
         while done < out.len() && i < self.ends.len() {
-            let start = if i == 0 { self.data_start } else { self.ends[i - 1] };
+            let start = self.start(i);
             let n = clamp(self.ends[i] - at, out.len() - done);
             if n > 0 {
                 fetch(self.tensors[i], at - start, &mut out[done..done + n])?;
