@@ -80,7 +80,7 @@ fn mount(source: &Path, at: &Path) -> Result<Mounted> {
     // `--model auto`: the mapping for config.json's `model_type`, and its integers put in.
     let config = checkpoint.config();
     let types: Vec<String> = config.model_types().into_iter().map(ToOwned::to_owned).collect();
-    let mapping = Mapping::for_model_types(&types)?.resolve(&|key| config.int(key).ok())?;
+    let mapping = Mapping::for_model_types(&types)?.resolve(&|key| config.get(key).cloned())?;
     // Where every tensor of the view comes from. What can be refused is refused here.
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default())?);
     println!("\n{}", plan.summary);

@@ -134,7 +134,7 @@ fn write(family: &Family, size: Size, dir: &Path) {
 fn engine(family: &Family, dir: &Path, options: EngineOptions) -> Engine {
     let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
     let mapping = Mapping::named(family.model).unwrap();
-    let mapping = mapping.resolve(&|key| checkpoint.config().int(key).ok()).unwrap();
+    let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned()).unwrap();
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default()).unwrap());
     Engine::new(checkpoint, plan, options)
 }

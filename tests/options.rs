@@ -112,7 +112,7 @@ fn names_are_filtered_from_their_start() {
     let none = PlanOptions { include: vec![Regex::new("norm").unwrap()], ..PlanOptions::default() };
     let source = Checkpoint::open(&checkpoint("mimo-v2-flash")).unwrap();
     let mapping = Mapping::named("mimo-v2-flash").unwrap();
-    let mapping = mapping.resolve(&|key| source.config().int(key).ok()).unwrap();
+    let mapping = mapping.resolve(&|key| source.config().get(key).cloned()).unwrap();
     let error = Plan::build(&source, &mapping, &none).unwrap_err().to_string();
     assert_eq!(error, "the view is empty: no tensor is left by --include and --exclude");
     let without = names(&[], &[r"model\.mtp", "head"]);

@@ -25,7 +25,7 @@ const VIEWS: [(&str, &str, bool); 6] = [
 fn engine((folder, model, quantized): (&str, &str, bool), cache: EngineOptions) -> Engine {
     let checkpoint = Arc::new(Checkpoint::open(&golden(folder).join("checkpoint")).unwrap());
     let mapping = Mapping::named(model).unwrap();
-    let mapping = mapping.resolve(&|key| checkpoint.config().int(key).ok()).unwrap();
+    let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned()).unwrap();
     let options = PlanOptions {
         to: quantized.then_some(LayoutName::Hf),
         quantize: quantized.then(Quantize::default),

@@ -171,6 +171,12 @@ pub struct ViewArgs {
     /// Source tensors that no rule names
     #[arg(long, value_name = "A", default_value_t = UnmappedChoice::Refuse)]
     pub unmapped: UnmappedChoice,
+    /// Tensors and layers that the model needs and that may be missing; repeatable
+    ///
+    /// A regular expression, matched from the start of the name. The mount's summary names what is
+    /// missing.
+    #[arg(long, value_name = "RE")]
+    pub allow_missing: Vec<String>,
     /// Largest synthetic shard; a larger tensor has one of its own
     #[arg(long, value_name = "SIZE", default_value_t = Size(5_000_000_000))]
     pub shard_size: Size,

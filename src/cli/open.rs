@@ -52,7 +52,7 @@ pub fn plan(source: &Path, options: &PlanOptions) -> anyhow::Result<Planned> {
         MappingChoice::Named(name) => Mapping::named(name)?,
         MappingChoice::File(file) => Mapping::load(file)?,
     };
-    let mapping = mapping.resolve(&|key| config.int(key).ok())?;
+    let mapping = mapping.resolve(&|key| config.get(key).cloned())?;
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &plan_options(options)?)?);
     Ok(Planned { checkpoint, plan })
 }
@@ -79,6 +79,7 @@ fn plan_options(options: &PlanOptions) -> anyhow::Result<plan::PlanOptions> {
             UnmappedChoice::Keep => Unmapped::Keep,
             UnmappedChoice::Drop => Unmapped::Drop,
         },
+        allow_missing: options.allow_missing.clone(),
         include: options.include.clone(),
         exclude: options.exclude.clone(),
         expert_parallel: options.expert_parallel.map(|ranks| ExpertParallel {

@@ -27,6 +27,8 @@ pub struct PlanOptions {
     pub include: Vec<Regex>,
     /// Names that are left out. Anchored at the start.
     pub exclude: Vec<Regex>,
+    /// Names that may be missing. Anchored at the start.
+    pub allow_missing: Vec<Regex>,
     /// What becomes of tensors that no rule names.
     pub unmapped: UnmappedChoice,
     /// Largest synthetic shard, in bytes; above 0.

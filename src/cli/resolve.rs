@@ -142,6 +142,7 @@ pub fn plan(args: &ViewArgs) -> Result<PlanOptions, UsageError> {
         expert_shard,
         include: patterns("--include", &args.include)?,
         exclude: patterns("--exclude", &args.exclude)?,
+        allow_missing: patterns("--allow-missing", &args.allow_missing)?,
         unmapped: args.unmapped,
         shard_size: args.shard_size.0,
     })

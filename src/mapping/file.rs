@@ -6,11 +6,12 @@ use super::layout::{
     Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, WayBack,
 };
 use super::raw::{
-    OneOrMany, RawConcat, RawEncoding, RawInterleave, RawLayout, RawMapping, RawOp, RawRotary,
-    RawRow, RawScope, RawSplit, RawStack, RawWord,
+    OneOrMany, RawConcat, RawEncoding, RawInterleave, RawLayout, RawMapping, RawOp,
+    RawQuantization, RawRotary, RawRow, RawScope, RawSplit, RawStack, RawWord,
 };
+use super::require::{holds, is_set, requirements, siblings};
 use super::template::{ConfigKey, RawTemplate, Variables};
-use super::{MappingError, Op};
+use super::{Lookup, MappingError, Op};
 use crate::codec::Scheme;
 use crate::tensor::DType;
 
@@ -124,7 +125,7 @@ impl Mapping {
     ///
     /// # Errors
     /// A config key that is absent, a rule that makes no sense, a rule that can never match.
-    pub fn resolve(&self, config: &dyn Fn(&str) -> Option<u64>) -> Result<Resolved, MappingError> {
+    pub fn resolve(&self, config: &Lookup<'_>) -> Result<Resolved, MappingError> {
         let raw = &self.raw;
         let mut aliases = Vec::with_capacity(raw.alias.len());
         for alias in &raw.alias {
@@ -154,12 +155,15 @@ impl Mapping {
             encodings,
             native: layout(LayoutName::Native, &raw.native)?,
             transformers: layout(LayoutName::Transformers, &raw.transformers)?,
+            requirements: requirements(&raw.require, config)?,
+            siblings: siblings(&raw.siblings, config)?,
             published_plain: raw.published_plain,
-            quantization: raw.quantization.clone().map(|q| QuantizationConfig {
-                within: q.within,
-                unquantized: q.unquantized,
-                value: q.value,
-            }),
+            quantization: raw
+                .quantization
+                .iter()
+                .flat_map(OneOrMany::as_slice)
+                .map(quantization)
+                .collect::<Result<_, _>>()?,
         })
     }
 
@@ -167,7 +171,7 @@ impl Mapping {
         &self,
         name: LayoutName,
         raw: &RawLayout,
-        config: &dyn Fn(&str) -> Option<u64>,
+        config: &Lookup<'_>,
     ) -> Result<Layout, MappingError> {
         let mut rows = Vec::new();
         for row in &raw.rule {
@@ -196,16 +200,27 @@ impl Mapping {
     }
 }
 
-fn encoding(
-    raw: &RawEncoding,
-    config: &dyn Fn(&str) -> Option<u64>,
-) -> Result<Encoding, MappingError> {
+fn quantization(raw: &RawQuantization) -> Result<QuantizationConfig, MappingError> {
+    let scheme = match &raw.scheme {
+        Some(name) => Some(parse_scheme(name, "quantization")?),
+        None => None,
+    };
+    let RawQuantization { within, unquantized, value, .. } = raw.clone();
+    Ok(QuantizationConfig { within, unquantized, scheme, value })
+}
+
+fn parse_scheme(name: &str, rule: &str) -> Result<Scheme, MappingError> {
+    Scheme::parse(name).ok_or_else(|| {
+        let known: Vec<_> = Scheme::ALL.iter().map(|(_, n)| *n).collect();
+        let why = format!("unknown scheme `{name}`; known: {}", known.join(", "));
+        MappingError::rule(rule, why)
+    })
+}
+
+fn encoding(raw: &RawEncoding, config: &Lookup<'_>) -> Result<Encoding, MappingError> {
     let first = raw.matrix.as_slice().first().cloned().unwrap_or_default();
     let fail = |why: String| MappingError::rule(&first, why);
-    let scheme = Scheme::parse(&raw.scheme).ok_or_else(|| {
-        let known: Vec<_> = Scheme::ALL.iter().map(|(_, n)| *n).collect();
-        fail(format!("unknown scheme `{}`; known: {}", raw.scheme, known.join(", ")))
-    })?;
+    let scheme = parse_scheme(&raw.scheme, &first)?;
     if raw.block.contains(&0) {
         return Err(fail("a block of no rows or columns".to_owned()));
     }
@@ -218,13 +233,20 @@ fn encoding(
     };
     let matrix = templates(raw.matrix.as_slice())?;
     let payload = templates(raw.payload.as_ref().unwrap_or(&raw.matrix).as_slice())?;
-    let scale = templates(raw.scale.as_slice())?;
+    // One matrix has spellings of one scale, a pair has those of each.
+    let scales = match raw.fused_shards {
+        true => raw.scale.as_slice().iter().map(|s| s.as_slice().to_vec()).collect(),
+        false => vec![raw.scale.as_slice().iter().flat_map(|s| s.as_slice().to_vec()).collect()],
+    };
+    let scale = scales.iter().map(|s: &Vec<String>| templates(s)).collect::<Result<Vec<_>, _>>()?;
     let shape = templates(raw.shape.as_slice())?.pop();
     let expected = if raw.fused_shards { 2 } else { 1 };
-    if [matrix.len(), payload.len(), scale.len()] != [expected; 3] {
+    if [matrix.len(), payload.len(), scale.len()] != [expected; 3]
+        || scale.iter().any(Vec::is_empty)
+    {
         return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
     }
-    if !vars.same_in(matrix.iter().chain(&payload).chain(&scale).chain(&shape)) {
+    if !vars.same_in(matrix.iter().chain(&payload).chain(scale.iter().flatten()).chain(&shape)) {
         return Err(fail("its names have different variables".to_owned()));
     }
     let back = way_back(raw, scheme, &first, config)?;
@@ -247,7 +269,7 @@ fn way_back(
     raw: &RawEncoding,
     scheme: Scheme,
     rule: &str,
-    config: &dyn Fn(&str) -> Option<u64>,
+    config: &Lookup<'_>,
 ) -> Result<WayBack, MappingError> {
     let fail = |why: &str| MappingError::rule(rule, why);
     let resolved = |text: &String| {
@@ -266,22 +288,22 @@ fn way_back(
     if raw.fused_shards && !quantizes.is_empty() && shards.is_none() {
         return Err(fail("the way back of fused shards needs their number, `shards`"));
     }
-    let when = raw.when.as_ref().map(|w| (w.key.clone(), w.is.clone()));
-    Ok(WayBack { when, quantizes, scale_dtype, shards })
+    let active = raw.when.as_ref().is_none_or(|when| holds(when, config));
+    Ok(WayBack { active, quantizes, scale_dtype, shards })
 }
 
 /// The rows that a rule stands for: one, or one for each name that stays the same.
 fn resolved_rows(
     raw: &RawRow,
     scope: Option<&RawScope>,
-    config: &dyn Fn(&str) -> Option<u64>,
+    config: &Lookup<'_>,
 ) -> Result<Vec<Row>, MappingError> {
     if let Some(key) = &raw.unless {
         if raw.drop.is_none() {
             let text = raw.names().next().map_or("(without names)", String::as_str);
             return Err(MappingError::rule(text, "`unless` stands with `drop` only"));
         }
-        if config(key).is_some_and(|n| n > 0) {
+        if is_set(config(key).as_ref()) {
             return Ok(Vec::new());
         }
     }
@@ -301,7 +323,7 @@ fn resolved_rows(
 fn resolved_row(
     raw: &RawRow,
     scope: Option<&RawScope>,
-    config: &dyn Fn(&str) -> Option<u64>,
+    config: &Lookup<'_>,
 ) -> Result<Row, MappingError> {
     let mut vars = Variables::default();
     let mut side = |names: &Option<OneOrMany<String>>, prefix: Option<&str>| {
@@ -380,8 +402,26 @@ fn resolved_row(
     let extent = |key: &String| ConfigKey::parse(key)?.resolve(config);
     let hf_shape =
         raw.hf_shape.as_ref().map(|keys| keys.iter().map(extent).collect()).transpose()?;
-    let (grouped, expert_axis) = (raw.grouped, raw.grouped || raw.expert_axis);
-    let rule = Rule { hf, to, vars, ops, stack, hf_shape, grouped, expert_axis, text };
+    let hf_dtype = match &raw.hf_dtype {
+        Some(name) => {
+            Some(DType::parse(name).ok_or_else(|| fail("`hf-dtype` is no dtype of safetensors"))?)
+        }
+        None => None,
+    };
+    let rule = Rule {
+        hf,
+        to,
+        vars,
+        ops,
+        stack,
+        hf_shape,
+        hf_shape_keys: raw.hf_shape.clone().unwrap_or_default(),
+        hf_dtype,
+        alternative: raw.alternative,
+        grouped: raw.grouped,
+        expert_axis: raw.grouped || raw.expert_axis,
+        text,
+    };
     rule.check()?;
     Ok(Row::Map(rule))
 }
@@ -445,7 +485,7 @@ mod tests {
                 "rule `a`: a rule that drops has one name and no operation",
             ),
         ];
-        let config = |key: &str| (key == "two").then_some(2);
+        let config = |key: &str| (key == "two").then(|| 2.into());
         for (text, message) in cases {
             let err = Mapping::parse("x", &text).unwrap().resolve(&config).unwrap_err();
             assert_eq!(err.to_string(), message);
@@ -464,7 +504,7 @@ mod tests {
             [[native.rule]]
             same = 'head.{r}'
             grouped = true";
-        let config = |key: &str| (key == "two").then_some(2);
+        let config = |key: &str| (key == "two").then(|| 2.into());
         let native = Mapping::parse("x", text).unwrap().resolve(&config).unwrap().native.unwrap();
         let cases = [
             ("layers.1.n.w", Some(("model.layers.1.n.w", false, true))),
@@ -511,7 +551,7 @@ mod tests {
             [[native.rule]]
             scope = { hf = 'mtp.{k:two}.', to = 'mtp.layers.{k}.' }
             use = 'layer'";
-        let config = |key: &str| (key == "two").then_some(2);
+        let config = |key: &str| (key == "two").then(|| 2.into());
         let native = Mapping::parse("x", text).unwrap().resolve(&config).unwrap().native.unwrap();
         let names = |hf: &str| match native.take_hf(hf) {
             Some(Taken::Map { rule, bindings, .. }) => rule.to[0].format(&bindings, &rule.vars),

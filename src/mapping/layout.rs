@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::op::{Assembled, OpError, assemble, disassembled_shape};
+use super::require::{Requirement, Siblings};
 use super::template::{Bindings, NameTemplate, Var, Variables};
 use super::{MappingError, Op};
 use crate::codec::Scheme;
@@ -54,8 +55,12 @@ pub struct Resolved {
     pub transformers: Option<Layout>,
     /// Whether the published checkpoints hold no quantized matrix.
     pub published_plain: bool,
-    /// What config.json of a published checkpoint says of its quantization.
-    pub quantization: Option<QuantizationConfig>,
+    /// What a checkpoint must hold.
+    pub requirements: Vec<Requirement>,
+    /// Layers that must hold what others of their kind hold.
+    pub siblings: Vec<Siblings>,
+    /// What config.json of a published checkpoint says of its quantization; the first that fits.
+    pub quantization: Vec<QuantizationConfig>,
 }
 
 /// `quantization_config` of a published checkpoint.
@@ -65,6 +70,8 @@ pub struct QuantizationConfig {
     pub within: Option<String>,
     /// The key of its value that lists the modules that are not quantized, where it has one.
     pub unquantized: Option<String>,
+    /// The scheme that it is for; `None`: any.
+    pub scheme: Option<Scheme>,
     /// Its value.
     pub value: serde_json::Value,
 }
@@ -120,8 +127,9 @@ pub struct Encoding {
     pub matrix: Vec<NameTemplate>,
     /// Names of their payloads.
     pub payload: Vec<NameTemplate>,
-    /// Names of their scales.
-    pub scale: Vec<NameTemplate>,
+    /// Names of their scales: for each matrix the spellings that occur, of which the first is
+    /// written back.
+    pub scale: Vec<Vec<NameTemplate>>,
     /// Name of a tensor that holds `[rows, cols]`.
     pub shape: Option<NameTemplate>,
     /// Rows and columns that a scale serves, where config.json says nothing else.
@@ -139,8 +147,8 @@ pub struct Encoding {
 /// Which matrices published checkpoints hold in an encoding.
 #[derive(Debug)]
 pub struct WayBack {
-    /// A key of config.json and the text that it must have for the encoding to be used.
-    pub when: Option<(String, String)>,
+    /// Whether config.json lets the encoding be used.
+    pub active: bool,
     /// Names of the matrices, each with its own variables.
     pub quantizes: Vec<(NameTemplate, Variables)>,
     /// Dtype of the scales.
@@ -152,7 +160,8 @@ pub struct WayBack {
 impl WayBack {
     /// Whether published checkpoints hold the matrix `name` in this encoding.
     pub fn takes(&self, name: &str) -> bool {
-        self.quantizes.iter().any(|(template, vars)| template.bind(name, vars).is_some())
+        self.active
+            && self.quantizes.iter().any(|(template, vars)| template.bind(name, vars).is_some())
     }
 }
 
@@ -189,6 +198,7 @@ impl Row {
     fn templates(&self, side: Side) -> &[NameTemplate] {
         match (self, side) {
             (Row::Map(rule), Side::Hf) => &rule.hf,
+            (Row::Map(rule), Side::To) if rule.alternative => &[],
             (Row::Map(rule), Side::To) => &rule.to,
             (Row::Drop { hf, .. }, Side::Hf) => hf.as_slice(),
             (Row::Drop { to, .. }, Side::To) => to.as_slice(),
@@ -216,6 +226,12 @@ pub struct Rule {
     pub stack: Option<Var>,
     /// Extents of every part, where the mapping states them.
     pub hf_shape: Option<Vec<u64>>,
+    /// The keys of config.json that give these extents.
+    pub hf_shape_keys: Vec<String>,
+    /// Dtype of the parts in published checkpoints, where the mapping states it.
+    pub hf_dtype: Option<DType>,
+    /// Whether another rule gives the same layout tensors, which the way back follows.
+    pub alternative: bool,
     /// Whether these are expert weights, which always have the output dtype.
     pub grouped: bool,
     /// Whether the layout's first axis counts experts.
@@ -348,7 +364,37 @@ impl Layout {
 
     /// What becomes of a tensor of the layout; `None` where no rule names it.
     pub fn take_to(&self, name: &str) -> Option<Taken<'_>> {
-        self.take(name, |rule| &rule.to, |_, to| to)
+        self.take(name, |rule| if rule.alternative { &[] } else { &rule.to }, |_, to| to)
+    }
+
+    /// As [`Layout::take_to`], by an alternative rule where that one's checkpoint names are the
+    /// ones that `published` knows.
+    pub fn take_to_as(&self, name: &str, published: impl Fn(&str) -> bool) -> Option<Taken<'_>> {
+        let known = |rule: &Rule, bindings: &Bindings| {
+            rule.part_name(0, rule.stack.map(|_| 0), bindings).is_some_and(|n| published(&n))
+        };
+        let usual = self.take_to(name);
+        if let Some(Taken::Map { rule, bindings, .. }) = &usual
+            && known(rule, bindings)
+        {
+            return usual;
+        }
+        let alternative = self.rows.iter().enumerate().find_map(|(row, line)| {
+            let Row::Map(rule) = line else { return None };
+            let mut names = rule.to.iter().enumerate().filter(|_| rule.alternative);
+            let (part, bindings) =
+                names.find_map(|(part, t)| Some((part, t.bind(name, &rule.vars)?)))?;
+            known(rule, &bindings).then_some(Taken::Map { row, rule, part, bindings })
+        });
+        alternative.or(usual)
+    }
+
+    /// The layout's names of a checkpoint tensor: what it becomes, or a part of.
+    pub fn name_of(&self, hf: &str) -> Option<String> {
+        match self.take_hf(hf)? {
+            Taken::Map { rule, bindings, .. } => rule.to[0].format(&bindings, &rule.vars),
+            Taken::Drop { .. } => None,
+        }
     }
 
     fn take<'a>(

@@ -8,6 +8,7 @@ mod file;
 mod layout;
 mod op;
 mod raw;
+mod require;
 mod template;
 
 pub use file::{Mapping, ModelName, shipped};
@@ -15,7 +16,11 @@ pub use layout::{
     Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, Taken, WayBack,
 };
 pub use op::{Assembled, Op, OpError, Piece, assemble, disassembled_shape};
+pub use require::{Name, Requirement, Scope, Siblings};
 pub use template::{Bindings, ConfigKey, NameTemplate, RawTemplate, Var, Variables};
+
+/// What config.json says at a (dotted) key; a null is as good as an absent key.
+pub type Lookup<'a> = dyn Fn(&str) -> Option<serde_json::Value> + 'a;
 
 /// Why a mapping cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -17,9 +17,13 @@ pub(super) struct RawMapping {
     pub(super) encoding: Vec<RawEncoding>,
     pub(super) native: Option<RawLayout>,
     pub(super) transformers: Option<RawLayout>,
-    pub(super) quantization: Option<RawQuantization>,
+    pub(super) quantization: Option<OneOrMany<RawQuantization>>,
     #[serde(default)]
     pub(super) published_plain: bool,
+    #[serde(default)]
+    pub(super) require: Vec<RawRequirement>,
+    #[serde(default)]
+    pub(super) siblings: Vec<RawSiblings>,
     #[serde(default)]
     pub(super) set: BTreeMap<String, Vec<RawRow>>,
 }
@@ -37,7 +41,9 @@ pub(super) struct RawEncoding {
     pub(super) scheme: String,
     pub(super) matrix: OneOrMany<String>,
     pub(super) payload: Option<OneOrMany<String>>,
-    pub(super) scale: OneOrMany<String>,
+    /// The name of the scale, or names of which the first that is there counts; with
+    /// `fused-shards` one of these for each matrix of the pair.
+    pub(super) scale: OneOrMany<OneOrMany<String>>,
     pub(super) shape: Option<String>,
     pub(super) block: [u64; 2],
     #[serde(default)]
@@ -55,7 +61,27 @@ pub(super) struct RawEncoding {
 #[serde(deny_unknown_fields)]
 pub(super) struct RawWhen {
     pub(super) key: String,
-    pub(super) is: String,
+    pub(super) is: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct RawRequirement {
+    pub(super) scope: Option<OneOrMany<String>>,
+    pub(super) names: Option<OneOrMany<String>>,
+    #[serde(default)]
+    pub(super) one_of: Vec<Vec<String>>,
+    pub(super) beside: Option<String>,
+    pub(super) when: Option<RawWhen>,
+    pub(super) unless: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct RawSiblings {
+    pub(super) scope: OneOrMany<String>,
+    #[serde(default)]
+    pub(super) may_lack: Vec<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -63,6 +89,7 @@ pub(super) struct RawWhen {
 pub(super) struct RawQuantization {
     pub(super) within: Option<String>,
     pub(super) unquantized: Option<String>,
+    pub(super) scheme: Option<String>,
     pub(super) value: serde_json::Value,
 }
 
@@ -88,6 +115,9 @@ pub(super) struct RawRow {
     #[serde(default)]
     pub(super) expert_axis: bool,
     pub(super) hf_shape: Option<Vec<String>>,
+    pub(super) hf_dtype: Option<String>,
+    #[serde(default)]
+    pub(super) alternative: bool,
     pub(super) drop: Option<String>,
     pub(super) unless: Option<String>,
     pub(super) scope: Option<RawScope>,
@@ -103,7 +133,12 @@ impl RawRow {
 
     /// Whether it says something of values, which only a rule with names can.
     pub(super) fn speaks_of_values(&self) -> bool {
-        !self.ops.is_empty() || self.grouped || self.expert_axis || self.hf_shape.is_some()
+        !self.ops.is_empty()
+            || self.grouped
+            || self.expert_axis
+            || self.alternative
+            || self.hf_shape.is_some()
+            || self.hf_dtype.is_some()
     }
 }
 

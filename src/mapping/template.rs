@@ -12,7 +12,18 @@
 
 use std::fmt;
 
-use super::MappingError;
+use serde_json::Value;
+
+use super::{Lookup, MappingError};
+
+/// A value of config.json as an integer from 0 on: lists count their entries, `true` is 1.
+pub(super) fn integer(value: &Value) -> Option<u64> {
+    let entries = |list: &Vec<Value>| u64::try_from(list.len()).ok();
+    value
+        .as_u64()
+        .or_else(|| value.as_bool().map(u64::from))
+        .or_else(|| value.as_array().and_then(entries))
+}
 
 /// An integer of config.json by its (dotted) key, with the keys to try where it is absent and the
 /// value where none is there: `KEY`, `KEY|KEY`, `KEY=16`, and twice the integer: `2*KEY`.
@@ -56,10 +67,10 @@ impl ConfigKey {
     ///
     /// # Errors
     /// Where the key is absent and has no default.
-    pub fn resolve(&self, config: &dyn Fn(&str) -> Option<u64>) -> Result<u64, MappingError> {
+    pub fn resolve(&self, config: &Lookup<'_>) -> Result<u64, MappingError> {
         self.keys
             .iter()
-            .find_map(|key| config(key))
+            .find_map(|key| integer(&config(key)?))
             .or(self.default)
             .map(|n| n.saturating_mul(self.factor))
             .ok_or_else(|| MappingError::MissingConfigKey { key: self.keys.join("` or `") })
@@ -157,7 +168,7 @@ impl RawTemplate {
     pub fn resolve(
         &self,
         vars: &mut Variables,
-        config: &dyn Fn(&str) -> Option<u64>,
+        config: &Lookup<'_>,
     ) -> Result<NameTemplate, MappingError> {
         let mut pieces = Vec::with_capacity(self.pieces.len());
         for piece in &self.pieces {
@@ -260,6 +271,11 @@ impl Bindings {
     /// The value of an index variable.
     pub fn index(&self, var: Var) -> Option<u64> {
         self.indices.get(var.0).copied().flatten()
+    }
+
+    /// What `{r}` stands for.
+    pub fn rest(&self) -> Option<&str> {
+        self.rest.as_deref()
     }
 
     /// The same bindings with `var` bound to `value`, or unbound.
@@ -416,10 +432,11 @@ mod tests {
 
     use super::*;
 
-    fn config(key: &str) -> Option<u64> {
+    fn config(key: &str) -> Option<Value> {
         match key {
-            "layers" => Some(48),
-            "experts" => Some(256),
+            "layers" => Some(48.into()),
+            "experts" => Some(256.into()),
+            "stages" => Some(vec![40, 41, 42].into()),
             _ => None,
         }
     }
@@ -446,6 +463,8 @@ mod tests {
             ("m.{k+layers+experts}.{r}", "m.303.x", false),
             ("m.{k+layers+absent=2}.{r}", "m.50.x", true),
             ("m.{k:absent=0}.{r}", "m.0.x", false),
+            ("m.{k:stages|layers}.{r}", "m.2.x", true),
+            ("m.{k:stages|layers}.{r}", "m.3.x", false),
             ("{r}.weight", "x.weight", true),
             ("{r}.weight", ".weight", false),
             ("a.{r}.e{i}", "a.b.e12", true),

@@ -1,8 +1,8 @@
 //! From the matrices of a source layout to the tensors of a target layout, through the
 //! checkpoint's logical tensors: two affine maps, composed.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet};
 
 use super::group::{self, Group, Groups};
 use super::matrix::Matrix;
@@ -10,7 +10,7 @@ use super::problems::{Problem, Problems};
 use super::{Fragment, MatrixId};
 use crate::mapping::{Assembled, Bindings, Layout, Resolved, Rule, Taken};
 use crate::source::Checkpoint;
-use crate::tensor::{BoxMap, coalesce};
+use crate::tensor::{BoxMap, DType, coalesce};
 
 /// A tensor of the checkpoint's own naming, wherever its elements are.
 #[derive(Debug)]
@@ -30,6 +30,8 @@ pub struct Target {
     pub grouped: bool,
     /// Whether its first axis counts experts.
     pub expert_axis: bool,
+    /// The dtype that published checkpoints have, where the mapping says so and it is none of them.
+    pub dtype: Option<DType>,
 }
 
 /// Counts of what is left out, by reason.
@@ -73,17 +75,21 @@ pub fn from_published(
 }
 
 /// Logical tensors of a source that is in a grouped layout: its tensors taken apart.
+///
+/// Where there are several published forms they are those of `original`, else the usual ones.
 pub fn from_layout(
     matrices: &[Matrix],
     layout: &Layout,
+    original: Option<&[Matrix]>,
     dropped: &mut Dropped,
     leftovers: &mut Vec<Leftover>,
     problems: &mut Problems,
 ) -> LogicalTensors {
     type Slots = Vec<Option<MatrixId>>;
     let mut groups: BTreeMap<(usize, Bindings), (&Rule, Slots)> = BTreeMap::new();
+    let published: HashSet<&str> = original.into_iter().flatten().map(|m| &*m.name).collect();
     for (i, matrix) in matrices.iter().enumerate() {
-        match layout.take_to(&matrix.name) {
+        match layout.take_to_as(&matrix.name, |name| published.contains(name)) {
             Some(Taken::Map { row, rule, part, bindings }) => {
                 let slots = groups
                     .entry((row, bindings))
@@ -156,12 +162,18 @@ fn taken_apart(
         Err(error) => return refuse(0, error.to_string()),
     };
     if let Some(expected) = rule.hf_shape.as_ref().filter(|e| **e != shape) {
-        return refuse(0, format!("expected parts of {expected:?}, got {shape:?}"));
+        let keys = keys_of(rule);
+        return refuse(0, format!("expected parts of {expected:?}{keys}, got {shape:?}"));
     }
     match (0..ids.len()).find(|&j| tensors[j].shape != shapes[j]) {
         Some(j) => refuse(j, format!("expected {:?}, got {:?}", tensors[j].shape, shapes[j])),
         None => Some((shape, tensors)),
     }
+}
+
+/// Where a rule's shape of parts comes from, for a message.
+pub(super) fn keys_of(rule: &Rule) -> String {
+    format!(" (config.json: {})", rule.hf_shape_keys.join(", "))
 }
 
 /// Target tensors of a grouped layout, assembled from logical tensors.
@@ -207,17 +219,20 @@ pub fn to_published(
     let mut targets = Vec::with_capacity(logical.len());
     for (name, tensor) in logical {
         let taken = mapping.layouts().find_map(|layout| layout.take_hf(&name));
-        let grouped = match taken {
-            Some(Taken::Map { rule, .. }) => rule.grouped,
-            Some(Taken::Drop { .. }) => false,
-            None if named_by_layout => false,
+        let (grouped, dtype) = match taken {
+            Some(Taken::Map { rule, .. }) => {
+                (rule.grouped, rule.hf_dtype.filter(|_| named_by_layout))
+            }
+            Some(Taken::Drop { .. }) => (false, None),
+            None if named_by_layout => (false, None),
             None => {
                 leftovers.extend(tensor.parts.iter().map(|(m, _)| *m));
                 continue;
             }
         };
         let fragments = fragments_of(tensor.parts);
-        targets.push(Target { name, shape: tensor.shape, fragments, grouped, expert_axis: false });
+        let (shape, expert_axis) = (tensor.shape, false);
+        targets.push(Target { name, shape, fragments, grouped, expert_axis, dtype });
     }
     targets
 }

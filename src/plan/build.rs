@@ -3,15 +3,16 @@
 use std::collections::HashSet;
 
 use super::assemble::{self, Dropped, Leftover, Target};
-use super::complete;
+use super::companions;
+use super::complete::Completeness;
 use super::detect::source_layout;
 use super::directories::{Layers, natural_key, refuse_uncastable};
 use super::matrix::{Matrix, ScaleReading};
 use super::options::{PlanOptions, Unmapped};
 use super::problems::{PlanError, Problem, Problems};
-use super::quantization::quantization;
-use super::quantize::{self, Facets};
+use super::quantize::{self, Facets, Original};
 use super::show::{Summary, SummaryParts};
+use super::stated::stated;
 use super::{Plan, sources};
 use crate::mapping::{LayoutName, Resolved};
 use crate::source::Checkpoint;
@@ -36,6 +37,20 @@ impl Plan {
         });
         let (source, target) = (mapping.layout(from)?, mapping.layout(to)?);
 
+        let original = options.quantize.as_ref().and_then(|q| q.original.as_deref());
+        let original = match original {
+            Some(original) => Some(Original {
+                checkpoint: original,
+                matrices: sources::matrices(
+                    original,
+                    mapping,
+                    options.scale_reading,
+                    &mut problems,
+                )?
+                .list,
+            }),
+            None => None,
+        };
         let mut dropped = Dropped::new();
         let mut leftovers: Vec<Leftover> = Vec::new();
         let logical = match source {
@@ -43,12 +58,19 @@ impl Plan {
             Some(layout) => assemble::from_layout(
                 &matrices,
                 layout,
+                original.as_ref().map(|o| &o.matrices[..]),
                 &mut dropped,
                 &mut leftovers,
                 &mut problems,
             ),
         };
-        complete::check(&logical, mapping, source, target, &mut problems);
+        let allowed = &options.allow_missing[..];
+        let lacking = Vec::new();
+        let mut completeness =
+            Completeness { logical: &logical, mapping, source, target, allowed, lacking };
+        completeness.check(&mut problems);
+        let lacking = completeness.lacking;
+        companions::check_config(checkpoint.config(), &matrices, &mut problems);
         let mut targets = match target {
             None => assemble::to_published(logical, mapping, source.is_some(), &mut leftovers),
             Some(layout) => {
@@ -57,7 +79,7 @@ impl Plan {
         };
         let unmapped =
             unmapped(&leftovers, &matrices, options.unmapped, &mut targets, &mut problems);
-        let facets = facets(checkpoint, mapping, options, to, &mut targets, &mut problems)?;
+        let facets = facets(mapping, options, original.as_ref(), to, &mut targets, &mut problems)?;
         targets.retain(|t| options.selects(&t.name));
         targets.sort_by_cached_key(|t| natural_key(&t.name));
         for pair in targets.windows(2).filter(|w| w[0].name == w[1].name) {
@@ -87,15 +109,9 @@ impl Plan {
         layer.add_facets(facets.tensors, options, &mut directories)?;
         let Layers { tensors, problems, .. } = layer;
         problems.finish()?;
-        let quantization = quantization(
-            checkpoint,
-            mapping,
-            options,
-            from,
-            &matrices,
-            &targets,
-            &facets.quantized,
-        )?;
+        let original = options.quantize.as_ref().and_then(|q| q.original.clone());
+        let quantized = facets.quantized;
+        let stated = stated(original.as_deref(), mapping, &targets, &tensors, &quantized)?;
         let parts = SummaryParts {
             mapping,
             from,
@@ -105,20 +121,19 @@ impl Plan {
                 .then_some((options.scale_reading, grouped.fused_pairs)),
             dropped,
             unmapped,
+            lacking,
             checkpoint,
         };
         let summary = Summary::new(parts, &tensors, &directories);
-        let original = options.quantize.as_ref().and_then(|q| q.original.clone());
-        let quantized = facets.quantized;
-        Ok(Plan { tensors, matrices, quantized, original, directories, quantization, summary })
+        Ok(Plan { tensors, matrices, quantized, original, directories, stated, summary })
     }
 }
 
 /// The facets of all targets that are quantized on the way back; they are taken from `targets`.
 fn facets(
-    checkpoint: &Checkpoint,
     mapping: &Resolved,
     options: &PlanOptions,
+    original: Option<&Original<'_>>,
     to: LayoutName,
     targets: &mut Vec<Target>,
     problems: &mut Problems,
@@ -128,15 +143,10 @@ fn facets(
         let why = format!("--quantize is for the layout `hf`; the view's is `{to}`");
         return Err(PlanError::Option(why));
     }
-    match &quantize.original {
-        Some(original) => {
-            let reading = options.scale_reading;
-            quantize::by_original(original, mapping, reading, targets, problems)
-        }
+    match original {
+        Some(original) => Ok(quantize::by_original(original, mapping, targets, problems)),
         None => {
-            let text = |key: &str| checkpoint.config().string(key).ok().map(str::to_owned);
-            let scale_dtype = quantize.scale_dtype;
-            let facets = quantize::by_mapping(mapping, &text, scale_dtype, targets, problems);
+            let facets = quantize::by_mapping(mapping, quantize.scale_dtype, targets, problems);
             if facets.quantized.is_empty() && !mapping.published_plain {
                 return Err(PlanError::Option(format!(
                     "the mapping `{}` does not say which tensors of this checkpoint are quantized; \
@@ -171,6 +181,7 @@ fn unmapped(
                 fragments: vec![super::Fragment { map: matrix.logical_map(), matrix: id }],
                 grouped: false,
                 expert_axis: false,
+                dtype: None,
             }),
         }
     }

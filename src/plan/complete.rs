@@ -1,49 +1,269 @@
-//! Whether a checkpoint's logical tensors are all there, as far as a mapping and its config say.
+//! Whether a checkpoint's logical tensors are all there: what a mapping requires of the model and of
+//! each layer, and what a layer's siblings have.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::assemble::{self, Dropped, LogicalTensors};
-use super::problems::{Problem, Problems};
-use crate::mapping::{Layout, NameTemplate, Resolved, Taken};
+use regex::Regex;
 
-/// Notes layers and parts that are missing.
-///
-/// `source` and `target` are the layouts on either side, `None` where that is the published one.
-/// Parts of the target's own rules are noted when it is assembled.
-pub fn check(
-    logical: &LogicalTensors,
-    mapping: &Resolved,
-    source: Option<&Layout>,
-    target: Option<&Layout>,
-    problems: &mut Problems,
-) {
-    let Some(layout) = target.or(source).or_else(|| mapping.layouts().next()) else { return };
-    layers(logical, layout, problems);
-    if target.is_none() {
-        // Only what it refuses is of interest.
-        assemble::to_layout(logical, layout, &mut Dropped::new(), &mut Vec::new(), problems);
+use super::assemble::{self, Dropped, LogicalTensors};
+use super::options::matches;
+use super::problems::{Problem, Problems};
+use crate::mapping::{Layout, Name, Requirement, Resolved, Row, Scope, Taken};
+
+/// The tensors of a layer by their names within it, layer by layer.
+type Layers<'n> = BTreeMap<u64, BTreeSet<&'n str>>;
+
+/// Looks for what is missing from a checkpoint.
+pub struct Completeness<'a> {
+    /// The checkpoint's tensors.
+    pub logical: &'a LogicalTensors,
+    /// What they should be.
+    pub mapping: &'a Resolved,
+    /// The layout of the checkpoint, `None` where that is the published one.
+    pub source: Option<&'a Layout>,
+    /// The layout of the view, likewise.
+    pub target: Option<&'a Layout>,
+    /// Names that may be missing.
+    pub allowed: &'a [Regex],
+    /// What is missing and may be, in the order in which it was found.
+    pub lacking: Vec<String>,
+}
+
+impl Completeness<'_> {
+    /// Notes layers and tensors that are missing.
+    ///
+    /// Parts of the target's own rules are noted when it is assembled.
+    pub fn check(&mut self, problems: &mut Problems) {
+        let layout = self.target.or(self.source).or_else(|| self.mapping.layouts().next());
+        let Some(layout) = layout else { return };
+        self.layers(layout, problems);
+        if self.target.is_none() {
+            // Only what it refuses is of interest.
+            let (mut dropped, mut leftovers) = (Dropped::new(), Vec::new());
+            assemble::to_layout(self.logical, layout, &mut dropped, &mut leftovers, problems);
+        }
+        let (mapping, logical) = (self.mapping, self.logical);
+        let mut known: Vec<(&Scope, Layers<'_>)> = Vec::new();
+        let mut layers_of = |scope| match known.iter().position(|(s, _)| *s == scope) {
+            Some(i) => known[i].1.clone(),
+            None => {
+                known.push((scope, layers_of(logical, scope)));
+                known[known.len() - 1].1.clone()
+            }
+        };
+        let whole = BTreeMap::from([(0, logical.keys().map(String::as_str).collect())]);
+        for requirement in &mapping.requirements {
+            let layers = requirement.scope.as_ref().map(&mut layers_of);
+            self.required(requirement, layers.as_ref().unwrap_or(&whole), problems);
+        }
+        for siblings in &mapping.siblings {
+            let layers = layers_of(&siblings.scope);
+            self.siblings(&siblings.scope, &layers, &siblings.may_lack, problems);
+        }
+    }
+
+    /// Notes layers that have no tensor at all.
+    ///
+    /// A layer is a value of an index that the config bounds without a default: layers that a
+    /// checkpoint may lack, such as those of multi-token prediction, have one.
+    fn layers(&mut self, layout: &Layout, problems: &mut Problems) {
+        let mut seen: BTreeMap<String, (u64, BTreeSet<u64>)> = BTreeMap::new();
+        for row in &layout.rows {
+            let Row::Map(rule) = row else { continue };
+            for template in &rule.hf {
+                let index = template.first_index().filter(|v| rule.stack != Some(*v));
+                let count = index.and_then(|v| rule.vars.required(v));
+                if let (Some(count), Some(first)) = (count, template.up_to_index(0)) {
+                    seen.entry(first).or_insert_with(|| (count, BTreeSet::new()));
+                }
+            }
+        }
+        for name in self.logical.keys() {
+            let taken = layout.take_hf(name);
+            let Some(Taken::Map { rule, part, bindings, .. }) = taken else { continue };
+            let template = &rule.hf[part];
+            let layer = template.first_index().and_then(|v| bindings.index(v));
+            let layers = template.up_to_index(0).and_then(|first| seen.get_mut(&first));
+            if let (Some(layer), Some((_, layers))) = (layer, layers) {
+                layers.insert(layer);
+            }
+        }
+        for (first, (count, layers)) in seen {
+            let start = first.strip_suffix('0').unwrap_or(&first);
+            let what = if layers.is_empty() {
+                format!("none is there, by config.json there are {count}")
+            } else {
+                format!("by config.json there are {count}")
+            };
+            let there = u64::try_from(layers.len()).expect("tensors are counted in 32 bits");
+            let missing = (0..count).filter(|l| !layers.contains(l));
+            // Only a handful of names can be allowed one by one.
+            if self.allowed.is_empty() {
+                let named = missing.map(|l| (format!("{start}{l}"), what.clone()));
+                problems.add_many(Problem::MissingLayer, count - there, named);
+                continue;
+            }
+            for layer in missing.map(|l| format!("{start}{l}")) {
+                if matches(self.allowed, &format!("{layer}.")) {
+                    self.lacking.push(layer);
+                } else {
+                    problems.explain(Problem::MissingLayer, &layer, &what);
+                }
+            }
+        }
+    }
+
+    fn required(
+        &mut self,
+        requirement: &Requirement,
+        layers: &Layers<'_>,
+        problems: &mut Problems,
+    ) {
+        let scope = requirement.scope.as_ref();
+        let usual = usual_set(requirement, layers);
+        for (layer, there) in layers {
+            let has = |name: &Name| name.is_in(there);
+            if requirement.beside.as_ref().is_some_and(|beside| !has(beside)) {
+                continue;
+            }
+            let refused = |name: &Name| {
+                let full = |n: String| scope.map_or(n.clone(), |s| s.join(*layer, &n));
+                name.names().next().is_some_and(|n| problems.is_refused(&full(n)))
+            };
+            let set = match set_of(requirement, there) {
+                Some(set) => set,
+                None if requirement.one_of.iter().flatten().any(refused) => continue,
+                None => usual,
+            };
+            // Where some experts are there, the rule that groups them misses the others.
+            let some_experts = set.iter().any(|name| name.is_indexed() && has(name));
+            for name in set.iter().filter(|name| !has(name) && !(name.is_indexed() && some_experts))
+            {
+                let names = name.names().map(|n| scope.map_or(n.clone(), |s| s.join(*layer, &n)));
+                self.missing(name.count(), names, problems, || match scope {
+                    None => "of the model".to_owned(),
+                    Some(_) => format!("of layer {layer}"),
+                });
+            }
+        }
+    }
+
+    /// Notes what a layer lacks and another of its kind has.
+    fn siblings(
+        &mut self,
+        scope: &Scope,
+        layers: &Layers<'_>,
+        may_lack: &[Name],
+        problems: &mut Problems,
+    ) {
+        let choices: Vec<&Requirement> = self
+            .mapping
+            .requirements
+            .iter()
+            .filter(|r| r.one_of.len() > 1 && r.scope.as_ref() == Some(scope))
+            .collect();
+        let mut kinds: BTreeMap<Vec<Option<usize>>, Vec<u64>> = BTreeMap::new();
+        for (layer, there) in layers {
+            let kind = choices.iter().map(|choice| position_of(choice, there)).collect();
+            kinds.entry(kind).or_default().push(*layer);
+        }
+        for members in kinds.values() {
+            // Each name with the first layer that has it.
+            let mut known: BTreeMap<&str, u64> = BTreeMap::new();
+            for layer in members {
+                for name in layers[layer].iter().filter(|n| !is_numbered(n)) {
+                    known.entry(name).or_insert(*layer);
+                }
+            }
+            known.retain(|name, _| !may_lack.iter().any(|m| m.takes(name)));
+            for layer in members {
+                for (name, first) in known.iter().filter(|(n, _)| !layers[layer].contains(*n)) {
+                    let names = std::iter::once(scope.join(*layer, name));
+                    self.missing(1, names, problems, || format!("layer {first} has it"));
+                }
+            }
+        }
+    }
+
+    /// Notes tensors that are missing, but for those that may be, that the view would not have, or
+    /// that were refused already.
+    fn missing(
+        &mut self,
+        count: u64,
+        names: impl Iterator<Item = String>,
+        problems: &mut Problems,
+        why: impl Fn() -> String,
+    ) {
+        let mut names = names.peekable();
+        let Some(first) = names.peek() else { return };
+        let dropped = |name: &str, l: &Layout| matches!(l.take_hf(name), Some(Taken::Drop { .. }));
+        if self.target.is_some_and(|layout| dropped(first, layout)) {
+            return;
+        }
+        // The checkpoint's own names are what its owner can look for.
+        let shown = |name: String| match self.source {
+            Some(layout) => layout.name_of(&name).unwrap_or(name),
+            None => name,
+        };
+        if count == 1 {
+            let Some(name) = names.next() else { return };
+            let own = shown(name.clone());
+            if problems.is_refused(&name) || problems.is_refused(&own) {
+                return;
+            }
+            problems.refuse_matrix(name.clone());
+            if matches(self.allowed, &name) || matches(self.allowed, &own) {
+                self.lacking.push(own);
+            } else {
+                problems.explain(Problem::Incomplete, &own, why());
+            }
+            return;
+        }
+        if problems.is_refused(first) {
+            return;
+        }
+        if matches(self.allowed, first) {
+            self.lacking.push(format!("{first} and {} more", count - 1));
+            return;
+        }
+        let named = names.map(|name| (shown(name), why()));
+        problems.add_many(Problem::Incomplete, count, named);
     }
 }
 
-/// Notes layers that have no tensor at all.
-///
-/// A layer is a value of an index that the config bounds without a default: layers that a
-/// checkpoint may lack, such as those of multi-token prediction, have one.
-fn layers(logical: &LogicalTensors, layout: &Layout, problems: &mut Problems) {
-    let mut seen: BTreeMap<String, (&NameTemplate, u64, BTreeSet<u64>)> = BTreeMap::new();
-    for name in logical.keys() {
-        let Some(Taken::Map { rule, part, bindings, .. }) = layout.take_hf(name) else { continue };
-        let template = &rule.hf[part];
-        let Some(var) = template.first_index().filter(|v| rule.stack != Some(*v)) else { continue };
-        let layer = (rule.vars.required(var), bindings.index(var), template.up_to_index(0));
-        let (Some(count), Some(layer), Some(first)) = layer else { continue };
-        seen.entry(first).or_insert_with(|| (template, count, BTreeSet::new())).2.insert(layer);
+fn layers_of<'n>(logical: &'n LogicalTensors, scope: &Scope) -> Layers<'n> {
+    let mut layers = Layers::new();
+    for (layer, name) in logical.keys().filter_map(|name| scope.split(name)) {
+        layers.entry(layer).or_default().insert(name);
     }
-    for (template, count, layers) in seen.values() {
-        let there = u64::try_from(layers.len()).expect("tensors are counted in 32 bits");
-        let missing = (0..*count).filter(|l| !layers.contains(l));
-        let what = format!("by config.json there are {count}");
-        let named = missing.filter_map(|l| Some((template.up_to_index(l)?, what.clone())));
-        problems.add_many(Problem::MissingLayer, count - there, named);
+    layers
+}
+
+/// Whether a name has an index of its own: `experts.3.up_proj.weight`.
+fn is_numbered(name: &str) -> bool {
+    name.split('.').any(|part| part.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Which of the sets a layer takes: the one of which it has most names; `None` where it has none.
+fn position_of(requirement: &Requirement, there: &BTreeSet<&str>) -> Option<usize> {
+    let count = |set: &Vec<Name>| set.iter().filter(|name| name.is_in(there)).fold(0, |n, _| n + 1);
+    let counts: Vec<u64> = requirement.one_of.iter().map(count).collect();
+    let most = counts.iter().copied().max().filter(|n| *n > 0)?;
+    counts.iter().position(|n| *n == most)
+}
+
+fn set_of<'r>(requirement: &'r Requirement, there: &BTreeSet<&str>) -> Option<&'r [Name]> {
+    position_of(requirement, there).map(|i| &*requirement.one_of[i])
+}
+
+/// The set that most layers take, the first where none takes any.
+fn usual_set<'r>(requirement: &'r Requirement, layers: &Layers<'_>) -> &'r [Name] {
+    let mut counts = vec![0u64; requirement.one_of.len()];
+    for there in layers.values() {
+        if let Some(i) = position_of(requirement, there) {
+            counts[i] += 1;
+        }
     }
+    let most = (0..counts.len()).rev().max_by_key(|i| counts[*i]).unwrap_or(0);
+    requirement.one_of.get(most).map_or(&[], Vec::as_slice)
 }

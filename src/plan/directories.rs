@@ -144,6 +144,9 @@ impl Layers<'_> {
         {
             return *original;
         }
+        if let (Some(published), true) = (target.dtype, floats) {
+            return published;
+        }
         if quantized || target.grouped {
             for matrix in made_of {
                 refuse_uncastable(matrix, &mut self.problems);

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::assemble::{Logical, Target, empty_part, fragments_of};
+use super::assemble::{Logical, Target, empty_part, fragments_of, keys_of};
 use super::problems::{Problem, Problems};
 use crate::mapping::{Assembled, Bindings, Layout, Row, Rule};
 
@@ -61,6 +61,7 @@ impl<'a> Group<'a> {
             shape: tensor.shape,
             fragments: fragments_of(fragments),
             grouped: self.rule.grouped,
+            dtype: None,
         }
     }
 
@@ -96,7 +97,7 @@ impl<'a> Group<'a> {
         for ((part, stacked), tensor) in &self.parts {
             let got = &tensor.shape;
             let what = if let Some(expected) = rule.hf_shape.as_ref().filter(|e| *e != got) {
-                format!("expected {expected:?}, got {got:?}")
+                format!("expected {expected:?}{}, got {got:?}", keys_of(rule))
             } else if got != usual[*part] {
                 format!("expected {:?} as the others, got {got:?}", usual[*part])
             } else if empty_part(rule, &[got]).is_some() {

@@ -5,6 +5,7 @@
 
 mod assemble;
 mod build;
+mod companions;
 mod complete;
 mod cover;
 mod detect;
@@ -15,11 +16,11 @@ mod matrix;
 mod options;
 mod orphans;
 mod problems;
-mod quantization;
 mod quantize;
 mod show;
 mod slice;
 mod sources;
+mod stated;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -34,7 +35,7 @@ pub use slice::{ExpertParallel, ExpertShard};
 use crate::codec::{ScaleCode, Scheme};
 use crate::mapping::QuantizationConfig;
 use crate::source::{Checkpoint, SourceId};
-use crate::tensor::{BoxMap, DType, Shape};
+use crate::tensor::{BoxMap, DType, Float, Shape};
 
 /// Position of a tensor in [`Plan::tensors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -71,8 +72,8 @@ pub struct Plan {
     pub original: Option<Arc<Checkpoint>>,
     /// The checkpoints that the view offers; the first is the root.
     pub directories: Vec<Directory>,
-    /// What becomes of `quantization_config` in config.json.
-    pub quantization: Quantization,
+    /// What config.json says of the tensors.
+    pub stated: Stated,
     /// What the mount reports.
     pub summary: Summary,
 }
@@ -103,15 +104,13 @@ pub struct Directory {
     pub tensors: Vec<TensorId>,
 }
 
-/// What becomes of `quantization_config` in the view's config.json.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Quantization {
-    /// The view's tensors are as the source's: config.json stays as it is.
-    Keep,
-    /// No tensor is quantized any more: the key goes, at the top level and in `text_config`.
-    Remove,
-    /// The view is quantized as this says.
-    Replace(QuantizationConfig),
+/// What the view's config.json says of the view's tensors.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stated {
+    /// How they are quantized; `None` where none is.
+    pub quantization: Option<QuantizationConfig>,
+    /// The dtype that most of them have, where they are not quantized; `None` where all are.
+    pub dtype: Option<Float>,
 }
 
 /// A tensor of the view.

@@ -21,6 +21,8 @@ pub struct PlanOptions {
     pub scale_reading: ScaleReading,
     /// What becomes of tensors that no rule names.
     pub unmapped: Unmapped,
+    /// Tensors and layers that the model needs and that may be missing all the same.
+    pub allow_missing: Vec<Regex>,
     /// Only tensors whose names match one of these; all where there are none.
     pub include: Vec<Regex>,
     /// No tensors whose names match one of these.
@@ -49,6 +51,7 @@ impl Default for PlanOptions {
             dtype: Float::BF16,
             scale_reading: ScaleReading::default(),
             unmapped: Unmapped::default(),
+            allow_missing: Vec::new(),
             include: Vec::new(),
             exclude: Vec::new(),
             expert_parallel: None,
@@ -73,10 +76,14 @@ pub enum Unmapped {
 impl PlanOptions {
     /// Whether `include` and `exclude` leave a tensor of this name; both match from its start.
     pub fn selects(&self, name: &str) -> bool {
-        let starts = |re: &Regex| re.find(name).is_some_and(|m| m.start() == 0);
-        let included = self.include.is_empty() || self.include.iter().any(starts);
-        included && !self.exclude.iter().any(starts)
+        let included = self.include.is_empty() || matches(&self.include, name);
+        included && !matches(&self.exclude, name)
     }
+}
+
+/// Whether one of the patterns matches the name from its start.
+pub(super) fn matches(patterns: &[Regex], name: &str) -> bool {
+    patterns.iter().any(|re| re.find(name).is_some_and(|m| m.start() == 0))
 }
 
 #[cfg(test)]

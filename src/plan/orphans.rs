@@ -57,7 +57,8 @@ struct Owner<'e> {
 
 impl<'e> Owner<'e> {
     fn of(encoding: &'e Encoding, part: &str) -> Option<Owner<'e>> {
-        let scales = encoding.scale.iter().enumerate();
+        let spellings = encoding.scale.iter().enumerate();
+        let scales = spellings.flat_map(|(i, spelled)| spelled.iter().map(move |t| (i, t)));
         let shape = encoding.shape.iter().map(|t| (0, t));
         scales.chain(shape).find_map(|(i, template)| {
             let bindings = template.bind(part, &encoding.vars)?;

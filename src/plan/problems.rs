@@ -18,6 +18,8 @@ pub enum Problem {
     MissingLayer,
     /// A tensor that a rule needs beside one that is there.
     MissingPart,
+    /// A tensor that the mapping requires, or that other layers of its kind have.
+    Incomplete,
     /// A quantized payload whose scale is not there.
     MissingScale,
     /// A scale or shape tensor whose payload is not there.
@@ -32,6 +34,8 @@ pub enum Problem {
     ScaleDtype,
     /// A `weight_shape` tensor that cannot hold two extents.
     ShapeTensor,
+    /// A part of a quantization that no decoder here takes into account.
+    Unsupported,
     /// Tensors of a rule whose shapes do not fit together.
     RuleShape,
     /// Tensors of a rule whose dtypes cannot be cast, or differ where they are not cast.
@@ -57,6 +61,12 @@ impl Problem {
             (Problem::MissingLayer, false) => "missing layers",
             (Problem::MissingPart, true) => "missing tensor",
             (Problem::MissingPart, false) => "missing tensors",
+            (Problem::Incomplete, true) => {
+                "missing tensor that the model needs (--allow-missing to go on)"
+            }
+            (Problem::Incomplete, false) => {
+                "missing tensors that the model needs (--allow-missing to go on)"
+            }
             (Problem::MissingScale, true) => "missing scale",
             (Problem::MissingScale, false) => "missing scales",
             (Problem::MissingPayload, true) => "part of a quantized matrix without its payload",
@@ -73,6 +83,8 @@ impl Problem {
             (Problem::ScaleDtype, false) => "scales of impossible dtypes",
             (Problem::ShapeTensor, true) => "shape tensor that holds no two integers",
             (Problem::ShapeTensor, false) => "shape tensors that hold no two integers",
+            (Problem::Unsupported, true) => "part of a quantization that is not supported",
+            (Problem::Unsupported, false) => "parts of a quantization that is not supported",
             (Problem::RuleShape, true) => "tensor whose shape does not fit its rule",
             (Problem::RuleShape, false) => "tensors whose shapes do not fit their rules",
             (Problem::RuleDtype, true) => "tensor whose dtype does not fit its rule",

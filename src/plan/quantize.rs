@@ -8,11 +8,10 @@ use std::collections::BTreeMap;
 
 use super::assemble::Target;
 use super::matrix::{Band, Matrix, fused_bands};
-use super::problems::{PlanError, Problem, Problems};
-use super::sources::matrices;
+use super::problems::{Problem, Problems};
 use super::{
     Body, Computed, Encoded, Facet, Fragment, Grid, Member, Origin, Quantized, QuantizedId, Run,
-    ScaleOf, ScaleReading, cover,
+    ScaleOf, cover,
 };
 use crate::codec::Scheme;
 use crate::mapping::{Bindings, Encoding, Resolved};
@@ -37,18 +36,21 @@ pub struct Facets {
     pub plain_dtypes: BTreeMap<String, DType>,
 }
 
+/// The checkpoint that scales are taken from, and its matrices.
+#[derive(Debug)]
+pub struct Original<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub matrices: Vec<Matrix>,
+}
+
 /// Takes the targets that the original checkpoint holds quantized, and gives their facets.
-///
-/// # Errors
-/// Where the original cannot be understood.
 pub fn by_original(
-    original: &Checkpoint,
+    original: &Original<'_>,
     mapping: &Resolved,
-    reading: ScaleReading,
     targets: &mut Vec<Target>,
     problems: &mut Problems,
-) -> Result<Facets, PlanError> {
-    let list = matrices(original, mapping, reading, problems)?.list;
+) -> Facets {
+    let Original { checkpoint: original, matrices: list } = original;
     let by_name: BTreeMap<String, &Matrix> = list
         .iter()
         .map(|m| (mapping.canonical(&m.name).unwrap_or_else(|| m.name.to_string()), m))
@@ -100,15 +102,14 @@ pub fn by_original(
         }
         false
     });
-    Ok(facets)
+    facets
 }
 
 /// Takes the targets that the model's published checkpoints hold quantized, and gives their facets.
 ///
-/// `scale_dtype` is what INT4 scales are stored as, `config` gives texts of config.json.
+/// `scale_dtype` is what INT4 scales are stored as.
 pub fn by_mapping(
     mapping: &Resolved,
-    config: &dyn Fn(&str) -> Option<String>,
     scale_dtype: Option<Float>,
     targets: &mut Vec<Target>,
     problems: &mut Problems,
@@ -118,10 +119,7 @@ pub fn by_mapping(
         std::mem::take(targets).into_iter().map(|t| (t.name.clone(), t)).collect();
     let names: Vec<String> = left.keys().cloned().collect();
     for name in names {
-        let used = mapping.encodings.iter().find(|e| {
-            let when = e.back.when.as_ref();
-            when.is_none_or(|(key, is)| config(key).as_deref() == Some(is)) && e.back.takes(&name)
-        });
+        let used = mapping.encodings.iter().find(|e| e.back.takes(&name));
         let Some(encoding) = used else { continue };
         let bound = encoding.matrix.iter().find_map(|t| t.bind(&name, &encoding.vars));
         let Some(bindings) = bound else {
@@ -199,7 +197,7 @@ impl Facets {
             let width = u64::from(dtype.bits() / 8);
             let grid = Grid::new(&g.scale, width);
             self.tensors.push(FacetTensor {
-                name: name(&encoding.scale[member]),
+                name: name(&encoding.scale[member][0]),
                 dtype,
                 shape: g.scale,
                 body: encoded(grid, Facet::Scale),

@@ -36,6 +36,8 @@ pub struct Summary {
     pub dropped: BTreeMap<String, u64>,
     /// Tensors that no rule names, kept or dropped.
     pub unmapped: Option<(&'static str, u64)>,
+    /// Tensors and layers that are missing and were allowed to be.
+    pub lacking: Vec<String>,
 }
 
 /// What a summary is made of, beside the tensors.
@@ -47,6 +49,7 @@ pub struct SummaryParts<'a> {
     pub fused: Option<(ScaleReading, u64)>,
     pub dropped: BTreeMap<String, u64>,
     pub unmapped: Option<(Unmapped, u64)>,
+    pub lacking: Vec<String>,
     pub checkpoint: &'a Checkpoint,
 }
 
@@ -89,6 +92,7 @@ impl Summary {
             fused_scales: parts.fused,
             dropped: parts.dropped,
             unmapped,
+            lacking: parts.lacking,
         }
     }
 }
@@ -117,6 +121,13 @@ impl fmt::Display for Summary {
         }
         if let Some((what, n)) = self.unmapped {
             write!(f, "; {n} tensors without a rule {what}")?;
+        }
+        if let Some(first) = self.lacking.first() {
+            let more = self.lacking.len() - 1;
+            write!(f, "; WARNING: missing and allowed to be: `{first}`")?;
+            if more > 0 {
+                write!(f, " and {more} more")?;
+            }
         }
         Ok(())
     }
@@ -244,6 +255,7 @@ impl Plan {
             "directories": self.directories.iter().map(|d| &d.name).collect::<Vec<_>>(),
             "kv_scales": s.fused_scales.map(|(reading, pairs)| json!({ "reading": reading, "fused_pairs": pairs })),
             "dropped": s.dropped,
+            "missing": s.lacking,
             "unmapped": s.unmapped.map(|(what, n)| json!({ "action": what, "tensors": n })),
             "tensors": tensors,
         })

@@ -1,6 +1,8 @@
 //! Takes a checkpoint's tensors together into matrices: payload, scale and shape tensors become
 //! one, everything else is a matrix of its own.
 
+use std::collections::HashSet;
+
 use super::matrix::{Band, Matrix, MatrixScales, ScaleReading, fused_bands};
 use super::orphans::one_of;
 use super::problems::{PlanError, Problem, Problems};
@@ -38,6 +40,7 @@ pub fn matrices(
     for encoding in &mapping.encodings {
         grouping.group(encoding);
     }
+    grouping.companions();
     grouping.orphans();
     grouping.leftovers();
     let mut found = grouping.found;
@@ -84,6 +87,11 @@ impl<'a> Grouping<'a> {
         self.checkpoint.tensor(id)
     }
 
+    /// Names of the quantized matrices that were found.
+    pub(super) fn quantized_names(&self) -> HashSet<String> {
+        self.found.iter().map(|m| m.name.to_string()).collect()
+    }
+
     fn group(&mut self, encoding: &Encoding) {
         let ids = (0..).map(SourceId).take(self.checkpoint.tensors().len());
         for id in ids {
@@ -112,8 +120,9 @@ impl<'a> Grouping<'a> {
         if self.used[payload.index()] || !scheme.takes_payload(tensor.dtype) {
             return Part::Absent;
         }
-        let (matrix, scale_name) = (name(&encoding.matrix[i]), name(&encoding.scale[i]));
-        let scale = self.checkpoint.find(&scale_name);
+        let matrix = name(&encoding.matrix[i]);
+        let mut spellings = encoding.scale[i].iter().map(name);
+        let scale = encoding.scale[i].iter().find_map(|t| self.checkpoint.find(&name(t)));
         let shape = scheme.matrix_shape(tensor.dtype, &tensor.shape);
         let Some(shape) = shape.filter(|s| s.elements().is_some_and(|n| n > 0)) else {
             // Bytes of a payload's dtype can be something else, unless their scale is there.
@@ -125,15 +134,16 @@ impl<'a> Grouping<'a> {
             return self.refuse(&matrix, [Some(payload), scale]);
         };
         let Some(scale) = scale else {
+            let scale = spellings.next().unwrap_or_default();
             let what = format!("for `{}`, which is {}", tensor.name, tensor.dtype);
-            self.problems.explain(Problem::MissingScale, &scale_name, what);
+            self.problems.explain(Problem::MissingScale, &scale, what);
             return self.refuse(&matrix, [Some(payload), None]);
         };
-        let given = self.tensor(scale).dtype;
+        let (scale_name, given) = (&self.tensor(scale).name, self.tensor(scale).dtype);
         let Some(scale_code) = scheme.scale_code(given) else {
             let expected = one_of(|d| scheme.scale_code(d).is_some());
             let what = format!("expected {expected}, got {given}");
-            self.problems.explain(Problem::ScaleDtype, &scale_name, what);
+            self.problems.explain(Problem::ScaleDtype, scale_name, what);
             return self.refuse(&matrix, [Some(payload), Some(scale)]);
         };
         let name = matrix.into_boxed_str();
@@ -212,13 +222,15 @@ impl<'a> Grouping<'a> {
             None => {
                 let what = format!("for `{}`, which was quantized with it", payload.name);
                 self.problems.explain(Problem::MissingPart, &name, what);
+                let missing = encoding.matrix[other].format(bindings, &encoding.vars);
+                self.refuse(&missing.unwrap_or_default(), [None, None]);
             }
             Some(id) => {
                 let (with, dtype, got) = (&payload.name, payload.dtype, self.tensor(id).dtype);
                 let what = format!("expected {dtype} as `{with}`, got {got}");
                 self.problems.explain(Problem::PayloadDtype, &name, what);
                 let other = encoding.matrix[other].format(bindings, &encoding.vars);
-                let scale = encoding.scale.iter().find_map(|t| {
+                let scale = encoding.scale.iter().flatten().find_map(|t| {
                     let scale = t.format(bindings, &encoding.vars)?;
                     self.checkpoint.find(&scale).filter(|s| *s != q.scale)
                 });

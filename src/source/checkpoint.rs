@@ -5,11 +5,15 @@
 //! (`model-00001-of-00004.safetensors`) must be complete. With an index:
 //!
 //! - other safetensors files of the directory are not part of the checkpoint;
+//! - a tensor is the copy in the shard that `weight_map` names, whatever other shards hold: an
+//!   overlay file replaces tensors in that way;
 //! - a tensor that the index lists and its shard lacks is refused, even where another shard has it;
-//! - a tensor of a shard that the index does not list belongs to the checkpoint, because
-//!   transformers and vLLM read a shard whole; [`Checkpoint::unlisted`] names it;
-//! - a tensor in two shards is refused: which one a loader takes depends on its order.
+//! - a tensor that the index does not list is ignored, with a warning.
+//!
+//! Without an index a tensor in two shards is refused: which one a loader takes depends on its
+//! order.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -84,7 +88,6 @@ pub struct Checkpoint {
     config: Config,
     shards: Vec<Shard>,
     tensors: Vec<SourceTensor>,
-    unlisted: Vec<SourceId>,
     host_files: Vec<HostFile>,
 }
 
@@ -108,21 +111,13 @@ impl Checkpoint {
             Some(index) => index.files.iter().map(|name| name.to_string()).collect(),
             None => unindexed_shards(&dir)?,
         };
-        let (shards, tensors) = open_shards(&dir, &names)?;
-        let unlisted = match &index {
-            Some(index) => check_listed(&path, index, &shards, &tensors)?,
-            None => Vec::new(),
+        let (shards, stored) = open_shards(&dir, &names, index.is_some())?;
+        let tensors = match &index {
+            Some(index) => listed(&path, index, &shards, stored)?,
+            None => only_once(&dir, &shards, stored)?,
         };
-        if !unlisted.is_empty() {
-            tracing::warn!(
-                "`{}` lists {} of {} tensors of its shards; all of them are used",
-                path.display(),
-                tensors.len() - unlisted.len(),
-                tensors.len(),
-            );
-        }
         let host_files = host_files(&dir)?;
-        Ok(Checkpoint { dir, config, shards, tensors, unlisted, host_files })
+        Ok(Checkpoint { dir, config, shards, tensors, host_files })
     }
 
     /// The directory, absolute, links resolved.
@@ -154,11 +149,6 @@ impl Checkpoint {
     pub fn find(&self, name: &str) -> Option<SourceId> {
         let i = self.tensors.binary_search_by(|t| (*t.name).cmp(name)).ok()?;
         SourceId::new(i)
-    }
-
-    /// Tensors that the index does not list although their shards hold them.
-    pub fn unlisted(&self) -> &[SourceId] {
-        &self.unlisted
     }
 
     /// The shards, sorted by name; a [`ShardId`] is a position here.
@@ -260,10 +250,11 @@ fn siblings(name: &str) -> Option<impl Iterator<Item = String>> {
 
 type Opened = Result<(Shard, Vec<SourceTensor>), ShardError>;
 
-/// Opens all shards; gives their tensors sorted by name.
+/// Opens all shards; gives their tensors sorted by name, those of one name by their shard.
 fn open_shards(
     dir: &Path,
     names: &[String],
+    indexed: bool,
 ) -> Result<(Vec<Shard>, Vec<SourceTensor>), SourceError> {
     let mut shards = Vec::with_capacity(names.len());
     let mut parts = Vec::with_capacity(names.len());
@@ -278,8 +269,9 @@ fn open_shards(
         }
     }
     if !failures.is_empty() {
+        let other = if indexed { whole_series(dir, names) } else { None };
         let (dir, partial) = (dir.to_owned(), partial_downloads(dir));
-        return Err(SourceError::Shards { dir, total: names.len(), failures, partial });
+        return Err(SourceError::Shards { dir, total: names.len(), failures, partial, other });
     }
     let mut tensors = Vec::with_capacity(parts.iter().map(Vec::len).sum());
     parts.into_iter().for_each(|part| tensors.extend(part));
@@ -289,6 +281,29 @@ fn open_shards(
     }
     // The parts are sorted: a stable sort finds the runs and merges them.
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok((shards, tensors))
+}
+
+/// The shards that are there and whole by their names, `model-{n}-of-00004.safetensors`, although
+/// an index names others: how many, where there is one such series.
+fn whole_series(dir: &Path, listed: &[String]) -> Option<String> {
+    let there: BTreeSet<String> = fs::read_dir(dir)
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| !listed.contains(name))
+        .collect();
+    let whole = |name: &&String| {
+        siblings(name).is_some_and(|mut all| all.all(|sibling| there.contains(&sibling)))
+    };
+    there.iter().find(whole).cloned()
+}
+
+/// The tensors as they are, where no two have one name.
+fn only_once(
+    dir: &Path,
+    shards: &[Shard],
+    tensors: Vec<SourceTensor>,
+) -> Result<Vec<SourceTensor>, SourceError> {
     let twice: Several<StoredTwice> = tensors
         .windows(2)
         .filter(|pair| pair[0].name == pair[1].name)
@@ -297,10 +312,11 @@ fn open_shards(
             shards: [0, 1].map(|i| shards[pair[i].shard.index()].name().to_owned()),
         })
         .collect();
-    if !twice.is_empty() {
-        return Err(SourceError::StoredTwice { dir: dir.to_owned(), tensors: twice });
+    if twice.is_empty() {
+        Ok(tensors)
+    } else {
+        Err(SourceError::StoredTwice { dir: dir.to_owned(), tensors: twice })
     }
-    Ok((shards, tensors))
 }
 
 /// Opens the shards on some threads; the results are in the order of `names`.
@@ -329,34 +345,47 @@ fn open_all(dir: &Path, names: &[String]) -> Vec<Opened> {
     done.into_iter().map(|(_, opened)| opened).collect()
 }
 
-/// Checks that every tensor of the index is where it says; gives the tensors that it leaves out.
-fn check_listed(
+/// The stored tensors that the index at `path` lists, each from the shard that it names.
+fn listed(
     path: &Path,
     index: &Index<'_>,
     shards: &[Shard],
-    tensors: &[SourceTensor],
-) -> Result<Vec<SourceId>, SourceError> {
-    let misplaced = |name: &str, file: usize, stored: Option<ShardId>| Misplaced {
-        tensor: name.to_owned(),
-        listed: shards[file].name().to_owned(),
-        stored: stored.map(|id| shards[id.index()].name().to_owned()),
-    };
+    stored: Vec<SourceTensor>,
+) -> Result<Vec<SourceTensor>, SourceError> {
+    let name_of = |id: ShardId| shards[id.index()].name().to_owned();
+    let mut tensors: Vec<SourceTensor> = Vec::with_capacity(index.tensors.len());
     let mut missing = Several::default();
-    let mut unlisted = Vec::new();
+    let mut unlisted = Several::default();
     let mut listed = index.tensors.iter().peekable();
-    for (id, t) in (0..).map(SourceId).zip(tensors) {
-        while let Some((name, file)) = listed.next_if(|(name, _)| **name < *t.name) {
-            missing.extend([misplaced(name, *file, None)]);
+    let mut copies = stored.into_iter().peekable();
+    while let Some(first) = copies.peek().map(|t| t.name.clone()) {
+        while let Some((name, file)) = listed.next_if(|(name, _)| **name < *first) {
+            missing.extend([Misplaced::new(name, shards[*file].name(), None)]);
         }
-        match listed.next_if(|(name, _)| **name == *t.name) {
-            Some((_, file)) if *file == t.shard.index() => {}
-            Some((name, file)) => missing.extend([misplaced(name, *file, Some(t.shard))]),
-            None => unlisted.push(id),
+        let wanted = listed.next_if(|(name, _)| **name == *first);
+        let mut elsewhere = None;
+        let mut found = false;
+        while let Some(copy) = copies.next_if(|t| t.name == first) {
+            match wanted {
+                None => unlisted.extend([format!("`{first}` in `{}`", name_of(copy.shard))]),
+                Some((_, file)) if *file == copy.shard.index() => {
+                    found = true;
+                    tensors.push(copy);
+                }
+                Some(_) => elsewhere = Some(name_of(copy.shard)),
+            }
+        }
+        if let (Some((name, file)), false) = (wanted, found) {
+            missing.extend([Misplaced::new(name, shards[*file].name(), elsewhere)]);
         }
     }
-    missing.extend(listed.map(|(name, file)| misplaced(name, *file, None)));
+    missing.extend(listed.map(|(name, file)| Misplaced::new(name, shards[*file].name(), None)));
     if !missing.is_empty() {
         return Err(SourceError::MissingTensors { index: path.to_owned(), tensors: missing });
     }
-    Ok(unlisted)
+    if !unlisted.is_empty() {
+        let n = unlisted.count;
+        tracing::warn!("`{}` does not list {n} tensors, ignored: {unlisted}", path.display());
+    }
+    Ok(tensors)
 }

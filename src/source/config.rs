@@ -3,6 +3,11 @@
 //! Vision-language checkpoints keep the language model's settings in `text_config`. A key is
 //! looked up at the top level first and then there, and nowhere else: a `vision_config` has keys of
 //! the same names with other meanings.
+//!
+//! Python writes `Infinity`, `-Infinity` and `NaN`, which are no JSON. They are read as strings
+//! that no file has otherwise, and [`Config::write`] writes them as they were.
+
+use std::borrow::Cow;
 
 use serde_json::{Map, Value};
 
@@ -31,8 +36,18 @@ impl Config {
     /// # Errors
     /// Where it is not a JSON object.
     pub fn parse(raw: Vec<u8>) -> Result<Config, serde_json::Error> {
-        let top = serde_json::from_slice(&raw)?;
+        let top = serde_json::from_slice(&with_quoted_constants(&raw))?;
         Ok(Config { raw, top })
+    }
+
+    /// The text of a config.json that holds these keys: indented by two, with a newline at its end.
+    pub fn write(top: &Map<String, Value>) -> Vec<u8> {
+        let mut text = serde_json::to_string_pretty(top).expect("a JSON value can be written");
+        for constant in CONSTANTS {
+            text = text.replace(&Value::from(quoted(constant)).to_string(), constant);
+        }
+        text.push('\n');
+        text.into_bytes()
     }
 
     /// The bytes of the file.
@@ -149,6 +164,47 @@ impl Config {
             _ => None,
         })
     }
+}
+
+/// What Python's `json` reads and writes beside JSON; the longest first.
+const CONSTANTS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+
+/// The string that stands for a constant. It starts with U+0000, which no text in a config.json has.
+fn quoted(constant: &str) -> String {
+    format!("\u{0}{constant}")
+}
+
+/// The text with Python's constants as strings, those within strings left alone.
+fn with_quoted_constants(raw: &[u8]) -> Cow<'_, [u8]> {
+    let is_there = |constant: &&str| raw.windows(constant.len()).any(|w| w == constant.as_bytes());
+    if !CONSTANTS.iter().any(|c| is_there(&c)) {
+        return Cow::Borrowed(raw);
+    }
+    let mut out = Vec::with_capacity(raw.len());
+    let mut in_string = false;
+    let mut left = raw;
+    while let Some((&byte, rest)) = left.split_first() {
+        let constant = CONSTANTS.iter().find(|c| !in_string && left.starts_with(c.as_bytes()));
+        if let Some(constant) = constant {
+            out.extend(Value::from(quoted(constant)).to_string().into_bytes());
+            left = &left[constant.len()..];
+            continue;
+        }
+        out.push(byte);
+        left = rest;
+        match (in_string, byte) {
+            (true, b'\\') => {
+                // Whatever is escaped ends no string.
+                if let Some((&escaped, rest)) = left.split_first() {
+                    out.push(escaped);
+                    left = rest;
+                }
+            }
+            (_, b'"') => in_string = !in_string,
+            (true | false, _) => {}
+        }
+    }
+    Cow::Owned(out)
 }
 
 fn descend<'a>(map: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {

@@ -139,7 +139,7 @@ pub enum SourceError {
     #[error(
         "`{dir}`: {} of {total} shards cannot be used: {failures}{}",
         failures.count,
-        advice(failures, *partial)
+        advice(failures, *partial, other.as_deref())
     )]
     Shards {
         /// The directory.
@@ -150,6 +150,8 @@ pub enum SourceError {
         failures: Several<ShardFailure>,
         /// Number of unfinished downloads that belong to the directory.
         partial: usize,
+        /// A shard of another, complete series in the directory, where an index names the shards.
+        other: Option<String>,
     },
     /// Tensors that the index lists and their shard lacks.
     #[error(
@@ -264,6 +266,12 @@ pub struct Misplaced {
     pub listed: String,
     /// The shard that holds it instead.
     pub stored: Option<String>,
+}
+
+impl Misplaced {
+    pub(super) fn new(tensor: &str, listed: &str, stored: Option<String>) -> Misplaced {
+        Misplaced { tensor: tensor.to_owned(), listed: listed.to_owned(), stored }
+    }
 }
 
 impl fmt::Display for Misplaced {
@@ -384,8 +392,14 @@ fn incomplete(partial: usize) -> String {
 }
 
 /// What to do about shards that cannot be used, judged by the first few.
-fn advice(failures: &Several<ShardFailure>, partial: usize) -> String {
+fn advice(failures: &Several<ShardFailure>, partial: usize, other: Option<&str>) -> String {
     let any = |f: fn(&ShardError) -> bool| failures.first.iter().any(|s| f(&s.error));
+    if let (Some(other), true) = (other, any(|e| matches!(e, ShardError::Missing))) {
+        return format!(
+            "; the index is out of date: a complete set of shards with other names is there \
+             (`{other}` …), which is used where the index is removed"
+        );
+    }
     if any(|e| matches!(e, ShardError::LfsPointer { .. })) {
         "; run `git lfs pull`".to_owned()
     } else if partial > 0 {

@@ -1,7 +1,9 @@
 //! The files beside the shards: tokenizer, code, readme.
 //!
-//! Left out are what a view makes anew (config.json, the index, the shards), safetensors files
-//! that are no shards (loaders take every `*.safetensors` for a shard) and hidden files. Weights
+//! Left out are what a view makes anew (config.json, the index, the shards), files that say how
+//! the source's weights are quantized (loaders read some of them before config.json, and a view is
+//! quantized in its own way or not at all), safetensors files that are no shards (loaders take
+//! every `*.safetensors` for a shard) and hidden files. Weights
 //! in other formats stay. Links to files are followed, links to directories are not: they lead
 //! out of the checkpoint, or round in circles.
 
@@ -60,10 +62,21 @@ fn walk(dir: &Path, below: &Path, depth: usize, files: &mut Vec<HostFile>) -> io
     Ok(())
 }
 
+/// Files that say how the weights beside them are quantized: ModelOpt, GPTQ, AWQ, Quark and
+/// bitsandbytes, Ascend's msmodelslim.
+const QUANTIZATION_FILES: [&str; 5] = [
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "quant_model_description.json",
+];
+
 /// Whether a view has its own in the place of this file, or must not have it.
 fn is_rebuilt(name: &Path) -> bool {
     let file = name.file_name().unwrap_or_default().as_encoded_bytes();
     name == Path::new("config.json")
+        || QUANTIZATION_FILES.iter().any(|quantization| name == Path::new(quantization))
         || file.ends_with(b".safetensors")
         || file.ends_with(b".safetensors.index.json")
 }

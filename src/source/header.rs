@@ -202,14 +202,14 @@ impl<'de> Visitor<'de> for Header {
     }
 }
 
-/// `__metadata__`: strings to strings, no key twice; nothing of it is kept.
+/// `__metadata__`: strings to strings, no key twice, or null; nothing of it is kept.
 struct Metadata;
 
 impl<'de> DeserializeSeed<'de> for Metadata {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
-        json.deserialize_map(self)
+        json.deserialize_option(self)
     }
 }
 
@@ -218,6 +218,14 @@ impl<'de> Visitor<'de> for Metadata {
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("`__metadata__` to map strings to strings")
+    }
+
+    fn visit_none<E: serde::de::Error>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+        json.deserialize_map(self)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {

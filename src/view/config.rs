@@ -1,48 +1,82 @@
-//! The config.json of the view: the source's, with `quantization_config` as the plan wants it.
+//! The config.json of the view: the source's, made true for the view's tensors.
 
 use serde_json::{Map, Value};
 
-use crate::plan::Quantization;
+use crate::plan::Stated;
+use crate::source::Config;
+use crate::tensor::Float;
 
-const KEY: &str = "quantization_config";
+/// Keys under which tools say how weights are quantized; transformers reads the first.
+const QUANTIZATION: [&str; 2] = ["quantization_config", "compression_config"];
+/// Keys under which transformers says the dtype of the weights, before version 5 and from it on.
+const DTYPE: [&str; 2] = ["torch_dtype", "dtype"];
 /// Composite models keep their language model's settings here.
 const TEXT: &str = "text_config";
 
 /// The view's config.json, or `None` where the source's own bytes serve.
 ///
-/// Every key but `quantization_config` keeps its value and its place.
-pub(super) fn rewritten(
-    source: &Map<String, Value>,
-    quantization: &Quantization,
-) -> Option<Vec<u8>> {
+/// Every other key keeps its value and its place.
+pub(super) fn rewritten(source: &Map<String, Value>, stated: &Stated) -> Option<Vec<u8>> {
     let mut config = source.clone();
-    match quantization {
-        Quantization::Keep => return None,
-        Quantization::Remove => {
-            let at_top = config.shift_remove(KEY).is_some();
-            let nested = text(&mut config).is_some_and(|text| text.shift_remove(KEY).is_some());
-            if !at_top && !nested {
-                return None;
-            }
-        }
-        Quantization::Replace(new) => {
-            let place = match &new.within {
-                Some(name) => config.get_mut(name).and_then(Value::as_object_mut),
-                None => Some(&mut config),
-            };
-            match place {
-                Some(object) => object.insert(KEY.to_owned(), new.value.clone()),
-                None => config.insert(KEY.to_owned(), new.value.clone()),
-            };
-        }
-    }
-    let mut bytes = serde_json::to_vec_pretty(&config).expect("a JSON value can be written");
-    bytes.push(b'\n');
-    Some(bytes)
+    set_quantization(&mut config, stated);
+    set_dtype(&mut config, stated);
+    (config != *source).then(|| Config::write(&config))
 }
 
-fn text(config: &mut Map<String, Value>) -> Option<&mut Map<String, Value>> {
-    config.get_mut(TEXT)?.as_object_mut()
+/// Removes what says how weights are quantized, wherever it stands, and puts in what is true.
+fn set_quantization(config: &mut Map<String, Value>, stated: &Stated) {
+    let new = stated.quantization.as_ref();
+    let within = new
+        .and_then(|new| new.within.as_ref())
+        .filter(|name| config.get(*name).is_some_and(Value::is_object));
+    let clean = |object: &mut Map<String, Value>, is_place: bool| {
+        match new.filter(|_| is_place) {
+            // An old value keeps its place among the keys.
+            Some(new) => {
+                object.insert(QUANTIZATION[0].to_owned(), new.value.clone());
+                object.shift_remove(QUANTIZATION[1]);
+            }
+            None => QUANTIZATION.iter().for_each(|key| {
+                object.shift_remove(*key);
+            }),
+        }
+    };
+    clean(config, within.is_none());
+    for (name, value) in config.iter_mut() {
+        if let Some(object) = value.as_object_mut() {
+            clean(object, within == Some(name));
+        }
+    }
+}
+
+/// Gives the dtype of the view's weights where the source names another.
+fn set_dtype(config: &mut Map<String, Value>, stated: &Stated) {
+    let Some(dtype) = stated.dtype.map(torch_name) else { return };
+    let set = |object: &mut Map<String, Value>, every: bool| {
+        for key in DTYPE {
+            let Some(value) = object.get_mut(key) else { continue };
+            let Some(name) = value.as_str() else { continue };
+            let name = name.strip_prefix("torch.").unwrap_or(name);
+            if name != dtype && (every || name.starts_with("float8")) {
+                *value = dtype.into();
+            }
+        }
+    };
+    set(config, true);
+    for (name, value) in config.iter_mut() {
+        // Towers beside the language model have dtypes of their own, but no quantized one.
+        if let Some(object) = value.as_object_mut() {
+            set(object, name == TEXT);
+        }
+    }
+}
+
+fn torch_name(float: Float) -> &'static str {
+    match float {
+        Float::BF16 => "bfloat16",
+        Float::F16 => "float16",
+        Float::F32 => "float32",
+    }
 }
 
 #[cfg(test)]
@@ -52,26 +86,35 @@ mod tests {
     use super::*;
     use crate::mapping::QuantizationConfig;
 
+    /// Key order counts, so texts are compared.
+    fn compact(source: &str, stated: &Stated) -> Option<String> {
+        let source: Map<String, Value> = serde_json::from_str(source).expect("valid");
+        let text = rewritten(&source, stated)?;
+        Some(serde_json::from_slice::<Value>(&text).expect("valid").to_string())
+    }
+
     #[test]
-    fn quantization_config_is_kept_removed_or_replaced_in_place() {
+    fn quantization_config_is_removed_or_replaced_in_place() {
+        let none = || Stated::default();
         let new = |within: Option<&str>| {
             let within = within.map(str::to_owned);
             let value = json!({"q": 2});
-            Quantization::Replace(QuantizationConfig { within, unquantized: None, value })
+            let new = QuantizationConfig { within, unquantized: None, scheme: None, value };
+            Stated { quantization: Some(new), dtype: None }
         };
         let cases = [
-            (r#"{"b":1,"quantization_config":{"q":1},"a":2}"#, Quantization::Keep, None),
-            (
-                r#"{"b":1,"quantization_config":{"q":1},"a":2}"#,
-                Quantization::Remove,
-                Some(r#"{"b":1,"a":2}"#),
-            ),
+            (r#"{"b":1,"quantization_config":{"q":1},"a":2}"#, none(), Some(r#"{"b":1,"a":2}"#)),
             (
                 r#"{"z":0,"text_config":{"b":1,"quantization_config":{"q":1},"a":2},"y":0.02}"#,
-                Quantization::Remove,
+                none(),
                 Some(r#"{"z":0,"text_config":{"b":1,"a":2},"y":0.02}"#),
             ),
-            (r#"{"b":1,"text_config":{"a":2}}"#, Quantization::Remove, None),
+            (
+                r#"{"compression_config":{"q":1},"llm_config":{"quantization_config":null},"y":0}"#,
+                none(),
+                Some(r#"{"llm_config":{},"y":0}"#),
+            ),
+            (r#"{"b":1,"text_config":{"a":2}}"#, none(), None),
             (
                 r#"{"b":1,"quantization_config":{"q":1},"a":2}"#,
                 new(None),
@@ -83,7 +126,7 @@ mod tests {
                 Some(r#"{"text_config":{"quantization_config":{"q":2},"a":2},"y":[]}"#),
             ),
             (
-                r#"{"text_config":{"a":2},"y":0}"#,
+                r#"{"text_config":{"a":2},"quantization_config":{"q":1},"y":0}"#,
                 new(Some("text_config")),
                 Some(r#"{"text_config":{"a":2,"quantization_config":{"q":2}},"y":0}"#),
             ),
@@ -93,13 +136,37 @@ mod tests {
                 Some(r#"{"a":2,"quantization_config":{"q":2}}"#),
             ),
         ];
-        for (source, quantization, expected) in cases {
-            let source: Map<String, Value> = serde_json::from_str(source).expect("valid");
-            let got = rewritten(&source, &quantization);
-            // Key order counts, so compare text.
-            let compact = got
-                .map(|bytes| serde_json::from_slice::<Value>(&bytes).expect("valid").to_string());
-            assert_eq!(compact.as_deref(), expected, "{source:?}");
+        for (source, stated, expected) in cases {
+            assert_eq!(compact(source, &stated).as_deref(), expected, "{source}");
+        }
+    }
+
+    #[test]
+    fn the_dtype_is_the_one_that_the_view_has() {
+        let cases = [
+            (r#"{"torch_dtype":"bfloat16"}"#, Float::BF16, None),
+            (
+                r#"{"torch_dtype":"bfloat16","a":1}"#,
+                Float::F32,
+                Some(r#"{"torch_dtype":"float32","a":1}"#),
+            ),
+            (
+                r#"{"dtype":"float8_e4m3fn","text_config":{"dtype":"bfloat16"}}"#,
+                Float::F16,
+                Some(r#"{"dtype":"float16","text_config":{"dtype":"float16"}}"#),
+            ),
+            (
+                r#"{"vision_config":{"torch_dtype":"float32"},"audio_config":{"dtype":"float8_e4m3fn"}}"#,
+                Float::BF16,
+                Some(
+                    r#"{"vision_config":{"torch_dtype":"float32"},"audio_config":{"dtype":"bfloat16"}}"#,
+                ),
+            ),
+            (r#"{"a":1}"#, Float::F32, None),
+        ];
+        for (source, dtype, expected) in cases {
+            let stated = Stated { quantization: None, dtype: Some(dtype) };
+            assert_eq!(compact(source, &stated).as_deref(), expected, "{source}");
         }
     }
 
@@ -107,7 +174,7 @@ mod tests {
     fn text_is_indented_by_two_and_ends_in_a_newline() {
         let text = r#"{"a": [1], "quantization_config": 0, "é": "ü"}"#;
         let source: Map<String, Value> = serde_json::from_str(text).expect("valid");
-        let got = rewritten(&source, &Quantization::Remove).expect("changed");
+        let got = rewritten(&source, &Stated::default()).expect("changed");
         assert_eq!(
             String::from_utf8(got).expect("UTF-8"),
             "{\n  \"a\": [\n    1\n  ],\n  \"é\": \"ü\"\n}\n"
@@ -119,7 +186,7 @@ mod tests {
         // Not the nearest double under a parser that is fast and not exact.
         let text = r#"{"a":1e-06,"b":2.5066282746310002,"c":18446744073709551615,"quantization_config":0}"#;
         let source: Map<String, Value> = serde_json::from_str(text).expect("valid");
-        let got = rewritten(&source, &Quantization::Remove).expect("changed");
+        let got = rewritten(&source, &Stated::default()).expect("changed");
         let got: Value = serde_json::from_slice(&got).expect("valid");
         assert_eq!(got["a"].as_f64(), Some(1e-6));
         assert_eq!(got["b"].as_f64(), Some(2.5066282746310002));

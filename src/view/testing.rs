@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::mapping::LayoutName;
 use crate::plan::{
-    Body, Directory, Matrix, Origin, Plan, Quantization, Run, Summary, TensorId, TensorPlan,
+    Body, Directory, Matrix, Origin, Plan, Run, Stated, Summary, TensorId, TensorPlan,
 };
 use crate::read::{Engine, EngineOptions};
 use crate::source::testing::Dir;
@@ -82,7 +82,7 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
         directories: vec![directory("", 0..7), directory("ep-0000-of-0001", 0..3)],
         quantized: Vec::new(),
         original: None,
-        quantization: Quantization::Remove,
+        stated: Stated::default(),
         summary: Summary {
             model: "toy".to_owned(),
             from: LayoutName::Hf,
@@ -95,6 +95,7 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
             fused_scales: None,
             dropped: BTreeMap::new(),
             unmapped: None,
+            lacking: Vec::new(),
         },
     }
 }

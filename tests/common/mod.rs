@@ -72,7 +72,7 @@ fn planned(
     options: &PlanOptions,
 ) -> Result<(Arc<Checkpoint>, Plan), PlanError> {
     let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
-    let mapping = mapping.resolve(&|key| checkpoint.config().int(key).ok())?;
+    let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned())?;
     let plan = Plan::build(&checkpoint, &mapping, options)?;
     Ok((checkpoint, plan))
 }

@@ -243,7 +243,7 @@ fn open(model: &str, dir: &Path, options: &PlanOptions) -> Result<Engine, String
     let checkpoint = Arc::new(Checkpoint::open(dir).map_err(|e| e.to_string())?);
     let mapping = Mapping::named(model).unwrap();
     let mapping =
-        mapping.resolve(&|key| checkpoint.config().int(key).ok()).map_err(|e| e.to_string())?;
+        mapping.resolve(&|key| checkpoint.config().get(key).cloned()).map_err(|e| e.to_string())?;
     let plan = Plan::build(&checkpoint, &mapping, options).map_err(|e| e.to_string())?;
     Ok(Engine::new(
         checkpoint,

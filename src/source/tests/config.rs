@@ -105,3 +105,18 @@ fn order_and_bytes_are_kept() {
     assert_eq!(config.raw(), text);
     assert_eq!(config.top().keys().collect::<Vec<_>>(), ["z", "a"]);
 }
+
+/// Python writes them, and reads them again; a cleaned config.json must not lose them.
+#[test]
+fn constants_of_python_are_read_and_written() {
+    let text = br#"{"a": Infinity, "b": [-Infinity, NaN], "c": "NaN, \"Infinity", "q": 1}"#;
+    let config = Config::parse(text.to_vec()).expect("an object");
+    let mut top = config.top().clone();
+    top.shift_remove("q");
+    let written = String::from_utf8(Config::write(&top)).expect("UTF-8");
+    assert_eq!(
+        written,
+        "{\n  \"a\": Infinity,\n  \"b\": [\n    -Infinity,\n    NaN\n  ],\n  \"c\": \"NaN, \\\"Infinity\"\n}\n"
+    );
+    assert!(Config::parse(b"{\"a\": Infinit}".to_vec()).is_err());
+}

@@ -14,6 +14,8 @@ fn host_files_are_what_a_view_does_not_make_itself() {
         .shard("a.safetensors", &[("x", DType::U8, &[1], vec![1])])
         .index(&[("x", "a.safetensors")])
         .file("unused.safetensors", "")
+        .file("hf_quant_config.json", "{}")
+        .file("quantize_config.json", "{}")
         .file("tokenizer.json", "12345")
         .file("modeling_x.py", "")
         .file("pytorch_model.bin", "")

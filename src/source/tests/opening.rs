@@ -52,13 +52,24 @@ fn index_wins_over_single_file() {
 }
 
 #[test]
-fn tensors_that_the_index_leaves_out_belong_to_the_checkpoint() {
+fn tensors_that_the_index_leaves_out_are_ignored() {
     let dir = Dir::new()
         .shard("a.safetensors", &[tensor("x"), tensor("y")])
         .index(&[("x", "a.safetensors")]);
+    assert_eq!(names(&dir.open()), ["x"]);
+}
+
+/// An overlay shard: `weight_map` sends some names to it, and their old copies stay where they were.
+#[test]
+fn the_copy_that_the_index_names_counts() {
+    let dir = Dir::new()
+        .shard("a.safetensors", &[tensor("w"), tensor("x"), tensor("y")])
+        .shard("b.safetensors", &[("x", DType::U8, &[2], vec![7, 8])])
+        .index(&[("w", "a.safetensors"), ("x", "b.safetensors"), ("y", "a.safetensors")]);
     let checkpoint = dir.open();
-    assert_eq!(names(&checkpoint), ["x", "y"]);
-    assert_eq!(checkpoint.unlisted(), [checkpoint.find("y").expect("stored")]);
+    assert_eq!(names(&checkpoint), ["w", "x", "y"]);
+    let x = checkpoint.tensor(checkpoint.find("x").expect("stored"));
+    assert_eq!((checkpoint.shard(x.shard).name(), x.shape.dims()), ("b.safetensors", &[2][..]));
 }
 
 #[test]
@@ -68,7 +79,6 @@ fn escaped_names_are_the_names_they_stand_for() {
         .file(INDEX, r#"{"weight_map": {"q\"\\\u00e9": "a.safetensors"}}"#);
     let checkpoint = dir.open();
     assert_eq!(names(&checkpoint), ["q\"\\\u{e9}"]);
-    assert!(checkpoint.unlisted().is_empty());
 }
 
 #[test]
@@ -179,15 +189,13 @@ fn tensors_that_are_not_where_the_index_says_are_refused() {
 }
 
 #[test]
-fn a_tensor_in_two_shards_is_refused() {
+fn a_tensor_in_two_shards_without_an_index_is_refused() {
     let shards = |dir: Dir| {
         dir.shard("a.safetensors", &[tensor("x")])
             .shard("b.safetensors", &[tensor("x"), tensor("y")])
     };
     let expected = "`DIR`: 1 tensor is in two shards: `x` (`a.safetensors` and `b.safetensors`)";
     assert_eq!(shards(Dir::new()).refusal(), expected);
-    let indexed = shards(Dir::new()).index(&[("x", "a.safetensors"), ("y", "b.safetensors")]);
-    assert_eq!(indexed.refusal(), expected);
 }
 
 #[test]
@@ -202,6 +210,20 @@ fn missing_shards_are_counted() {
          `s0.safetensors`: missing; `s1.safetensors`: missing; \
          `s2.safetensors`: missing; `s4.safetensors`: missing; `s5.safetensors`: missing; \
          and 3 more; complete the download, for instance with `hf download`"
+    );
+}
+
+#[test]
+fn an_index_beside_a_whole_set_of_other_shards_is_out_of_date() {
+    let dir = Dir::new()
+        .index(&[("x", "model-00001-of-00004.safetensors")])
+        .shard("model-00001-of-00002.safetensors", &[tensor("x")])
+        .shard("model-00002-of-00002.safetensors", &[tensor("y")]);
+    assert_eq!(
+        dir.refusal(),
+        "`DIR`: 1 of 1 shards cannot be used: `model-00001-of-00004.safetensors`: missing; the \
+         index is out of date: a complete set of shards with other names is there \
+         (`model-00001-of-00002.safetensors` …), which is used where the index is removed"
     );
 }
 

@@ -1,0 +1,189 @@
+//! What a checkpoint must hold, by its published names.
+//!
+//! Rules say what becomes of the tensors that are there; only a requirement can say that one is not.
+//! It names tensors of the model as a whole (the embedding) or of each of its layers (a norm), with
+//! a choice where layers differ (a dense MLP or a router and experts). `siblings` adds what need not
+//! be written out: a layer has what other layers of its kind have.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use super::raw::{OneOrMany, RawRequirement, RawSiblings, RawWhen};
+use super::template::{Bindings, NameTemplate, RawTemplate, Variables};
+use super::{Lookup, MappingError};
+
+/// A name within a scope, and the variables of its own.
+#[derive(Debug)]
+pub struct Name {
+    template: NameTemplate,
+    vars: Variables,
+}
+
+impl Name {
+    fn parse(text: &str, config: &Lookup<'_>) -> Result<Name, MappingError> {
+        let mut vars = Variables::default();
+        let template = RawTemplate::parse(text)?.resolve(&mut vars, config)?;
+        Ok(Name { template, vars })
+    }
+
+    fn parse_all(texts: &[String], config: &Lookup<'_>) -> Result<Vec<Name>, MappingError> {
+        texts.iter().map(|text| Name::parse(text, config)).collect()
+    }
+
+    /// Whether it stands for this name.
+    pub fn takes(&self, name: &str) -> bool {
+        self.template.bind(name, &self.vars).is_some()
+    }
+
+    /// Whether one of these names is one that it stands for.
+    pub fn is_in(&self, names: &BTreeSet<&str>) -> bool {
+        match self.template.format(&Bindings::default(), &self.vars) {
+            Some(name) => names.contains(&*name),
+            None => names.iter().any(|name| self.takes(name)),
+        }
+    }
+
+    /// How many names it stands for: one, or as many as its index has values.
+    pub fn count(&self) -> u64 {
+        self.vars.all().next().map_or(1, |var| self.vars.bound(var).unwrap_or(1))
+    }
+
+    /// Whether it stands for one tensor of each expert.
+    pub fn is_indexed(&self) -> bool {
+        self.vars.all().next().is_some()
+    }
+
+    /// The names that it stands for, in order.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        let var = self.vars.all().next();
+        (0..self.count()).filter_map(move |i| {
+            let bindings = match var {
+                Some(var) => Bindings::default().with(var, Some(i)),
+                None => Bindings::default(),
+            };
+            self.template.format(&bindings, &self.vars)
+        })
+    }
+}
+
+/// The layers of one numbering: every value of one index, `model.layers.{l:num_hidden_layers}.`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Scope {
+    template: NameTemplate,
+    vars: Variables,
+}
+
+impl Scope {
+    fn parse(text: &str, config: &Lookup<'_>) -> Result<Scope, MappingError> {
+        let mut vars = Variables::default();
+        let template = RawTemplate::parse(&format!("{text}{{r}}"))?.resolve(&mut vars, config)?;
+        if vars.all().count() != 1 || !text.ends_with('.') {
+            let why = "a scope ends in a dot and has one index, that of its layers";
+            return Err(MappingError::rule(text, why));
+        }
+        Ok(Scope { template, vars })
+    }
+
+    /// The layer that a tensor belongs to, and its name within the layer.
+    pub fn split<'n>(&self, name: &'n str) -> Option<(u64, &'n str)> {
+        let bindings = self.template.bind(name, &self.vars)?;
+        let layer = bindings.index(self.vars.all().next()?)?;
+        // `{r}` stands at the end of the template.
+        Some((layer, &name[name.len() - bindings.rest()?.len()..]))
+    }
+
+    /// The name of a tensor of a layer.
+    pub fn join(&self, layer: u64, name: &str) -> String {
+        let start = self.template.up_to_index(layer).unwrap_or_default();
+        format!("{start}.{name}")
+    }
+}
+
+/// Tensors that a checkpoint must hold.
+#[derive(Debug)]
+pub struct Requirement {
+    /// The layers of which each must hold them; `None`: the model as a whole.
+    pub scope: Option<Scope>,
+    /// Only layers that hold such a tensor must; `None`: all.
+    pub beside: Option<Name>,
+    /// Sets of which one must be there, whole.
+    pub one_of: Vec<Vec<Name>>,
+}
+
+/// Layers of which each must hold what others of its kind hold.
+///
+/// Layers are of one kind where they take the same sets of the requirements for their scope.
+#[derive(Debug)]
+pub struct Siblings {
+    /// The layers.
+    pub scope: Scope,
+    /// What a layer may lack all the same.
+    pub may_lack: Vec<Name>,
+}
+
+/// Whether a condition holds: a key that is, or that is true or above 0.
+pub(super) fn holds(when: &RawWhen, config: &Lookup<'_>) -> bool {
+    let value = config(&when.key);
+    match &when.is {
+        Some(text) => value.is_some_and(|v| v.as_str() == Some(text)),
+        None => is_set(value.as_ref()),
+    }
+}
+
+/// Whether a value of config.json is true, a number above 0 or a list with entries.
+pub(super) fn is_set(value: Option<&Value>) -> bool {
+    value.and_then(super::template::integer).is_some_and(|n| n > 0)
+}
+
+pub(super) fn requirements(
+    raw: &[RawRequirement],
+    config: &Lookup<'_>,
+) -> Result<Vec<Requirement>, MappingError> {
+    let mut out = Vec::new();
+    for block in raw {
+        let unless = block.unless.as_ref().is_some_and(|key| is_set(config(key).as_ref()));
+        if unless || block.when.as_ref().is_some_and(|when| !holds(when, config)) {
+            continue;
+        }
+        let names = block.names.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
+        let first = names.iter().chain(block.one_of.iter().flatten()).next();
+        let fail = |why| {
+            let text = first.map_or("(without names)", String::as_str);
+            Err(MappingError::rule(text, why))
+        };
+        if names.is_empty() == block.one_of.is_empty() {
+            return fail("a requirement has `names` or `one-of`");
+        }
+        if block.beside.is_some() && block.scope.is_none() {
+            return fail("`beside` needs a `scope`");
+        }
+        let scopes = block.scope.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
+        let scopes: Vec<Option<&String>> =
+            if scopes.is_empty() { vec![None] } else { scopes.iter().map(Some).collect() };
+        for scope in scopes {
+            let sets = block.one_of.iter().map(Vec::as_slice);
+            let sets = sets.chain((!names.is_empty()).then_some(names));
+            out.push(Requirement {
+                scope: scope.map(|text| Scope::parse(text, config)).transpose()?,
+                beside: block.beside.as_ref().map(|text| Name::parse(text, config)).transpose()?,
+                one_of: sets.map(|set| Name::parse_all(set, config)).collect::<Result<_, _>>()?,
+            });
+        }
+    }
+    Ok(out)
+}
+
+pub(super) fn siblings(
+    raw: &[RawSiblings],
+    config: &Lookup<'_>,
+) -> Result<Vec<Siblings>, MappingError> {
+    let mut out = Vec::new();
+    for block in raw {
+        for scope in block.scope.as_slice() {
+            let scope = Scope::parse(scope, config)?;
+            out.push(Siblings { scope, may_lack: Name::parse_all(&block.may_lack, config)? });
+        }
+    }
+    Ok(out)
+}

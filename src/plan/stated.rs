@@ -1,0 +1,113 @@
+//! What the view's config.json says of the view's tensors: how they are quantized, and their dtype.
+//!
+//! It says what was written and nothing else. What the source's config.json says is no evidence: it
+//! may be the published one beside plain weights, or name blocks of another size.
+
+use serde_json::Value;
+
+use super::assemble::Target;
+use super::problems::PlanError;
+use super::{Body, Origin, Quantized, Stated, TensorPlan};
+use crate::codec::{ScaleCode, Scheme};
+use crate::mapping::{QuantizationConfig, Resolved};
+use crate::source::{Checkpoint, Config};
+use crate::tensor::Float;
+
+/// What config.json says of a view of these tensors, of which `quantized` are encoded.
+///
+/// # Errors
+/// Where neither the original nor the mapping says what `quantization_config` is.
+pub fn stated(
+    original: Option<&Checkpoint>,
+    mapping: &Resolved,
+    targets: &[Target],
+    tensors: &[TensorPlan],
+    quantized: &[Quantized],
+) -> Result<Stated, PlanError> {
+    let dtype = usual_dtype(tensors);
+    if quantized.is_empty() {
+        return Ok(Stated { quantization: None, dtype });
+    }
+    if let Some(config) = original.and_then(|o| quantization_of(o.config())) {
+        return Ok(Stated { quantization: Some(config), dtype });
+    }
+    let fits = |c: &&QuantizationConfig| {
+        c.scheme.is_none_or(|scheme| quantized.iter().any(|q| q.scheme == scheme))
+    };
+    let Some(mut config) = mapping.quantization.iter().find(fits).cloned() else {
+        return Err(PlanError::Option(format!(
+            "the mapping `{}` does not say what `quantization_config` is; take it from a \
+             checkpoint with --scales-from",
+            mapping.name
+        )));
+    };
+    describe(&mut config, targets, quantized);
+    Ok(Stated { quantization: Some(config), dtype })
+}
+
+/// Puts what was written into the mapping's `quantization_config`: blocks, groups, how scales are
+/// rounded, and the modules that stay plain.
+fn describe(config: &mut QuantizationConfig, targets: &[Target], quantized: &[Quantized]) {
+    let unquantized = config.unquantized.clone();
+    let Some(value) = config.value.as_object_mut() else { return };
+    let mut fp8 = quantized.iter().filter(|q| q.scheme == Scheme::Fp8);
+    if !fp8.clone().all(|q| q.scale == ScaleCode::E8M0) {
+        // Only powers of two are what it stands for.
+        value.shift_remove("scale_fmt");
+    }
+    if let (Some(block), Some(q)) = (value.get_mut("weight_block_size"), fp8.next()) {
+        *block = q.block.to_vec().into();
+    }
+    let int4 = quantized.iter().find(|q| q.scheme == Scheme::Int4);
+    let groups = value.get_mut("config_groups").and_then(Value::as_object_mut);
+    for (_, group) in groups.into_iter().flatten() {
+        if let (Some(size), Some(q)) = (group.pointer_mut("/weights/group_size"), int4) {
+            *size = q.block[1].into();
+        }
+    }
+    if let Some(key) = unquantized {
+        value.insert(key, unquantized_modules(targets).into());
+    }
+}
+
+/// Modules whose weight matrices are not quantized.
+fn unquantized_modules(targets: &[Target]) -> Vec<String> {
+    let matrices = targets.iter().filter(|t| t.shape.len() == 2);
+    matrices.filter_map(|t| t.name.strip_suffix(".weight")).map(str::to_owned).collect()
+}
+
+/// The dtype that most elements of the plain floating-point tensors have.
+fn usual_dtype(tensors: &[TensorPlan]) -> Option<Float> {
+    let mut elements = [(Float::BF16, 0u128), (Float::F16, 0), (Float::F32, 0)];
+    for tensor in tensors {
+        let plain = match &tensor.body {
+            Body::Verbatim(runs) => runs.iter().all(|r| r.origin == Origin::Source),
+            Body::Computed(_) => true,
+            Body::Encoded(_) | Body::Literal(_) => false,
+        };
+        let Some(float) = tensor.dtype.as_float().filter(|_| plain) else { continue };
+        let slot = elements.iter_mut().find(|(f, _)| *f == float).expect("all floats are listed");
+        slot.1 += u128::from(tensor.shape.elements().unwrap_or(0));
+    }
+    // The first of equals.
+    let most = elements.iter().rev().max_by_key(|(_, n)| *n)?;
+    (most.1 > 0).then_some(most.0)
+}
+
+/// `quantization_config` of a checkpoint, and where it stands.
+fn quantization_of(config: &Config) -> Option<QuantizationConfig> {
+    const KEY: &str = "quantization_config";
+    let found = |within: Option<&String>, value: &Value| QuantizationConfig {
+        within: within.cloned(),
+        unquantized: None,
+        scheme: None,
+        value: value.clone(),
+    };
+    if let Some(value) = config.top().get(KEY).filter(|v| !v.is_null()) {
+        return Some(found(None, value));
+    }
+    config.top().iter().find_map(|(name, object)| {
+        let value = object.as_object()?.get(KEY).filter(|v| !v.is_null())?;
+        Some(found(Some(name), value))
+    })
+}
