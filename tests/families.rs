@@ -11,9 +11,7 @@ use common::{
     write_checkpoint,
 };
 use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{
-    ExpertParallel, ExpertShard, PlanOptions, Quantization, Quantize, Unmapped,
-};
+use mount_ckpt::plan::{ExpertParallel, ExpertShard, PlanOptions, Quantize, Unmapped};
 use mount_ckpt::source::Checkpoint;
 use mount_ckpt::tensor::Float;
 use serde_json::{Value, json};
@@ -234,7 +232,7 @@ fn grouped_directory_loses_the_quantization_of_its_config() {
     let tensors = tensors_of(&golden("deepseek-v3").join("native.safetensors"));
     let dir = directory(&config, &tensors);
     let plan = plan("deepseek-v3", dir.path(), &PlanOptions::default()).unwrap();
-    assert_eq!(plan.quantization, Quantization::Remove);
+    assert_eq!(plan.stated.quantization, None);
 }
 
 #[test]
@@ -253,7 +251,7 @@ fn native_directory_is_quantized_as_its_release_is() {
         let engine = engine(model, dir.path(), &options);
         let got = tensors_of_engine(&engine);
         assert_eq!(listing(&got), listing(&tensors), "{model}");
-        let Quantization::Replace(config) = &engine.plan().quantization else { panic!("{model}") };
+        let config = engine.plan().stated.quantization.as_ref().unwrap();
         assert_eq!((&config.value, &config.within), (&quantization, &None), "{model}");
         // Read as a checkpoint, it is what it was, but for what eight or four bits cannot hold.
         let mut config = published(model).0;

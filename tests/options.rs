@@ -9,7 +9,7 @@ use common::{Tensor, Zeros, assert_same, engine, golden, tensors_of_engine};
 use half::{bf16, f16};
 use mount_ckpt::codec::reference;
 use mount_ckpt::mapping::{LayoutName, Mapping};
-use mount_ckpt::plan::{Plan, PlanOptions, Quantization};
+use mount_ckpt::plan::{Plan, PlanOptions};
 use mount_ckpt::source::Checkpoint;
 use mount_ckpt::tensor::Float;
 use regex::Regex;
@@ -33,7 +33,7 @@ fn the_published_names_without_quantization() {
     for (folder, model, tensors, gone) in cases {
         let engine = engine(model, &checkpoint(folder), &to(LayoutName::Hf));
         let plan = engine.plan();
-        assert_eq!(plan.quantization, Quantization::Remove, "{folder}");
+        assert_eq!(plan.stated.quantization, None, "{folder}");
         assert_eq!(plan.tensors.len(), tensors, "{folder}");
         for tensor in &plan.tensors {
             assert!(
@@ -52,7 +52,7 @@ fn what_is_not_quantized_is_verbatim_under_its_own_names() {
     let engine = engine("qwen3-vl-moe", &checkpoint("qwen3-vl-moe"), &to(LayoutName::Hf));
     let plan = engine.plan();
     assert!(plan.tensors.iter().all(|t| t.is_verbatim()));
-    assert_eq!(plan.quantization, Quantization::Keep);
+    assert_eq!(plan.stated.quantization, None);
     let source = Checkpoint::open(&checkpoint("qwen3-vl-moe")).unwrap();
     assert!(plan.tensors.iter().all(|t| source.find(&t.name).is_some()));
     assert_eq!(plan.tensors.len(), source.tensors().len());

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use common::{Tensor, Zeros, assert_same, engine_of, tensors_of_engine, write_checkpoint};
 use mount_ckpt::mapping::{LayoutName, Mapping};
-use mount_ckpt::plan::{ExpertParallel, PlanOptions, Quantization, Quantize};
+use mount_ckpt::plan::{ExpertParallel, PlanOptions, Quantize, Stated};
 
 const MAPPING: &str = r#"
 name = "own"
@@ -123,12 +123,12 @@ fn published() -> Tensors {
     tensors
 }
 
-fn view(tensors: &Tensors, options: &PlanOptions) -> (LayoutName, Quantization, Tensors) {
+fn view(tensors: &Tensors, options: &PlanOptions) -> (LayoutName, Stated, Tensors) {
     let dir = tempfile::tempdir().unwrap();
     write_checkpoint(dir.path(), CONFIG, tensors);
     let engine = engine_of(&Mapping::parse("own", MAPPING).unwrap(), dir.path(), options);
     let plan = engine.plan();
-    (plan.summary.from, plan.quantization.clone(), tensors_of_engine(&engine))
+    (plan.summary.from, plan.stated.clone(), tensors_of_engine(&engine))
 }
 
 fn to(layout: LayoutName) -> PlanOptions {
@@ -222,7 +222,7 @@ fn way_back_quantizes_what_the_release_does() {
         quantize: Some(Quantize { original: None, scale_dtype: None }),
         ..to(LayoutName::Hf)
     };
-    let (_, quantization, got) = view(&native, &options);
+    let (_, stated, got) = view(&native, &options);
     let listed: Vec<_> = got
         .iter()
         .filter(|(n, _)| n.contains("dense"))
@@ -234,7 +234,7 @@ fn way_back_quantizes_what_the_release_does() {
         ("layers.0.dense.weight_shape", "I32", &[2]),
     ];
     assert_eq!(listed, expected);
-    let Quantization::Replace(config) = quantization else { panic!("{quantization:?}") };
+    let config = stated.quantization.unwrap();
     assert_eq!(config.within.as_deref(), Some("text_config"));
     assert_eq!(config.value, serde_json::json!({ "quant_method": "compressed-tensors" }));
 }

@@ -140,7 +140,7 @@ fn serve_null(arguments: &[OsString]) -> Result<()> {
     let checkpoint = Arc::new(Checkpoint::open(Path::new(source))?);
     let config = checkpoint.config();
     let types: Vec<String> = config.model_types().into_iter().map(ToOwned::to_owned).collect();
-    let mapping = Mapping::for_model_types(&types)?.resolve(&|key| config.int(key).ok())?;
+    let mapping = Mapping::for_model_types(&types)?.resolve(&|key| config.get(key).cloned())?;
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default())?);
     let cache = EngineOptions { cache_bytes: 0, keep_given: false, threads: 2 };
     let engine = Arc::new(Engine::new(Arc::clone(&checkpoint), plan, cache));
