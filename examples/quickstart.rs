@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use checkpoint::{
-    EXPERTS, HIDDEN, INTERMEDIATE, K_DIM, KV_HEADS, LAYERS, TOKENIZER, V_DIM, Written,
+    EXPERTS, HIDDEN, INTERMEDIATE, K_DIM, KV_HEADS, LAYERS, SLIDING, TOKENIZER, V_DIM, Written,
 };
 use fuser::SessionACL;
 use half::bf16;
@@ -141,11 +141,13 @@ fn check(at: &Path, written: &Written) -> Result<()> {
         };
         compare(at, &format!("{experts}.down_projs"), &[EXPERTS, INTERMEDIATE, HIDDEN], down)?;
     }
-    for (layer, heads) in [("layers.0", KV_HEADS), ("layers.1", 2 * KV_HEADS)] {
+    for (layer, sliding) in SLIDING.into_iter().enumerate() {
+        let heads = if sliding { 2 * KV_HEADS } else { KV_HEADS };
+        let layer = format!("layers.{layer}");
         for (projection, rows) in [("k_proj", heads * K_DIM), ("v_proj", heads * V_DIM)] {
             let name = format!("model.{layer}.self_attn.{projection}.weight");
             let value =
-                |i: usize| written.decoded_kv(layer, heads, projection, i / HIDDEN, i % HIDDEN);
+                |i: usize| written.decoded_kv(&layer, heads, projection, i / HIDDEN, i % HIDDEN);
             compare(at, &name, &[rows, HIDDEN], value)?;
         }
     }

@@ -48,15 +48,15 @@ fn other_forms_of_the_same_give_the_same_bits() {
         (QWEN, |t| t.move_to("~.gate_up_proj", 0)),
         // Scales may be a flat list.
         (MIMO, |t| t.reshape("~.0.gate_proj.weight_scale_inv", &[4])),
-        (MIMO, |t| t.reshape("model.layers.1.self_attn.q_proj.weight_scale_inv", &[6])),
+        (MIMO, |t| t.reshape("model.layers.1.self_attn.q_proj.weight_scale_inv", &[12])),
         (FLASH, |t| t.reshape("~.1.w2.scale", &[480])),
         (FLASH, |t| t.reshape("layers.1.attn.wq_b.scale", &[])),
         (BASE, |t| t.reshape("~.1.w2.scale", &[4])),
         (KIMI, |t| t.reshape("~.1.up_proj.weight_scale", &[192])),
         // MTP layers may be numbered behind the others.
-        (FLASH, |t| t.rename_all("mtp.0.", "layers.3.")),
-        (FLASH, |t| t.rename_all("mtp.0.", "model.layers.3.")),
-        (BASE, |t| t.rename_all("mtp.0.", "layers.2.")),
+        (FLASH, |t| t.rename_all("mtp.0.", "layers.4.")),
+        (FLASH, |t| t.rename_all("mtp.0.", "model.layers.4.")),
+        (BASE, |t| t.rename_all("mtp.0.", "layers.4.")),
         // FP4 may be stored as what it is.
         (FLASH, |t| t.retype("~.1.w1.weight", Dtype::U8)),
         (FLASH, |t| t.retype_as("~.1.w1.weight", Dtype::F4, &[96, 160])),
@@ -124,10 +124,10 @@ fn one_scale_for_all_is_a_scale_for_each() {
         (
             MIMO,
             "model.layers.1.self_attn.q_proj.weight_scale_inv",
-            &[&[3, 2], &[6], &[384, 1], &[384], &[1, 1], &[1], &[]],
+            &[&[6, 2], &[12], &[768, 1], &[768], &[1, 1], &[1], &[]],
         ),
         (FLASH, "~.1.w2.scale", &[&[160, 3], &[480], &[160, 1], &[160], &[1, 1], &[1], &[]]),
-        (BASE, "~.1.w2.scale", &[&[2, 2], &[4], &[160, 1], &[160], &[1, 1], &[1], &[]]),
+        (BASE, "~.1.w2.scale", &[&[2, 2], &[4], &[136, 1], &[136], &[1, 1], &[1], &[]]),
         (
             KIMI,
             "~.1.up_proj.weight_scale",
@@ -156,10 +156,10 @@ fn one_scale_for_all_is_a_scale_for_each() {
 fn single_scales_of_a_pair_are_no_fused_shards() {
     let mut toy = Toy::golden(MIMO);
     for part in ["k", "v"] {
-        toy.reshape(&format!("model.layers.1.self_attn.{part}_proj.weight_scale_inv"), &[1]);
+        toy.reshape(&format!("model.layers.2.self_attn.{part}_proj.weight_scale_inv"), &[1]);
     }
     let plan = mount(&toy);
-    assert_eq!(plan.engine.plan().summary.fused_scales.map(|(_, pairs)| pairs), Some(2));
+    assert_eq!(plan.engine.plan().summary.fused_scales.map(|(_, pairs)| pairs), Some(1));
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn what_may_be_absent_changes_nothing_else() {
 #[test]
 fn mtp_depths_beyond_the_config_are_counted_and_dropped() {
     const REASON: &str = "MTP depth at or above num_nextn_predict_layers";
-    for prefix in ["mtp.1.", "layers.4.", "model.layers.4."] {
+    for prefix in ["mtp.1.", "layers.5.", "model.layers.5."] {
         let mut toy = Toy::golden(FLASH);
         let expected = tensors(&toy);
         for name in ["attn_norm.weight", "e_proj.weight", "e_proj.scale"] {
@@ -214,15 +214,15 @@ fn odd_values_are_values() {
     let view = tensors(&toy);
     assert_eq!(view["model.norm.weight"], ("BF16".to_owned(), vec![0], vec![]));
     let (_, shape, bytes) = &view["model.layers.1.mlp.experts.gate_and_up_projs"];
-    assert_eq!(shape, &[3, 160, 288]);
+    assert_eq!(shape, &[3, 136, 288]);
     let nan = |e: usize, h: usize, i: usize| {
-        let at = 2 * ((e * 160 + h) * 288 + i);
+        let at = 2 * ((e * 136 + h) * 288 + i);
         u16::from_le_bytes([bytes[at], bytes[at + 1]]) & 0x7FFF > 0x7F80
     };
     assert!(nan(0, 0, 0) && nan(0, 127, 127));
     let golden = tensors_of(&golden(MIMO).join("native.safetensors"));
     let golden = &golden["model.layers.1.mlp.experts.gate_and_up_projs"].2;
-    assert_eq!(bytes[2 * 160 * 288..], golden[2 * 160 * 288..]);
+    assert_eq!(bytes[2 * 136 * 288..], golden[2 * 136 * 288..]);
 }
 
 #[test]

@@ -34,9 +34,10 @@ const GOLDEN: [&str; 10] = [
 const SEEDS: [&str; 4] = ["mimo-v2-flash", "deepseek-v4", "kimi-k25-vl", "qwen3-vl-moe"];
 
 /// The families of tests/reference.
-const FAMILIES: [&str; 9] = [
+const FAMILIES: [&str; 10] = [
     "mimo-v2-flash",
     "deepseek-v4",
+    "deepseek-v4-base",
     "kimi-k25-vl",
     "qwen3-vl-moe",
     "deepseek-v3",

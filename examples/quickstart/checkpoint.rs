@@ -17,6 +17,8 @@ pub const HIDDEN: usize = 320;
 pub const INTERMEDIATE: usize = 200;
 pub const EXPERTS: usize = 6;
 pub const LAYERS: usize = 3;
+/// Whether a layer attends to a window alone; the first layer is dense, the others have experts.
+pub const SLIDING: [bool; LAYERS] = [false, true, false];
 const HEADS: usize = 8;
 /// K/V heads of a full-attention layer; a sliding one has twice as many.
 pub const KV_HEADS: usize = 4;
@@ -49,12 +51,13 @@ impl Written {
             model.plain(name, Dtype::BF16, &[64, HIDDEN]);
         }
         model.plain("model.norm.weight", Dtype::BF16, &[HIDDEN]);
-        for layer in 0..LAYERS {
-            model.layer(&format!("model.layers.{layer}"), layer > 0, layer > 0);
+        for (layer, sliding) in SLIDING.into_iter().enumerate() {
+            let name = format!("model.layers.{layer}");
+            model.layer(&name, sliding, layer > 0, "post_attention_layernorm");
         }
         // The multi-token prediction layer: sliding and dense.
         let mtp = "model.mtp.layers.0";
-        model.layer(mtp, true, false);
+        model.layer(mtp, true, false, "pre_mlp_layernorm");
         model.plain(&format!("{mtp}.eh_proj.weight"), Dtype::BF16, &[HIDDEN, 2 * HIDDEN]);
         for name in ["enorm", "hnorm", "final_layernorm"] {
             model.plain(&format!("{mtp}.{name}.weight"), Dtype::BF16, &[HIDDEN]);
@@ -62,8 +65,8 @@ impl Written {
         model
     }
 
-    fn layer(&mut self, layer: &str, sliding: bool, moe: bool) {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
+    fn layer(&mut self, layer: &str, sliding: bool, moe: bool, second_norm: &str) {
+        for norm in ["input_layernorm", second_norm] {
             self.plain(&format!("{layer}.{norm}.weight"), Dtype::BF16, &[HIDDEN]);
         }
         let heads = if sliding { 2 * KV_HEADS } else { KV_HEADS };
@@ -148,6 +151,8 @@ impl Written {
             "moe_intermediate_size": INTERMEDIATE,
             "n_routed_experts": EXPERTS,
             "num_hidden_layers": LAYERS,
+            "hybrid_layer_pattern": SLIDING.map(u8::from),
+            "moe_layer_freq": [0, 1, 1],
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
             "swa_num_key_value_heads": 2 * KV_HEADS,

@@ -56,6 +56,11 @@ def experts(native, prefix):
         yield e, gate, up, down[e].T
 
 
+def layers(native, suffix):
+    """Names of the layers that hold a tensor of that suffix."""
+    return [name.removesuffix(suffix) for name in sorted(native) if name.endswith(suffix)]
+
+
 def mimo(native):
     out = {}
 
@@ -63,20 +68,21 @@ def mimo(native):
         out[name + ".weight"] = codes.contiguous()
         out[name + ".weight_scale_inv"] = scales.contiguous()
 
-    for layer in ("model.layers.0.", "model.layers.1.", "model.mtp.layers.0."):
-        attention = layer + "self_attn."
+    for layer in layers(native, ".self_attn.q_proj.weight"):
+        attention = layer + ".self_attn."
         put(attention + "q_proj", *quantize(native[attention + "q_proj.weight"]))
         k, v = (native[attention + name + ".weight"] for name in ("k_proj", "v_proj"))
         k_codes, v_codes, k_scales, v_scales = quantize_pair(k, v, 2)
         put(attention + "k_proj", k_codes, k_scales)
         put(attention + "v_proj", v_codes, v_scales)
         for name in ("gate_proj", "up_proj", "down_proj"):
-            if layer + "mlp." + name + ".weight" in native:
-                put(layer + "mlp." + name, *quantize(native[layer + "mlp." + name + ".weight"]))
-    prefix = "model.layers.1.mlp.experts."
-    for e, gate, up, down in experts(native, prefix):
-        for name, matrix in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-            put(f"{prefix}{e}.{name}", *quantize(matrix))
+            if f"{layer}.mlp.{name}.weight" in native:
+                put(f"{layer}.mlp.{name}", *quantize(native[f"{layer}.mlp.{name}.weight"]))
+    for layer in layers(native, ".mlp.experts.down_projs"):
+        prefix = layer + ".mlp.experts."
+        for e, gate, up, down in experts(native, prefix):
+            for name, matrix in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                put(f"{prefix}{e}.{name}", *quantize(matrix))
     return out
 
 
@@ -88,8 +94,9 @@ def deepseek_base(native):
         out[name + ".weight"] = codes.contiguous()
         out[name + ".scale"] = scales.contiguous()
 
-    places = {"layers.0.": "model.layers.0.", "layers.1.": "model.layers.1.", "mtp.0.": "mtp.layers.0."}
-    for hf, layer in places.items():
+    for layer in layers(native, ".self_attn.wq_a.weight"):
+        hf = layer.removeprefix("model.").replace("mtp.layers.", "mtp.") + "."
+        layer += "."
         for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"):
             put(f"{hf}attn.{name}", native[f"{layer}self_attn.{name}.weight"])
         indexer = layer + "self_attn.compressor.indexer.wq_b.weight"

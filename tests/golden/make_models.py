@@ -63,12 +63,10 @@ def add_extremes(family, tensors):
     tensors[name + "_scale_inv"][:] = torch.tensor([[1e-40, 3e38], [0.0, 2.0**-9 / 3]])
 
 
-def native(family, tensors):
-    """The native tensors, by our own reading of the published ones."""
+def group(tensors):
+    """Experts of native names, one by one or stacked, as the native layout groups them; all else as it is."""
     out, experts = {}, {}
-    for name, matrix in dequantize(family, tensors).items():
-        name = name.replace(".block_sparse_moe.e_score_correction_bias", ".mlp.gate.e_score_correction_bias")
-        name = name.replace(".block_sparse_moe.", ".mlp.").replace(".mlp.router.", ".mlp.gate.")
+    for name, matrix in tensors.items():
         match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight", name)
         if match:
             part = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(match[3], match[3])
@@ -85,6 +83,16 @@ def native(family, tensors):
         out[prefix + ".gate_and_up_projs"] = torch.stack(pairs)
         out[prefix + ".down_projs"] = torch.stack([cells[e, "down_proj"] for e in range(count)])
     return out
+
+
+def native(family, tensors):
+    """The native tensors, by our own reading of the published ones."""
+
+    def native_name(name):
+        name = name.replace(".block_sparse_moe.e_score_correction_bias", ".mlp.gate.e_score_correction_bias")
+        return name.replace(".block_sparse_moe.", ".mlp.").replace(".mlp.router.", ".mlp.gate.")
+
+    return group({native_name(name): matrix for name, matrix in dequantize(family, tensors).items()})
 
 
 def convert(family, tensors):
@@ -111,6 +119,19 @@ def same(a, b):
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
+def compare(name, theirs, ours, equal=same):
+    """Ends the program where names or tensors differ."""
+    if set(theirs) != set(ours):
+        sys.exit(f"{name}: names differ: {sorted(set(theirs) ^ set(ours))[:5]}")
+    wrong = [tensor for tensor in sorted(ours) if not equal(theirs[tensor], ours[tensor])]
+    if wrong:
+        sys.exit(f"{name}: {len(wrong)} tensors differ: {wrong[:5]}")
+
+
+def save(tensors, file):
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, file, {"format": "pt"})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", nargs="?", type=Path, default=Path(__file__).resolve().parent)
@@ -122,13 +143,8 @@ def main():
         write_checkpoint(target / "checkpoint", family.config, tensors)
         tensors = read_checkpoint(target / "checkpoint")
         theirs, ours = convert(family, tensors), native(family, tensors)
-        if set(theirs) != set(ours):
-            sys.exit(f"{family.name}: names differ: {sorted(set(theirs) ^ set(ours))[:5]}")
-        wrong = [name for name in sorted(ours) if not same(theirs[name], ours[name])]
-        if wrong:
-            sys.exit(f"{family.name}: {len(wrong)} tensors differ: {wrong[:5]}")
-        native_tensors = {name: theirs[name].contiguous() for name in sorted(theirs)}
-        save_file(native_tensors, target / "native.safetensors", {"format": "pt"})
+        compare(family.name, theirs, ours)
+        save(theirs, target / "native.safetensors")
         print(f"{family.name}: {len(tensors)} published tensors, {len(theirs)} native ones")
 
 

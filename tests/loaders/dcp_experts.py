@@ -52,7 +52,9 @@ class Large(MiMo):
         "num_hidden_layers": 2,
         "hybrid_layer_pattern": [0, 1],
         "moe_layer_freq": [0, 1],
+        "layer_types": ["full_attention", "sliding_attention"],
     }
+    mtp_layers = 0
 
 
 def make(directory):

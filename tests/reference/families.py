@@ -1,60 +1,63 @@
-"""The four families with layouts of their own, at toy size: what their vendors publish and where transformers holds it.
+"""The families with layouts of their own, at toy size: what their vendors publish and where transformers holds it.
 
 A family gives
-    config      the published config.json, small, with the quantization that the vendor publishes
+    config      its release's config.json with small sizes
     tensors()   name -> (shape, kind), kind one of bf16, f32, i64, fp8, fp8_k, fp8_v, fp8_e8m0, fp4, int4, mxfp4
+    scale       suffix of the scale beside an FP8 weight, by default weight_scale_inv
     place(name) published name -> Place, or None where the transformers class holds no such tensor
 Names and operations follow transformers 5.23; `transformers_views.py make` proves them against that package.
 """
 
 import re
 
-from layout import FP8_CONFIG, Place, place_expert, rename
+from layout import Place, place_expert, release_config, rename
 from plain_families import PLAIN_FAMILIES
 
 
 class MiMo:
-    """MiMo-V2-Flash. Layer 0 is dense with full attention and fused K/V scales, layer 1 has experts and a window.
+    """MiMo-V2-Flash. Layer 0 is dense with full attention, layer 1 has experts and a window, layer 2 experts and full attention.
 
-    transformers derives the layer kinds from their number and gives a sliding layer twice the K/V heads, so both the
-    published keys and the shapes below agree with that.
+    Full-attention layers have fused K/V scales: 192 rows of K and 128 of V in a shard end within a block. Those with a
+    window, MTP layers too, have twice the K/V heads and sinks; a shard of theirs ends where a block does.
     """
 
     name = "mimo-v2-flash"
     auto = "AutoModelForCausalLM"
     shards = 2
-    config = {
-        "architectures": ["MiMoV2FlashForCausalLM"],
-        "model_type": "mimo_v2_flash",
-        "vocab_size": 64,
-        "hidden_size": 160,
-        "intermediate_size": 144,
-        "moe_intermediate_size": 144,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 192,
-        "v_head_dim": 128,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 4,
-        "swa_head_dim": 192,
-        "swa_v_head_dim": 128,
-        "hybrid_layer_pattern": [0, 1, 1],
-        "moe_layer_freq": [0, 1, 1],
-        "n_routed_experts": 5,
-        "n_shared_experts": None,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": None,
-        "sliding_window_size": 8,
-        "add_swa_attention_sink_bias": True,
-        "add_full_attention_sink_bias": False,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "quantization_config": FP8_CONFIG | {"ignored_layers": ["model.layers.0.self_attn.o_proj"]},
-    }
+    config = release_config(
+        "mimo-v2-flash",
+        {
+            "vocab_size": 40,
+            "hidden_size": 136,
+            "intermediate_size": 144,
+            "moe_intermediate_size": 144,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "hybrid_layer_pattern": [0, 1, 0],
+            "moe_layer_freq": [0, 1, 1],
+            "n_routed_experts": 3,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "sliding_window_size": 8,
+            "attention_chunk_size": 8,
+            "max_position_embeddings": 256,
+            "quantization_config": {
+                "ignored_layers": [
+                    "model.layers.0.self_attn.o_proj",
+                    "model.layers.1.self_attn.o_proj",
+                    "model.layers.2.self_attn.o_proj",
+                    "model.decoder.self_attn.o_proj",
+                ],
+            },
+        },
+        # transformers numbers the full-attention layers as the release does, 0, 5, 11, … of 48, where it is not told.
+        beside={"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    )
+    # The release has three, and no key that says so.
+    mtp_layers = 2
 
     def tensors(self):
         c = self.config
@@ -70,10 +73,10 @@ class MiMo:
                 out[f"{prefix}.{part}.weight"] = ([width, hidden], "fp8")
             out[f"{prefix}.down_proj.weight"] = ([hidden, width], "fp8")
 
-        def layer(prefix, sliding):
+        def layer(prefix, sliding, second_norm="post_attention_layernorm"):
             kv = c["swa_num_key_value_heads"] if sliding else c["num_key_value_heads"]
-            out[f"{prefix}.input_layernorm.weight"] = ([hidden], "bf16")
-            out[f"{prefix}.post_attention_layernorm.weight"] = ([hidden], "bf16")
+            for norm in ("input_layernorm", second_norm):
+                out[f"{prefix}.{norm}.weight"] = ([hidden], "bf16")
             out[f"{prefix}.self_attn.q_proj.weight"] = ([heads * c["head_dim"], hidden], "fp8")
             out[f"{prefix}.self_attn.k_proj.weight"] = ([kv * c["head_dim"], hidden], "fp8_k")
             out[f"{prefix}.self_attn.v_proj.weight"] = ([kv * c["v_head_dim"], hidden], "fp8_v")
@@ -90,11 +93,13 @@ class MiMo:
             out[f"model.layers.{l}.mlp.gate.e_score_correction_bias"] = ([c["n_routed_experts"]], "f32")
             for e in range(c["n_routed_experts"]):
                 mlp(f"model.layers.{l}.mlp.experts.{e}", c["moe_intermediate_size"])
-        layer("model.mtp.layers.0", True)
-        mlp("model.mtp.layers.0.mlp", c["intermediate_size"])
-        for norm in ("enorm", "hnorm", "final_layernorm"):
-            out[f"model.mtp.layers.0.{norm}.weight"] = ([hidden], "bf16")
-        out["model.mtp.layers.0.eh_proj.weight"] = ([hidden, 2 * hidden], "bf16")
+        for k in range(self.mtp_layers):
+            mtp = f"model.mtp.layers.{k}"
+            layer(mtp, True, "pre_mlp_layernorm")
+            mlp(f"{mtp}.mlp", c["intermediate_size"])
+            for norm in ("enorm", "hnorm", "final_layernorm"):
+                out[f"{mtp}.{norm}.weight"] = ([hidden], "bf16")
+            out[f"{mtp}.eh_proj.weight"] = ([hidden, 2 * hidden], "bf16")
         return out
 
     def place(self, name):
@@ -105,42 +110,40 @@ class MiMo:
 
 
 class DeepseekV4:
-    """DeepSeek V4: FP4 experts, FP8 linears, both with E8M0 scales; one layer of each attention kind, the first hashed."""
+    """DeepSeek V4 Flash: FP4 experts, FP8 linears, both with E8M0 scales.
+
+    Layers 0 and 1 route by a hash. Layer 0 has no compressor, layer 2 one of rate 128, layers 1 and 3 one of rate 4
+    with an indexer: each kind of layer that the release has.
+    """
 
     name = "deepseek-v4"
     auto = "AutoModelForCausalLM"
-    config = {
-        "architectures": ["DeepseekV4ForCausalLM"],
-        "model_type": "deepseek_v4",
-        "vocab_size": 64,
+    scale = "scale"
+    linears, experts = "fp8_e8m0", "fp4"
+    sizes = {
+        "vocab_size": 40,
         "hidden_size": 160,
         "moe_intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_hash_layers": 1,
-        "num_nextn_predict_layers": 1,
-        "compress_ratios": [0, 4, 128, 0],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
+        "num_hidden_layers": 4,
+        "num_hash_layers": 2,
+        "compress_ratios": [0, 4, 128, 4, 0],
+        "num_attention_heads": 2,
+        "head_dim": 64,
         "qk_rope_head_dim": 16,
         "q_lora_rank": 96,
-        "o_lora_rank": 32,
+        "o_lora_rank": 64,
         "o_groups": 2,
-        "index_n_heads": 2,
+        "index_n_heads": 4,
         "index_head_dim": 32,
         "index_topk": 4,
         "hc_mult": 2,
         "hc_sinkhorn_iters": 3,
-        "n_routed_experts": 5,
-        "n_shared_experts": 1,
+        "n_routed_experts": 3,
         "num_experts_per_tok": 2,
         "sliding_window": 8,
         "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "quantization_config": FP8_CONFIG | {"scale_fmt": "ue8m0"},
-        "expert_dtype": "fp4",
     }
+    config = release_config("deepseek-v4-flash", sizes)
 
     # In-memory suffix of a layer's published suffix; specific before general.
     layer_rules = [
@@ -214,27 +217,27 @@ class DeepseekV4:
                 out[f"{prefix}.hc_{site}_scale"] = ([3], "f32")
             attn, groups = f"{prefix}.attn", c["o_groups"]
             out[f"{attn}.attn_sink"] = ([heads], "f32")
-            out[f"{attn}.wq_a.weight"] = ([rank, hidden], "fp8_e8m0")
-            out[f"{attn}.wq_b.weight"] = ([heads * dim, rank], "fp8_e8m0")
-            out[f"{attn}.wkv.weight"] = ([dim, hidden], "fp8_e8m0")
-            out[f"{attn}.wo_a.weight"] = ([groups * c["o_lora_rank"], heads * dim // groups], "fp8_e8m0")
-            out[f"{attn}.wo_b.weight"] = ([hidden, groups * c["o_lora_rank"]], "fp8_e8m0")
+            out[f"{attn}.wq_a.weight"] = ([rank, hidden], self.linears)
+            out[f"{attn}.wq_b.weight"] = ([heads * dim, rank], self.linears)
+            out[f"{attn}.wkv.weight"] = ([dim, hidden], self.linears)
+            out[f"{attn}.wo_a.weight"] = ([groups * c["o_lora_rank"], heads * dim // groups], self.linears)
+            out[f"{attn}.wo_b.weight"] = ([hidden, groups * c["o_lora_rank"]], self.linears)
             out[f"{attn}.q_norm.weight"] = ([rank], "bf16")
             out[f"{attn}.kv_norm.weight"] = ([dim], "bf16")
             if ratio:
                 compressor(f"{attn}.compressor", ratio, dim)
             if ratio == 4:
                 compressor(f"{attn}.indexer.compressor", ratio, c["index_head_dim"])
-                out[f"{attn}.indexer.wq_b.weight"] = ([c["index_n_heads"] * c["index_head_dim"], rank], "fp8_e8m0")
+                out[f"{attn}.indexer.wq_b.weight"] = ([c["index_n_heads"] * c["index_head_dim"], rank], self.linears)
                 out[f"{attn}.indexer.weights_proj.weight"] = ([c["index_n_heads"], hidden], "bf16")
             out[f"{prefix}.ffn.gate.weight"] = ([c["n_routed_experts"], hidden], "bf16")
             if hashed:
                 out[f"{prefix}.ffn.gate.tid2eid"] = ([c["vocab_size"], c["num_experts_per_tok"]], "i64")
             else:
                 out[f"{prefix}.ffn.gate.bias"] = ([c["n_routed_experts"]], "f32")
-            mlp(f"{prefix}.ffn.shared_experts", "fp8_e8m0")
+            mlp(f"{prefix}.ffn.shared_experts", self.linears)
             for e in range(c["n_routed_experts"]):
-                mlp(f"{prefix}.ffn.experts.{e}", "fp4")
+                mlp(f"{prefix}.ffn.experts.{e}", self.experts)
 
         head("")
         for l in range(c["num_hidden_layers"]):
@@ -244,7 +247,7 @@ class DeepseekV4:
         for norm in ("enorm", "hnorm", "norm"):
             out[f"mtp.0.{norm}.weight"] = ([hidden], "bf16")
         for part in ("e_proj", "h_proj"):
-            out[f"mtp.0.{part}.weight"] = ([hidden, hidden], "fp8_e8m0")
+            out[f"mtp.0.{part}.weight"] = ([hidden, hidden], self.linears)
         return out
 
     def place(self, name):
@@ -259,79 +262,70 @@ class DeepseekV4:
         return Place(rename(name, self.top_rules))
 
 
+class DeepseekV4Base(DeepseekV4):
+    """DeepSeek V4 Flash Base: the same layers, all linears and experts FP8 in 128x128 blocks with F32 scales."""
+
+    name = "deepseek-v4-base"
+    linears, experts = "fp8", "fp8"
+    config = release_config(
+        "deepseek-v4-flash-base", DeepseekV4.sizes | {"hidden_size": 136, "moe_intermediate_size": 144}
+    )
+
+
 class KimiK25:
     """Kimi K2.5: INT4 experts in the text model, a vision tower with fused and interleaved rotary attention."""
 
     name = "kimi-k25-vl"
     auto = "AutoModelForImageTextToText"
-    config = {
-        "architectures": ["KimiK25ForConditionalGeneration"],
-        "model_type": "kimi_k25",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "projection_hidden_size": 32,
-        "text_config": {
-            "model_type": "kimi_k2",
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "vocab_size": 64,
-            "hidden_size": 96,
-            "intermediate_size": 80,
-            "moe_intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "first_k_dense_replace": 1,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 48,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 16,
-            "n_routed_experts": 5,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "config_groups": {
-                    "group_0": {
-                        "targets": ["Linear"],
-                        "weights": {
-                            "num_bits": 4,
-                            "type": "int",
-                            "symmetric": True,
-                            "strategy": "group",
-                            "group_size": 32,
-                        },
-                    }
-                },
-                "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+    config = release_config(
+        "kimi-k2.5",
+        {
+            "pad_token_id": 39,
+            "text_config": {
+                "vocab_size": 40,
+                "hidden_size": 96,
+                "intermediate_size": 80,
+                "moe_intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "q_lora_rank": 48,
+                "kv_lora_rank": 32,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+                "n_routed_experts": 3,
+                "num_experts_per_tok": 2,
+                "max_position_embeddings": 256,
+                "pad_token_id": 39,
+            },
+            "vision_config": {
+                "patch_size": 2,
+                "vt_num_attention_heads": 2,
+                "vt_num_hidden_layers": 2,
+                "vt_hidden_size": 32,
+                "vt_intermediate_size": 48,
+                "mm_hidden_size": 32,
+                "text_hidden_size": 96,
+                "init_pos_emb_height": 4,
+                "init_pos_emb_width": 4,
             },
         },
-        # Published configs spell the sizes vt_*, transformers reads the plain names: both say the same here.
-        "vision_config": {
-            "model_type": "kimi_k25_vision",
-            "patch_size": 2,
-            "merge_kernel_size": [2, 2],
-            "vt_num_attention_heads": 2,
-            "vt_num_hidden_layers": 2,
-            "vt_hidden_size": 32,
-            "vt_intermediate_size": 48,
-            "num_attention_heads": 2,
-            "num_hidden_layers": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "init_pos_emb_height": 4,
-            "init_pos_emb_width": 4,
-            "init_pos_emb_time": 4,
-            "pos_emb_height": 4,
-            "pos_emb_width": 4,
-            "pos_emb_time": 4,
+        # The release spells the sizes vt_* and init_*, transformers reads the plain names: both say the same here.
+        beside={
+            "projection_hidden_size": 32,
+            "vision_config": {
+                "model_type": "kimi_k25_vision",
+                "num_attention_heads": 2,
+                "num_hidden_layers": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "pos_emb_height": 4,
+                "pos_emb_width": 4,
+                "pos_emb_time": 4,
+            },
         },
-    }
+    )
 
     rules = [
         (r"language_model\.model\.(.*)", r"model.language_model.\1"),
@@ -435,45 +429,40 @@ class Qwen3VLMoe:
 
     name = "qwen3-vl-moe"
     auto = "AutoModelForImageTextToText"
-    config = {
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "model_type": "qwen3_vl_moe",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "text_config": {
-            "model_type": "qwen3_vl_moe_text",
-            "vocab_size": 64,
-            "hidden_size": 96,
-            "intermediate_size": 64,
-            "moe_intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "rope_theta": 5000000,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
+    config = release_config(
+        "qwen3-vl-30b-a3b",
+        {
+            "text_config": {
+                "vocab_size": 40,
+                "hidden_size": 96,
+                "intermediate_size": 64,
+                "moe_intermediate_size": 40,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 32,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "max_position_embeddings": 256,
+            },
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 2,
+                "patch_size": 2,
+                "out_hidden_size": 96,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 1],
+            },
         },
-        "vision_config": {
-            "model_type": "qwen3_vl_moe",
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "in_channels": 3,
-            "patch_size": 2,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 96,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
+        # The sections that transformers falls back on are those of heads of 128.
+        beside={
+            "text_config": {
+                "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
+            },
         },
-    }
+    )
 
     def tensors(self):
         c, v = self.config["text_config"], self.config["vision_config"]
@@ -518,7 +507,9 @@ class Qwen3VLMoe:
             affine(f"{block}.attn.proj", size, size)
             affine(f"{block}.mlp.linear_fc1", inner, size)
             affine(f"{block}.mlp.linear_fc2", size, inner)
-        for merger, norm in (("merger", size), ("deepstack_merger_list.0", merged)):
+        deepstack = [f"deepstack_merger_list.{i}" for i, _ in enumerate(v["deepstack_visual_indexes"])]
+        for merger in ("merger", *deepstack):
+            norm = size if merger == "merger" else merged
             affine(f"model.visual.{merger}.norm", norm)
             affine(f"model.visual.{merger}.linear_fc1", merged, merged)
             affine(f"model.visual.{merger}.linear_fc2", v["out_hidden_size"], merged)
@@ -530,4 +521,4 @@ class Qwen3VLMoe:
         return Place(name)
 
 
-FAMILIES = {family.name: family for family in (MiMo(), DeepseekV4(), KimiK25(), Qwen3VLMoe(), *PLAIN_FAMILIES)}
+FAMILIES = {family.name: family for family in (MiMo(), DeepseekV4(), DeepseekV4Base(), KimiK25(), Qwen3VLMoe(), *PLAIN_FAMILIES)}

@@ -1,10 +1,16 @@
-"""Where transformers holds a published tensor in memory, and how a state dict is put together from such places."""
+"""Where transformers holds a published tensor in memory, how a state dict is put together from such places, and a
+release's config.json at toy size."""
 
+import copy
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import torch
+
+RELEASES = Path(__file__).resolve().parent.parent / "releases"
 
 
 @dataclass
@@ -54,4 +60,19 @@ def assemble(places):
     return state
 
 
-FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+def release_config(release, changes, beside=None):
+    """config.json of `../releases/RELEASE` with the values in `changes`, whose keys it must have, and those in `beside`,
+    whose keys it must lack: what a library wants and the release does not say."""
+    config = json.loads((RELEASES / release / "config.json").read_text())
+
+    def put(into, values, there):
+        for key, value in values.items():
+            if isinstance(value, dict) and isinstance(into.get(key), dict):
+                put(into[key], value, there)
+            else:
+                assert (key in into) == there, f"{release}: `{key}` {'is not' if there else 'is'} in config.json"
+                into[key] = copy.deepcopy(value)
+
+    put(config, changes, there=True)
+    put(config, beside or {}, there=False)
+    return config

@@ -5,7 +5,7 @@ own words for experts and router bias, gpt-oss MXFP4 blocks with gate and up row
 fields.
 """
 
-from layout import FP8_CONFIG, Place, place_expert, rename
+from layout import Place, place_expert, release_config, rename
 
 
 def dense_mlp(out, prefix, hidden, width, kind):
@@ -64,38 +64,29 @@ class Plain:
 
 class DeepseekV3(Plain):
     name = "deepseek-v3"
-    config = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "vocab_size": 40,
-        "hidden_size": 136,
-        "intermediate_size": 144,
-        "moe_intermediate_size": 136,
-        "num_hidden_layers": 2,
-        "num_nextn_predict_layers": 1,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "q_lora_rank": 96,
-        "kv_lora_rank": 64,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "n_routed_experts": 3,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 2.5,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "quantization_config": FP8_CONFIG,
-    }
+    config = release_config(
+        "deepseek-v3",
+        {
+            "vocab_size": 40,
+            "hidden_size": 136,
+            "intermediate_size": 144,
+            "moe_intermediate_size": 136,
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "n_routed_experts": 3,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "max_position_embeddings": 256,
+        },
+    )
 
     def tensors(self):
         c = self.config
@@ -125,27 +116,23 @@ class DeepseekV3(Plain):
 
 class Qwen3Moe(Plain):
     name = "qwen3-moe"
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "vocab_size": 40,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-        "rope_theta": 1000000.0,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
+    config = release_config(
+        "qwen3-30b-a3b",
+        {
+            "vocab_size": 40,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 256,
+            "max_window_layers": 2,
+        },
+    )
 
     def tensors(self):
         c = self.config
@@ -167,34 +154,23 @@ class Qwen3Moe(Plain):
 
 class Glm4Moe(Plain):
     name = "glm4-moe"
-    config = {
-        "architectures": ["Glm4MoeForCausalLM"],
-        "model_type": "glm4_moe",
-        "vocab_size": 40,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_nextn_predict_layers": 1,
-        "first_k_dense_replace": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "attention_bias": True,
-        "use_qk_norm": True,
-        "partial_rotary_factor": 0.5,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 2.5,
-        "norm_topk_prob": True,
-        "rope_theta": 1000000,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
+    config = release_config(
+        "glm-4.5",
+        {
+            "vocab_size": 40,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 256,
+        },
+    )
 
     def tensors(self):
         c = self.config
@@ -223,31 +199,23 @@ class MiniMaxM2:
 
     name = "minimax-m2"
     auto = "AutoModelForCausalLM"
-    config = {
-        "architectures": ["MiniMaxM2ForCausalLM"],
-        "model_type": "minimax_m2",
-        "vocab_size": 40,
-        "hidden_size": 136,
-        "intermediate_size": 136,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 48,
-        "rotary_dim": 24,
-        "use_qk_norm": True,
-        "qk_norm_type": "per_layer",
-        "scoring_func": "sigmoid",
-        "use_routing_bias": True,
-        "num_local_experts": 3,
-        "num_experts_per_tok": 2,
-        "shared_intermediate_size": 0,
-        "rope_theta": 5000000,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "quantization_config": FP8_CONFIG
-        | {"fmt": "float8_e4m3fn", "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]},
-    }
+    config = release_config(
+        "minimax-m2.7",
+        {
+            "vocab_size": 40,
+            "hidden_size": 136,
+            "intermediate_size": 136,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 48,
+            "rotary_dim": 24,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "attn_type_list": [1, 1],
+            "max_position_embeddings": 256,
+        },
+    )
 
     rules = [
         (r"(.*)\.block_sparse_moe\.(gate\.weight|e_score_correction_bias)", r"\1.mlp.\2"),
@@ -285,36 +253,25 @@ class GptOss:
 
     name = "gpt-oss"
     auto = "AutoModelForCausalLM"
-    config = {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
-        "vocab_size": 40,
-        "hidden_size": 96,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "attention_bias": True,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 8,
-        "num_local_experts": 3,
-        "num_experts_per_tok": 2,
-        "swiglu_limit": 7.0,
-        "rope_theta": 150000,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
+    config = release_config(
+        "gpt-oss-20b",
+        {
+            "vocab_size": 40,
+            "hidden_size": 96,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "experts_per_token": 2,
+            "pad_token_id": 39,
+            "max_position_embeddings": 256,
         },
-    }
+    )
 
     def tensors(self):
         c = self.config

@@ -26,14 +26,19 @@ def random_tensor(name, shape, kind, config):
     return x * fan_in**-0.5
 
 
+def scale_name(family):
+    """Suffix of the scale beside an FP8 `weight`."""
+    return getattr(family, "scale", "weight_scale_inv")
+
+
 def publish(family):
     """The published tensors: random values, each quantized as its vendor does."""
-    out, keys = {}, {}
+    out, keys, scale_inv = {}, {}, scale_name(family)
     for name, (shape, kind) in family.tensors().items():
         x = random_tensor(name, shape, kind, family.config)
         stem = name.removesuffix("weight")
         if kind == "fp8":
-            out[name], out[stem + "weight_scale_inv"] = quantize.encode_fp8(x)
+            out[name], out[stem + scale_inv] = quantize.encode_fp8(x)
         elif kind == "fp8_k":
             keys[name] = x
         elif kind == "fp8_v":
@@ -62,7 +67,7 @@ def dequantize(family, stored):
     for name, (_, kind) in family.tensors().items():
         stem = name.removesuffix("weight")
         if kind == "fp8":
-            out[name] = quantize.decode_fp8(stored[name], stored[stem + "weight_scale_inv"], DTYPE)
+            out[name] = quantize.decode_fp8(stored[name], stored[stem + scale_name(family)], DTYPE)
         elif kind == "fp8_v":
             k = name.replace("v_proj", "k_proj")
             scales = stored[k + "_scale_inv"], stored[name + "_scale_inv"]

@@ -11,25 +11,28 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             MIMO,
             |t| t.set("n_routed_experts", 2),
-            "3 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
-             `~.2.down_proj.weight`, `~.2.gate_proj.weight`, `~.2.up_proj.weight`",
+            "6 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+             `~.2.down_proj.weight`, `~.2.gate_proj.weight`, `~.2.up_proj.weight`, \
+             `model.layers.2.mlp.experts.2.down_proj.weight`, \
+             `model.layers.2.mlp.experts.2.gate_proj.weight` and 1 more",
         ),
         (
             MIMO,
             |t| t.set("n_routed_experts", 5),
-            "6 missing tensors: `~.3.gate_proj.weight` (for `~.gate_and_up_projs`), \
+            "12 missing tensors: `~.3.gate_proj.weight` (for `~.gate_and_up_projs`), \
              `~.3.up_proj.weight` (for `~.gate_and_up_projs`), `~.4.gate_proj.weight` (for \
              `~.gate_and_up_projs`), `~.4.up_proj.weight` (for `~.gate_and_up_projs`), \
-             `~.3.down_proj.weight` (for `~.down_projs`) and 1 more",
+             `model.layers.2.mlp.experts.3.gate_proj.weight` (for \
+             `model.layers.2.mlp.experts.gate_and_up_projs`) and 7 more",
         ),
         (
             MIMO,
             |t| t.set("n_routed_experts", 1u64 << 60),
-            "3458764513820540919 missing tensors: `~.3.gate_proj.weight` (for \
+            "6917529027641081838 missing tensors: `~.3.gate_proj.weight` (for \
              `~.gate_and_up_projs`), `~.3.up_proj.weight` (for `~.gate_and_up_projs`), \
              `~.4.gate_proj.weight` (for `~.gate_and_up_projs`), `~.4.up_proj.weight` (for \
              `~.gate_and_up_projs`), `~.5.gate_proj.weight` (for `~.gate_and_up_projs`) and \
-             3458764513820540914 more",
+             6917529027641081833 more",
         ),
         (
             MIMO,
@@ -44,33 +47,33 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             MIMO,
             |t| t.set("num_hidden_layers", 1),
-            "18 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "35 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
              `model.layers.1.input_layernorm.weight`, `~.0.down_proj.weight`, \
-             `~.0.gate_proj.weight`, `~.0.up_proj.weight`, `~.1.down_proj.weight` and 13 more",
+             `~.0.gate_proj.weight`, `~.0.up_proj.weight`, `~.1.down_proj.weight` and 30 more",
         ),
         (
             MIMO,
-            |t| t.set("num_hidden_layers", 3),
-            "1 missing layer: `model.layers.2` (by config.json there are 3)",
+            |t| t.set("num_hidden_layers", 4),
+            "1 missing layer: `model.layers.3` (by config.json there are 4)",
         ),
         (
             MIMO,
             |t| t.set("num_hidden_layers", 1u64 << 60),
-            "1152921504606846974 missing layers: `model.layers.2` (by config.json there are \
-             1152921504606846976), `model.layers.3` (by config.json there are \
+            "1152921504606846973 missing layers: `model.layers.3` (by config.json there are \
              1152921504606846976), `model.layers.4` (by config.json there are \
              1152921504606846976), `model.layers.5` (by config.json there are \
              1152921504606846976), `model.layers.6` (by config.json there are \
-             1152921504606846976) and 1152921504606846969 more",
+             1152921504606846976), `model.layers.7` (by config.json there are 1152921504606846976) \
+             and 1152921504606846968 more",
         ),
         (
             MIMO,
             |t| t.set("moe_intermediate_size", 128),
-            "9 tensors whose shapes do not fit their rules: `~.0.gate_proj.weight` (expected \
-             [128, 160], got [144, 160]), `~.1.gate_proj.weight` (expected [128, 160], got \
-             [144, 160]), `~.2.gate_proj.weight` (expected [128, 160], got [144, 160]), \
-             `~.0.up_proj.weight` (expected [128, 160], got [144, 160]), `~.1.up_proj.weight` \
-             (expected [128, 160], got [144, 160]) and 4 more",
+            "18 tensors whose shapes do not fit their rules: `~.0.gate_proj.weight` (expected \
+             [128, 136], got [144, 136]), `~.1.gate_proj.weight` (expected [128, 136], got [144, \
+             136]), `~.2.gate_proj.weight` (expected [128, 136], got [144, 136]), \
+             `~.0.up_proj.weight` (expected [128, 136], got [144, 136]), `~.1.up_proj.weight` \
+             (expected [128, 136], got [144, 136]) and 13 more",
         ),
         (
             MIMO,
@@ -81,16 +84,16 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             MIMO,
             |t| t.set("quantization_config.weight_block_size", json!([64, 64])),
-            "24 scales of impossible shapes: `model.layers.0.self_attn.k_proj.weight_scale_inv` \
-             (expected [6, 3] or the rows of fused shards, got [4, 2]: [384, 160] in blocks of \
+            "42 scales of impossible shapes: `model.layers.0.self_attn.k_proj.weight_scale_inv` \
+             (expected [6, 3] or the rows of fused shards, got [4, 2]: [384, 136] in blocks of \
              64x64), `model.layers.0.self_attn.v_proj.weight_scale_inv` (expected [4, 3] or the \
-             rows of fused shards, got [2, 2]: [256, 160] in blocks of 64x64), \
-             `model.layers.1.self_attn.k_proj.weight_scale_inv` (expected [6, 3] or the rows of \
-             fused shards, got [4, 2]: [384, 160] in blocks of 64x64), \
-             `model.layers.1.self_attn.v_proj.weight_scale_inv` (expected [4, 3] or the rows of \
-             fused shards, got [2, 2]: [256, 160] in blocks of 64x64), \
-             `model.mtp.layers.0.self_attn.k_proj.weight_scale_inv` (expected [6, 3] or the \
-             rows of fused shards, got [4, 2]: [384, 160] in blocks of 64x64) and 19 more",
+             rows of fused shards, got [2, 2]: [256, 136] in blocks of 64x64), \
+             `model.layers.1.self_attn.k_proj.weight_scale_inv` (expected [12, 3] or the rows of \
+             fused shards, got [6, 2]: [768, 136] in blocks of 64x64), \
+             `model.layers.1.self_attn.v_proj.weight_scale_inv` (expected [8, 3] or the rows of \
+             fused shards, got [4, 2]: [512, 136] in blocks of 64x64), \
+             `model.layers.2.self_attn.k_proj.weight_scale_inv` (expected [6, 3] or the rows of \
+             fused shards, got [4, 2]: [384, 136] in blocks of 64x64) and 37 more",
         ),
         (
             MIMO,
@@ -100,27 +103,26 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             FLASH,
             |t| t.set("n_routed_experts", 2),
-            "12 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "15 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
              `layers.0.ffn.experts.2.w1.weight`, `layers.0.ffn.experts.2.w2.weight`, \
-             `layers.0.ffn.experts.2.w3.weight`, `~.2.w1.weight`, `~.2.w2.weight` and 7 more",
+             `layers.0.ffn.experts.2.w3.weight`, `~.2.w1.weight`, `~.2.w2.weight` and 10 more",
         ),
         (
             FLASH,
-            |t| t.set("num_hidden_layers", 2),
-            "30 names that two tensors land on: `mtp.0.attn.attn_sink` \
-             (`layers.2.attn.attn_sink` and `mtp.0.attn.attn_sink`), \
-             `mtp.0.attn.kv_norm.weight` (`layers.2.attn.kv_norm.weight` and \
-             `mtp.0.attn.kv_norm.weight`), `mtp.0.attn.q_norm.weight` \
-             (`layers.2.attn.q_norm.weight` and `mtp.0.attn.q_norm.weight`), \
-             `mtp.0.attn.wkv.weight` (`layers.2.attn.wkv.weight` and `mtp.0.attn.wkv.weight`), \
-             `mtp.0.attn.wo_a.weight` (`layers.2.attn.wo_a.weight` and \
+            |t| t.set("num_hidden_layers", 3),
+            "30 names that two tensors land on: `mtp.0.attn.attn_sink` (`layers.3.attn.attn_sink` \
+             and `mtp.0.attn.attn_sink`), `mtp.0.attn.kv_norm.weight` \
+             (`layers.3.attn.kv_norm.weight` and `mtp.0.attn.kv_norm.weight`), \
+             `mtp.0.attn.q_norm.weight` (`layers.3.attn.q_norm.weight` and \
+             `mtp.0.attn.q_norm.weight`), `mtp.0.attn.wkv.weight` (`layers.3.attn.wkv.weight` and \
+             `mtp.0.attn.wkv.weight`), `mtp.0.attn.wo_a.weight` (`layers.3.attn.wo_a.weight` and \
              `mtp.0.attn.wo_a.weight`) and 25 more",
         ),
         (
             FLASH,
-            |t| t.set("num_hidden_layers", 5),
-            "2 missing layers: `layers.3` (by config.json there are 5), `layers.4` (by \
-             config.json there are 5)",
+            |t| t.set("num_hidden_layers", 6),
+            "2 missing layers: `layers.4` (by config.json there are 6), `layers.5` (by \
+             config.json there are 6)",
         ),
         (
             FLASH,
@@ -130,14 +132,12 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             BASE,
             |t| t.set("n_routed_experts", 4),
-            "9 missing tensors: `layers.0.ffn.experts.3.w1.weight` (for \
-             `model.layers.0.mlp.experts.gate_and_up_projs`), \
-             `layers.0.ffn.experts.3.w3.weight` (for \
-             `model.layers.0.mlp.experts.gate_and_up_projs`), `~.3.w1.weight` (for \
+            "15 missing tensors: `layers.0.ffn.experts.3.w1.weight` (for \
+             `model.layers.0.mlp.experts.gate_and_up_projs`), `layers.0.ffn.experts.3.w3.weight` \
+             (for `model.layers.0.mlp.experts.gate_and_up_projs`), `~.3.w1.weight` (for \
              `model.layers.1.mlp.experts.gate_and_up_projs`), `~.3.w3.weight` (for \
-             `model.layers.1.mlp.experts.gate_and_up_projs`), \
-             `layers.0.ffn.experts.3.w2.weight` (for `model.layers.0.mlp.experts.down_projs`) \
-             and 4 more",
+             `model.layers.1.mlp.experts.gate_and_up_projs`), `layers.2.ffn.experts.3.w1.weight` \
+             (for `model.layers.2.mlp.experts.gate_and_up_projs`) and 10 more",
         ),
         (
             KIMI,

@@ -41,12 +41,12 @@ fn wrong_dtypes_say_what_was_expected() {
         (
             MIMO,
             |t| t.drop_all("scale_inv").each("_proj.weight", |t, n| t.retype(n, Dtype::I8)),
-            "9 tensors whose dtypes do not fit their rules: `~.0.down_proj.weight` (expected a \
+            "18 tensors whose dtypes do not fit their rules: `~.0.down_proj.weight` (expected a \
              quantized matrix, BF16, F16 or F32, got I8), `~.1.down_proj.weight` (expected a \
              quantized matrix, BF16, F16 or F32, got I8), `~.2.down_proj.weight` (expected a \
              quantized matrix, BF16, F16 or F32, got I8), `~.0.gate_proj.weight` (expected a \
              quantized matrix, BF16, F16 or F32, got I8), `~.0.up_proj.weight` (expected a \
-             quantized matrix, BF16, F16 or F32, got I8) and 4 more",
+             quantized matrix, BF16, F16 or F32, got I8) and 13 more",
         ),
         (
             MIMO,

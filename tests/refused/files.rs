@@ -32,8 +32,8 @@ fn damaged_files_are_named() {
             MIMO,
             &|d| cut(d, 1, 1),
             "`CKPT`: 1 of 3 shards cannot be used: `model-00002-of-00003.safetensors`: truncated: \
-             expected 329092 bytes, got 329091; complete the download, for instance with \
-             `hf download`",
+             expected 833652 bytes, got 833651; complete the download, for instance with `hf \
+             download`",
         ),
         (
             FLASH,

@@ -25,10 +25,10 @@ fn parts_that_are_missing_are_named_with_what_needs_them() {
         (
             MIMO,
             |t| t.drop_all("down_proj").drop_all("~.0."),
-            "5 missing tensors: `~.0.gate_proj.weight` (for `~.gate_and_up_projs`), \
+            "8 missing tensors: `~.0.gate_proj.weight` (for `~.gate_and_up_projs`), \
              `~.0.up_proj.weight` (for `~.gate_and_up_projs`), `~.0.down_proj.weight` (for \
-             `~.down_projs`), `~.1.down_proj.weight` (for `~.down_projs`), \
-             `~.2.down_proj.weight` (for `~.down_projs`)",
+             `~.down_projs`), `~.1.down_proj.weight` (for `~.down_projs`), `~.2.down_proj.weight` \
+             (for `~.down_projs`) and 3 more",
         ),
         (
             MIMO,
@@ -45,7 +45,7 @@ fn parts_that_are_missing_are_named_with_what_needs_them() {
         (
             MIMO,
             |t| t.drop_all("scale_inv"),
-            "24 missing scales: `model.layers.0.self_attn.k_proj.weight_scale_inv` (for \
+            "42 missing scales: `model.layers.0.self_attn.k_proj.weight_scale_inv` (for \
              `model.layers.0.self_attn.k_proj.weight`, which is F8_E4M3), \
              `model.layers.0.self_attn.v_proj.weight_scale_inv` (for \
              `model.layers.0.self_attn.v_proj.weight`, which is F8_E4M3), \
@@ -53,8 +53,8 @@ fn parts_that_are_missing_are_named_with_what_needs_them() {
              `model.layers.1.self_attn.k_proj.weight`, which is F8_E4M3), \
              `model.layers.1.self_attn.v_proj.weight_scale_inv` (for \
              `model.layers.1.self_attn.v_proj.weight`, which is F8_E4M3), \
-             `model.mtp.layers.0.self_attn.k_proj.weight_scale_inv` (for \
-             `model.mtp.layers.0.self_attn.k_proj.weight`, which is F8_E4M3) and 19 more",
+             `model.layers.2.self_attn.k_proj.weight_scale_inv` (for \
+             `model.layers.2.self_attn.k_proj.weight`, which is F8_E4M3) and 37 more",
         ),
         (
             MIMO,
@@ -93,7 +93,7 @@ fn parts_that_are_missing_are_named_with_what_needs_them() {
         (
             MIMO,
             |t| t.drop_all("layers.0."),
-            "1 missing layer: `model.layers.0` (by config.json there are 2)",
+            "1 missing layer: `model.layers.0` (by config.json there are 3)",
         ),
         (
             FLASH,
@@ -209,21 +209,21 @@ fn names_that_no_rule_takes_are_refused() {
              `model.layers.01.mlp.experts.0.gate_proj.weight`, \
              `model.layers.01.mlp.experts.0.up_proj.weight`, \
              `model.layers.01.mlp.experts.1.down_proj.weight` and 13 more; 1 missing layer: \
-             `model.layers.1` (by config.json there are 2)",
+             `model.layers.1` (by config.json there are 3)",
         ),
         (
             MIMO,
             |t| t.rename_all("model.", "transformer."),
-            "43 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "74 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
              `transformer.embed_tokens.weight`, `transformer.layers.0.input_layernorm.weight`, \
              `transformer.layers.0.mlp.down_proj.weight`, \
              `transformer.layers.0.mlp.gate_proj.weight`, \
-             `transformer.layers.0.mlp.up_proj.weight` and 38 more",
+             `transformer.layers.0.mlp.up_proj.weight` and 69 more",
         ),
         (
             MIMO,
             |t| t.rename_all("model.", "transformer.").drop_all("_proj").drop_all("lm_head"),
-            "the checkpoint's names fit no layout of `mimo-v2-flash`: none of its 15 tensors is \
+            "the checkpoint's names fit no layout of `mimo-v2-flash`: none of its 25 tensors is \
              one that the mapping renames or groups",
         ),
         (
@@ -234,7 +234,7 @@ fn names_that_no_rule_takes_are_refused() {
         ),
         (
             MIMO,
-            |t| t.add("~.gate_and_up_projs", Dtype::BF16, &[3, 160, 288]),
+            |t| t.add("~.gate_and_up_projs", Dtype::BF16, &[3, 136, 288]),
             "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
              `~.gate_and_up_projs`",
         ),
@@ -316,23 +316,23 @@ fn a_name_that_two_tensors_land_on_is_refused() {
     let cases: &[Case] = &[
         (
             FLASH,
-            |t| t.copy("mtp.0.enorm.weight", "layers.3.enorm.weight"),
-            "1 name that two tensors land on: `mtp.0.enorm.weight` (`layers.3.enorm.weight` and \
+            |t| t.copy("mtp.0.enorm.weight", "layers.4.enorm.weight"),
+            "1 name that two tensors land on: `mtp.0.enorm.weight` (`layers.4.enorm.weight` and \
              `mtp.0.enorm.weight`)",
         ),
         (
             FLASH,
-            |t| t.copy("mtp.0.enorm.weight", "model.layers.3.enorm.weight"),
+            |t| t.copy("mtp.0.enorm.weight", "model.layers.4.enorm.weight"),
             "1 name that two tensors land on: `mtp.0.enorm.weight` \
-             (`model.layers.3.enorm.weight` and `mtp.0.enorm.weight`)",
+             (`model.layers.4.enorm.weight` and `mtp.0.enorm.weight`)",
         ),
         (
             FLASH,
             |t| {
-                t.copy("mtp.0.e_proj.weight", "layers.3.e_proj.weight")
-                    .copy("mtp.0.e_proj.scale", "layers.3.e_proj.scale")
+                t.copy("mtp.0.e_proj.weight", "layers.4.e_proj.weight")
+                    .copy("mtp.0.e_proj.scale", "layers.4.e_proj.scale")
             },
-            "1 name that two tensors land on: `mtp.0.e_proj.weight` (`layers.3.e_proj.weight` \
+            "1 name that two tensors land on: `mtp.0.e_proj.weight` (`layers.4.e_proj.weight` \
              and `mtp.0.e_proj.weight`)",
         ),
         (

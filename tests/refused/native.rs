@@ -26,20 +26,20 @@ fn the_native_layout_is_refused_in_the_same_words() {
         ),
         (
             MIMO,
-            |t| t.reshape("~.down_projs", &[2, 144, 160]),
+            |t| t.reshape("~.down_projs", &[2, 144, 136]),
             "1 tensor whose shape does not fit its rule: `~.down_projs` (axis 0 of [2, 144, \
-             160] cannot be cut into 3 equal parts)",
+             136] cannot be cut into 3 equal parts)",
         ),
         (
             MIMO,
             |t| t.reshape("~.down_projs", &[3, 144, 150]),
             "1 tensor whose shape does not fit its rule: `~.down_projs` (expected parts of \
-             [160, 144], got [150, 144])",
+             [136, 144], got [150, 144])",
         ),
         (
             MIMO,
-            |t| t.reshape("~.gate_and_up_projs", &[3, 160, 287]),
-            "1 tensor whose shape does not fit its rule: `~.gate_and_up_projs` (axis 1 of [160, \
+            |t| t.reshape("~.gate_and_up_projs", &[3, 136, 287]),
+            "1 tensor whose shape does not fit its rule: `~.gate_and_up_projs` (axis 1 of [136, \
              287] cannot be cut into 2 equal parts)",
         ),
         (
@@ -50,27 +50,30 @@ fn the_native_layout_is_refused_in_the_same_words() {
         ),
         (
             MIMO,
-            |t| t.add("~.0.gate_proj.weight", Dtype::BF16, &[144, 160]),
+            |t| t.add("~.0.gate_proj.weight", Dtype::BF16, &[144, 136]),
             "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
              `~.0.gate_proj.weight`",
         ),
         (
             MIMO,
-            |t| t.reshape("~.down_projs", &[3, 0, 160]),
+            |t| t.reshape("~.down_projs", &[3, 0, 136]),
             "1 tensor whose shape does not fit its rule: `~.down_projs` (expected elements, got \
-             [3, 0, 160])",
+             [3, 0, 136])",
         ),
         (
             MIMO,
             |t| t.set("n_routed_experts", 1u64 << 40).reshape("~.down_projs", &[1 << 40, 0, 1]),
-            "2 tensors whose shapes do not fit their rules: `~.gate_and_up_projs` (axis 0 of \
-             [3, 160, 288] cannot be cut into 1099511627776 equal parts), `~.down_projs` \
-             (expected elements, got [1099511627776, 0, 1])",
+            "4 tensors whose shapes do not fit their rules: `~.gate_and_up_projs` (axis 0 of [3, \
+             136, 288] cannot be cut into 1099511627776 equal parts), \
+             `model.layers.2.mlp.experts.gate_and_up_projs` (axis 0 of [3, 136, 288] cannot be cut \
+             into 1099511627776 equal parts), `~.down_projs` (expected elements, got \
+             [1099511627776, 0, 1]), `model.layers.2.mlp.experts.down_projs` (axis 0 of [3, 144, \
+             136] cannot be cut into 1099511627776 equal parts)",
         ),
         (
             MIMO,
             |t| t.drop_all("layers.0."),
-            "1 missing layer: `model.layers.0` (by config.json there are 2)",
+            "1 missing layer: `model.layers.0` (by config.json there are 3)",
         ),
         (
             FLASH,
@@ -99,9 +102,9 @@ fn the_native_layout_is_refused_in_the_same_words() {
         ),
         (
             BASE,
-            |t| t.reshape("model.layers.1.mlp.experts.down_projs", &[4, 144, 160]),
+            |t| t.reshape("model.layers.1.mlp.experts.down_projs", &[4, 144, 136]),
             "1 tensor whose shape does not fit its rule: \
-             `model.layers.1.mlp.experts.down_projs` (axis 0 of [4, 144, 160] cannot be cut \
+             `model.layers.1.mlp.experts.down_projs` (axis 0 of [4, 144, 136] cannot be cut \
              into 3 equal parts)",
         ),
         (

@@ -1,0 +1,241 @@
+//! The toy checkpoints against the releases that they stand for: the same names, dtypes and ranks, the
+//! same kinds of layer, and the same config.json but for sizes.
+//!
+//! A test on a toy says something about a release only where the two have the same tensors. One toy
+//! had `post_attention_layernorm` where its release has `pre_mlp_layernorm`: every test passed, and
+//! the release was refused.
+
+#[allow(dead_code)]
+#[path = "../examples/quickstart/checkpoint.rs"]
+mod checkpoint;
+mod common;
+#[path = "common/table.rs"]
+mod table;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use common::{golden, tensors_of};
+use serde_json::Value;
+use table::table;
+
+/// Folder of `tests/golden` and of `tests/releases`.
+const TOYS: [(&str, &str); 10] = [
+    ("deepseek-v3", "deepseek-v3"),
+    ("deepseek-v4-base", "deepseek-v4-flash-base"),
+    ("deepseek-v4-flash", "deepseek-v4-flash"),
+    ("glm4-moe", "glm-4.5"),
+    ("gpt-oss", "gpt-oss-20b"),
+    ("kimi-k25-vl", "kimi-k2.5"),
+    ("mimo-v2-flash", "mimo-v2-flash"),
+    ("minimax-m2", "minimax-m2.7"),
+    ("qwen3-moe", "qwen3-30b-a3b"),
+    ("qwen3-vl-moe", "qwen3-vl-30b-a3b"),
+];
+
+/// Keys of config.json that a toy has beside its release's, for transformers.
+const BESIDE: [(&str, &str); 4] = [
+    ("kimi-k25-vl", "projection_hidden_size"),
+    ("kimi-k25-vl", "vision_config"),
+    ("mimo-v2-flash", "layer_types"),
+    ("qwen3-vl-moe", "text_config.rope_scaling"),
+];
+
+type Tensors = BTreeMap<String, (String, Vec<u64>)>;
+
+/// What is compared of a tensor: its name without indices, dtype, rank.
+type Line = (String, String, usize);
+
+fn release(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/releases").join(name)
+}
+
+fn published(name: &str) -> Tensors {
+    let tensors = table(&release(name));
+    let count = tensors.len();
+    let map: Tensors = tensors.into_iter().map(|(n, dtype, shape)| (n, (dtype, shape))).collect();
+    assert_eq!(map.len(), count, "{name}: a tensor is there twice");
+    map
+}
+
+fn toy(folder: &str) -> Tensors {
+    let files = std::fs::read_dir(golden(folder).join("checkpoint")).unwrap();
+    let files = files.map(|f| f.unwrap().path());
+    let shards = files.filter(|f| f.extension().is_some_and(|e| e == "safetensors"));
+    let wide = |shape: Vec<usize>| shape.into_iter().map(|n| u64::try_from(n).unwrap()).collect();
+    let tensors = shards.flat_map(|f| tensors_of(&f));
+    tensors.map(|(name, (dtype, shape, _))| (name, (dtype, wide(shape)))).collect()
+}
+
+fn quickstart() -> Tensors {
+    let tensors = checkpoint::Written::model().tensors.into_iter();
+    let wide = |n: usize| u64::try_from(n).unwrap();
+    tensors
+        .map(|(name, t)| {
+            (name, (format!("{:?}", t.dtype), t.shape.into_iter().map(wide).collect()))
+        })
+        .collect()
+}
+
+fn is_index(part: &str) -> bool {
+    part.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// Indices between dots as `{}`.
+fn fold(name: &str) -> String {
+    let parts = name.split('.').map(|part| if is_index(part) { "{}" } else { part });
+    parts.collect::<Vec<_>>().join(".")
+}
+
+fn lines(tensors: &Tensors) -> BTreeSet<Line> {
+    tensors.iter().map(|(name, (dtype, shape))| (fold(name), dtype.clone(), shape.len())).collect()
+}
+
+/// The kinds of layer in each list of layers: the different sets of what a layer holds. The first
+/// index of a name is that of its layer.
+fn kinds(tensors: &Tensors) -> BTreeMap<String, BTreeSet<BTreeSet<Line>>> {
+    let mut layers: BTreeMap<(String, &str), BTreeSet<Line>> = BTreeMap::new();
+    for (name, (dtype, shape)) in tensors {
+        let parts: Vec<&str> = name.split('.').collect();
+        let Some(at) = parts.iter().position(|part| is_index(part)) else { continue };
+        let line = (fold(&parts[at + 1..].join(".")), dtype.clone(), shape.len());
+        layers.entry((parts[..at].join("."), parts[at])).or_default().insert(line);
+    }
+    let mut kinds: BTreeMap<String, BTreeSet<BTreeSet<Line>>> = BTreeMap::new();
+    for ((list, _), layer) in layers {
+        kinds.entry(list).or_default().insert(layer);
+    }
+    kinds
+}
+
+fn assert_true_to(name: &str, toy: &Tensors, release: &Tensors) {
+    let (ours, theirs) = (lines(toy), lines(release));
+    let missing: Vec<_> = theirs.difference(&ours).collect();
+    let invented: Vec<_> = ours.difference(&theirs).collect();
+    assert!(
+        missing.is_empty() && invented.is_empty(),
+        "{name}: missing {missing:?}, not in the release {invented:?}"
+    );
+    let (ours, theirs) = (kinds(toy), kinds(release));
+    for (list, theirs) in &theirs {
+        let ours = &ours[list];
+        if let Some(layer) = theirs.symmetric_difference(ours).next() {
+            let (here, there) = match theirs.contains(layer) {
+                true => ("the release", ours),
+                false => ("the toy", theirs),
+            };
+            let nearest = there.iter().min_by_key(|l| l.symmetric_difference(layer).count());
+            let differ = nearest.map(|l| l.symmetric_difference(layer).collect::<Vec<_>>());
+            panic!(
+                "{name}: {here} alone has a kind of `{list}`; the nearest differs in {differ:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn toys_hold_what_their_releases_hold() {
+    for (folder, name) in TOYS {
+        assert_true_to(folder, &toy(folder), &published(name));
+    }
+}
+
+/// The toy that let the release be refused.
+#[test]
+#[should_panic(expected = "model.mtp.layers.{}.pre_mlp_layernorm.weight")]
+fn another_name_is_found() {
+    let other = |name: &str| name.replace("pre_mlp_layernorm", "post_attention_layernorm");
+    let toy = toy("mimo-v2-flash").into_iter().map(|(name, tensor)| (other(&name), tensor));
+    assert_true_to("toy", &toy.collect(), &published("mimo-v2-flash"));
+}
+
+#[test]
+#[should_panic(expected = "the toy alone has a kind of `model.layers`")]
+fn a_kind_of_layer_that_the_release_has_not_is_found() {
+    let mut toy = toy("mimo-v2-flash");
+    toy.remove("model.layers.1.self_attn.attention_sink_bias");
+    toy.remove("model.layers.1.mlp.gate.e_score_correction_bias");
+    toy.insert("model.layers.0.self_attn.attention_sink_bias".into(), ("BF16".into(), vec![4]));
+    assert_true_to("toy", &toy, &published("mimo-v2-flash"));
+}
+
+#[test]
+fn the_quickstarts_checkpoint_holds_what_its_release_holds() {
+    assert_true_to("quickstart", &quickstart(), &published("mimo-v2-flash"));
+}
+
+/// For every layer with K and V apart: whether it has sinks, and whether its K scales have more rows
+/// than a plain grid of blocks.
+fn fused_and_sinks(tensors: &Tensors) -> BTreeSet<(bool, bool)> {
+    let rows = |name: &str| tensors[name].1[0];
+    let keys = tensors.keys().filter(|name| name.ends_with(".k_proj.weight"));
+    keys.map(|name| {
+        let sinks = name.replace("k_proj.weight", "attention_sink_bias");
+        let fused = rows(&format!("{name}_scale_inv")) > rows(name).div_ceil(128);
+        (tensors.contains_key(&sinks), fused)
+    })
+    .collect()
+}
+
+#[test]
+fn scales_are_fused_where_the_release_has_no_sinks() {
+    let expected = [(false, true), (true, false)].into();
+    let table = published("mimo-v2-flash");
+    for tensors in [&table, &toy("mimo-v2-flash"), &quickstart()] {
+        assert_eq!(fused_and_sinks(tensors), expected);
+    }
+}
+
+/// Every value of a config, by its dotted key; lists are values.
+fn values(value: &Value, key: &str, out: &mut BTreeMap<String, Value>) {
+    match value.as_object() {
+        Some(object) if !object.is_empty() => {
+            for (name, value) in object {
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                values(value, &key, out);
+            }
+        }
+        _ => {
+            out.insert(key.to_owned(), value.clone());
+        }
+    }
+}
+
+fn config(dir: &Path) -> BTreeMap<String, Value> {
+    let text = std::fs::read(dir.join("config.json")).unwrap();
+    let mut out = BTreeMap::new();
+    values(&serde_json::from_slice(&text).unwrap(), "", &mut out);
+    out
+}
+
+/// What is said in one config and otherwise in the other, but for numbers and lists of any size.
+fn says_otherwise(ours: &Value, theirs: &Value) -> bool {
+    let sizes = (ours.is_number() && theirs.is_number()) || (ours.is_array() && theirs.is_array());
+    !sizes && ours != theirs
+}
+
+#[test]
+fn configs_are_those_of_the_releases_but_for_sizes() {
+    for (folder, name) in TOYS {
+        let (ours, theirs) = (config(&golden(folder).join("checkpoint")), config(&release(name)));
+        for (key, value) in &theirs {
+            let got = ours.get(key).unwrap_or_else(|| panic!("{folder}: no `{key}`"));
+            assert!(!says_otherwise(got, value), "{folder}: `{key}`: expected {value}, got {got}");
+        }
+        for key in ours.keys().filter(|key| !theirs.contains_key(*key)) {
+            let known = BESIDE.iter().any(|(toy, part)| *toy == folder && key.starts_with(part));
+            assert!(known, "{folder}: the release has no `{key}`");
+        }
+    }
+}
+
+#[test]
+fn the_quickstarts_config_says_nothing_that_its_release_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    checkpoint::Written::model().save(dir.path()).unwrap();
+    let theirs = config(&release("mimo-v2-flash"));
+    for (key, value) in config(dir.path()) {
+        let known = theirs.get(&key).is_some_and(|theirs| !says_otherwise(&value, theirs));
+        assert!(known, "the release has no `{key}`: {value}");
+    }
+}
