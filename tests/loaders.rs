@@ -9,10 +9,12 @@ mod environment;
 #[path = "loaders/place.rs"]
 mod place;
 
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::thread;
 
 use environment::Python;
 use place::Place;
@@ -173,6 +175,59 @@ fn automodel_agrees_with_and_loads_native_views() {
         script.arg(argument);
     }
     must(&mut script);
+}
+
+#[test]
+fn saves_of_training_libraries_come_back_as_published() {
+    let (Some(place), Some(reference)) = (Place::new(), reference()) else { return };
+    let saves = place.path().join("saves");
+    let mut transformers = Python::Base.script("saves.py").unwrap();
+    transformers.arg("make").arg(reference).arg(&saves);
+    let mut automodel = Python::Automodel.script("automodel_saves.py").unwrap();
+    automodel.arg(reference).arg(&saves);
+    for family in FAMILIES {
+        let checkpoint = reference.join(family).join("checkpoint");
+        let in_memory =
+            place.mount(&format!("{family}-in-memory"), &checkpoint, &["--to", "transformers"]);
+        let published = place.mount(&format!("{family}-published"), &checkpoint, &["--to", "hf"]);
+        transformers.arg(format!("{family}={}={}", in_memory.display(), published.display()));
+        automodel.arg(format!("{family}={}", published.display()));
+    }
+    let made = thread::scope(|scope| {
+        let other = scope.spawn(|| must(&mut automodel));
+        must(&mut transformers) + &other.join().unwrap()
+    });
+    let mut check = Python::Base.script("saves.py").unwrap();
+    check.arg("check").arg(reference).arg(&saves);
+    // All of them before the first failure: a change to a mapping shows in several.
+    let mut refused = Vec::new();
+    for save in made.lines() {
+        let name = save.replace('/', "-");
+        match place.try_mount(&name, saves.join(save), &["--to", "hf"], &[]) {
+            Ok(at) => _ = check.arg(format!("{save}={}", at.display())),
+            Err(why) => refused.push(format!("{save}: {why}")),
+        }
+    }
+    let refused = refused.join("\n");
+    let output = check.output().unwrap();
+    let wrong = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && refused.is_empty(), "{wrong}\nrefused:\n{refused}");
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+
+    // Without one rank's file there are tensors that look whole and are not.
+    for family in ["mimo-v2-flash", "gpt-oss"] {
+        let save = saves.join(family).join("automodel/native-2-ranks/model");
+        fs::remove_dir_all(save.join("consolidated")).unwrap();
+        for gone in [1, 2] {
+            let lost = save.join(format!("shard-{gone:05}-model-00001-of-00001.safetensors"));
+            let aside = lost.with_extension("aside");
+            fs::rename(&lost, &aside).unwrap();
+            let name = format!("{family}-without-{gone}");
+            let mounted = place.try_mount(&name, &save, &["--to", "hf"], &[]);
+            assert!(mounted.is_err(), "{family} is mounted without `{}`", lost.display());
+            fs::rename(&aside, &lost).unwrap();
+        }
+    }
 }
 
 #[test]

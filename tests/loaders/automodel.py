@@ -10,7 +10,6 @@ For each family,
    checkpointer must load MOUNT into them.
 """
 
-import importlib
 import re
 import sys
 import tempfile
@@ -22,43 +21,13 @@ import transformers
 from nemo_automodel.components.checkpoint._backports.hf_storage import _HuggingFaceStorageReader
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
 from nemo_automodel.components.checkpoint.config import CheckpointingConfig
-from nemo_automodel.components.models.common.utils import BackendConfig
-from nemo_automodel.components.models.kimi_k25_vl import state_dict_adapter as kimi_adapter
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers.initialization import no_init_weights
 
+from automodel_models import build, run_on_cpu
 from compare import UNSIGNED_ZEROS, assert_same, read
 
-CLASSES = {
-    "mimo-v2-flash": ("mimo_v2_flash", "MiMoV2FlashForCausalLM"),
-    "deepseek-v4": ("deepseek_v4", "DeepseekV4ForCausalLM"),
-    "kimi-k25-vl": ("kimi_k25_vl", "KimiK25VLForConditionalGeneration"),
-    "qwen3-vl-moe": ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
-}
 # What the class has no modules for.
 UNUSED = {"mimo-v2-flash": r"model\.mtp\."}
-
-
-def decode_on_cpu():
-    """The Kimi adapter asks for CUDA by name; its function takes any device."""
-    decode = kimi_adapter.dequantize_int4
-    kimi_adapter.dequantize_int4 = lambda *tensors, device: decode(*tensors, device="cpu")
-
-
-def build(family, directory, adapter):
-    module, name = CLASSES[family]
-    module = importlib.import_module(f"nemo_automodel.components.models.{module}.model")
-    backend = BackendConfig(
-        attn="sdpa",
-        linear="torch",
-        rms_norm="torch_fp32",
-        experts="torch",
-        dispatcher="torch",
-        enable_hf_state_dict_adapter=adapter,
-    )
-    # Qwen3-VL's constructor initializes weights, and asks for the current CUDA device to do so.
-    with no_init_weights():
-        return getattr(module, name).from_pretrained(str(directory), backend=backend)
 
 
 def check_adapter(family, checkpoint, view):
@@ -113,7 +82,7 @@ def check_model(family, mount):
 
 warnings.filterwarnings("ignore")
 transformers.utils.logging.set_verbosity_error()
-decode_on_cpu()
+run_on_cpu()
 for argument in sys.argv[1:]:
     family, checkpoint, mount, *view = argument.split("=")
     said = [

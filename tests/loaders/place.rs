@@ -41,14 +41,26 @@ impl Place {
         options: &[&str],
         variables: &[(&str, &Path)],
     ) -> PathBuf {
+        let mounted = self.try_mount(name, &source, options, variables);
+        mounted.unwrap_or_else(|why| panic!("{options:?} {}: {why}", source.as_ref().display()))
+    }
+
+    /// The same, or what the command said.
+    pub fn try_mount(
+        &self,
+        name: &str,
+        source: impl AsRef<Path>,
+        options: &[&str],
+        variables: &[(&str, &Path)],
+    ) -> Result<PathBuf, String> {
         let at = self.mounts().join(name);
         fs::create_dir_all(&at).unwrap();
         let mut command = Command::new(BINARY);
         command.args(options).arg(source.as_ref()).arg(&at);
         command.envs(variables.iter().copied());
         let output = command.output().unwrap();
-        assert!(output.status.success(), "{command:?}: {output:?}");
-        at
+        let said = String::from_utf8_lossy(&output.stderr);
+        if output.status.success() { Ok(at) } else { Err(said.trim().to_owned()) }
     }
 
     /// Writes the view to a directory of this name.
