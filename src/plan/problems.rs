@@ -20,6 +20,8 @@ pub enum Problem {
     MissingPart,
     /// A tensor that the mapping requires, or that other layers of its kind have.
     Incomplete,
+    /// A tensor whose pieces are no whole.
+    Pieces,
     /// A quantized payload whose scale is not there.
     MissingScale,
     /// A scale or shape tensor whose payload is not there.
@@ -67,6 +69,8 @@ impl Problem {
             (Problem::Incomplete, false) => {
                 "missing tensors that the model needs (--allow-missing to go on)"
             }
+            (Problem::Pieces, true) => "tensor whose pieces make no whole",
+            (Problem::Pieces, false) => "tensors whose pieces make no wholes",
             (Problem::MissingScale, true) => "missing scale",
             (Problem::MissingScale, false) => "missing scales",
             (Problem::MissingPayload, true) => "part of a quantized matrix without its payload",
