@@ -85,7 +85,7 @@ impl Scheme {
             Float::BF16 => ScaleCode::BF16,
             Float::F16 => ScaleCode::F16,
         });
-        // Tools that predate the dtype store its bytes as U8.
+        // Files from before safetensors had F8_E8M0 hold the same bytes as U8.
         let powers = matches!(dtype, DType::F8E8M0 | DType::U8).then_some(ScaleCode::E8M0);
         match self {
             Scheme::Fp8 | Scheme::Fp4 => floats.or(powers),

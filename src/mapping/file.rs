@@ -415,7 +415,6 @@ fn resolved_row(
         ops,
         stack,
         hf_shape,
-        hf_shape_keys: raw.hf_shape.clone().unwrap_or_default(),
         hf_dtype,
         reads: raw.reads.map(|side| match side {
             RawSide::Hf => Side::Hf,

@@ -224,8 +224,6 @@ pub struct Rule {
     pub stack: Option<Var>,
     /// Extents of every part, where the mapping states them.
     pub hf_shape: Option<Vec<u64>>,
-    /// The keys of config.json that give these extents.
-    pub hf_shape_keys: Vec<String>,
     /// Dtype of the parts in published checkpoints, where the mapping states it.
     pub hf_dtype: Option<DType>,
     /// The side whose names are only read, where another rule writes them: a second spelling.

@@ -2,7 +2,7 @@
 //! checkpoint's logical tensors: two affine maps, composed.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use super::group::{self, Group, Groups};
 use super::matrix::Matrix;
@@ -50,19 +50,17 @@ pub fn from_published(
     problems: &mut Problems,
 ) -> LogicalTensors {
     let mut logical = LogicalTensors::new();
-    let mut owners: HashMap<String, &str> = HashMap::new();
     for whole in wholes {
         let name = mapping.canonical(whole.name).unwrap_or_else(|| whole.name.to_owned());
         match logical.entry(name) {
             Entry::Vacant(entry) => {
-                if entry.key() != whole.name {
-                    owners.insert(entry.key().clone(), whole.name);
-                }
                 entry.insert(Logical { shape: whole.shape.clone(), parts: whole.parts.clone() });
             }
             Entry::Occupied(entry) => {
-                let first = owners.get(entry.key()).copied().unwrap_or(entry.key());
-                let what = format!("`{first}` and `{}`", whole.name);
+                let first = entry.get().parts[0].0;
+                let first = wholes.iter().find(|w| w.parts.iter().any(|(m, _)| *m == first));
+                let first = first.map_or(whole.stored, |w| w.stored);
+                let what = format!("`{first}` and `{}`", whole.stored);
                 problems.explain(Problem::SameName, entry.key(), what);
             }
         }
@@ -157,18 +155,12 @@ fn taken_apart(
         Err(error) => return refuse(0, error.to_string()),
     };
     if let Some(expected) = rule.hf_shape.as_ref().filter(|e| **e != shape) {
-        let keys = keys_of(rule);
-        return refuse(0, format!("expected parts of {expected:?}{keys}, got {shape:?}"));
+        return refuse(0, format!("expected parts of {expected:?}, got {shape:?}"));
     }
     match (0..sources.len()).find(|&j| tensors[j].shape != shapes[j]) {
         Some(j) => refuse(j, format!("expected {:?}, got {:?}", tensors[j].shape, shapes[j])),
         None => Some((shape, tensors)),
     }
-}
-
-/// Where a rule's shape of parts comes from, for a message.
-pub(super) fn keys_of(rule: &Rule) -> String {
-    format!(" (config.json: {})", rule.hf_shape_keys.join(", "))
 }
 
 /// Target tensors of a grouped layout, assembled from logical tensors.

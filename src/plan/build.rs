@@ -66,19 +66,24 @@ impl Plan {
                 &mut problems,
             ),
         };
-        let allowed = &options.allow_missing[..];
-        let lacking = Vec::new();
-        let mut completeness =
-            Completeness { logical: &logical, mapping, source, target, allowed, lacking };
-        completeness.check(&mut problems);
-        let lacking = completeness.lacking;
-        companions::check_config(checkpoint.config(), &matrices, &mut problems);
         let mut targets = match target {
-            None => assemble::to_published(logical, mapping, source.is_some(), &mut leftovers),
+            None => Vec::new(),
             Some(layout) => {
                 assemble::to_layout(&logical, layout, &mut dropped, &mut leftovers, &mut problems)
             }
         };
+        let published = |name: &str| mapping.layouts().any(|l| l.take_hf(name).is_some());
+        let strangers = options.unmapped == Unmapped::Refuse
+            && (!leftovers.is_empty() || target.is_none() && !logical.keys().all(|n| published(n)));
+        let allowed = &options.allow_missing[..];
+        let mut completeness =
+            Completeness { logical: &logical, mapping, source, target, allowed, lacking: vec![] };
+        completeness.check(strangers, &mut problems);
+        let lacking = completeness.lacking;
+        companions::check_config(checkpoint.config(), &matrices, &mut problems);
+        if target.is_none() {
+            targets = assemble::to_published(logical, mapping, source.is_some(), &mut leftovers);
+        }
         let unmapped = unmapped(&leftovers, &wholes, options.unmapped, &mut targets, &mut problems);
         let facets = facets(mapping, options, original.as_ref(), to, &mut targets, &mut problems)?;
         targets.retain(|t| options.selects(&t.name));

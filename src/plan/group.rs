@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::assemble::{Logical, Target, empty_part, fragments_of, keys_of};
+use super::assemble::{Logical, Target, empty_part, fragments_of};
 use super::problems::{Problem, Problems};
 use crate::mapping::{Assembled, Bindings, Layout, Row, Rule, Side};
 
@@ -77,6 +77,7 @@ impl<'a> Group<'a> {
         if problems.is_refused(target) {
             return false;
         }
+        problems.note_missing(target);
         let all = rule.stacked().flat_map(|s| (0..rule.hf.len()).map(move |part| (part, s)));
         let missing = || all.clone().filter(|key| !self.parts.contains_key(key));
         let name = |(part, s): (usize, Option<u64>)| rule.part_name(part, s, bindings);
@@ -97,7 +98,7 @@ impl<'a> Group<'a> {
         for ((part, stacked), tensor) in &self.parts {
             let got = &tensor.shape;
             let what = if let Some(expected) = rule.hf_shape.as_ref().filter(|e| *e != got) {
-                format!("expected {expected:?}{}, got {got:?}", keys_of(rule))
+                format!("expected {expected:?}, got {got:?}")
             } else if got != usual[*part] {
                 format!("expected {:?} as the others, got {got:?}", usual[*part])
             } else if empty_part(rule, &[got]).is_some() {

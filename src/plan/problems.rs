@@ -109,6 +109,8 @@ pub struct Problems {
     found: BTreeMap<Problem, Found>,
     /// Matrices of which a part was refused.
     refused: BTreeSet<String>,
+    /// Tensors that were said to be missing.
+    missing: BTreeSet<String>,
 }
 
 /// How many objects have a problem, and the first few of them.
@@ -164,6 +166,16 @@ impl Problems {
     /// Whether a part of the matrix `name` was refused.
     pub fn is_refused(&self, name: &str) -> bool {
         self.refused.contains(name)
+    }
+
+    /// Notes that a message says already what is missing of the tensor `name`.
+    pub fn note_missing(&mut self, name: &str) {
+        self.missing.insert(name.to_owned());
+    }
+
+    /// Whether a message says already what is wrong with the tensor `name`.
+    pub fn is_known(&self, name: &str) -> bool {
+        self.refused.contains(name) || self.missing.contains(name)
     }
 
     /// Whether this problem was noted.

@@ -14,6 +14,8 @@ use crate::tensor::{BoxMap, Shape};
 pub struct Whole<'a> {
     /// Name in the checkpoint, without the suffixes of a quantized matrix's parts.
     pub name: &'a str,
+    /// Name of the tensor that holds its elements or their codes.
+    pub stored: &'a str,
     /// Extents of the tensor.
     pub shape: Vec<u64>,
     /// Target: the tensor. Source: the matrix.
@@ -30,7 +32,7 @@ impl Whole<'_> {
 /// The tensors of a checkpoint in the order of its matrices; notes pieces that are no whole.
 pub fn wholes<'a>(
     matrices: &'a [Matrix],
-    checkpoint: &Checkpoint,
+    checkpoint: &'a Checkpoint,
     problems: &mut Problems,
 ) -> Vec<Whole<'a>> {
     let mut wholes: Vec<Whole<'a>> = Vec::with_capacity(matrices.len());
@@ -38,9 +40,10 @@ pub fn wholes<'a>(
     for (id, matrix) in (0..).map(MatrixId).zip(matrices) {
         let mut map = matrix.logical_map();
         let dims = matrix.logical_dims();
-        let at = checkpoint.tensor(matrix.payload).piece_at.as_deref();
+        let stored = checkpoint.tensor(matrix.payload);
+        let (at, stored) = (stored.piece_at.as_deref(), &*stored.name);
         let Some(at) = at.filter(|at| at.len() == dims.len() && matrix.scales.is_none()) else {
-            wholes.push(Whole { name: &matrix.name, shape: dims, parts: vec![(id, map)] });
+            wholes.push(Whole { name: &matrix.name, stored, shape: dims, parts: vec![(id, map)] });
             continue;
         };
         for (axis, start) in map.target.iter_mut().zip(at) {
@@ -57,7 +60,7 @@ pub fn wholes<'a>(
             None => {
                 pieces.insert(&matrix.name, wholes.len());
                 let shape = ends.collect();
-                wholes.push(Whole { name: &matrix.name, shape, parts: vec![(id, map)] });
+                wholes.push(Whole { name: &matrix.name, stored, shape, parts: vec![(id, map)] });
             }
         }
     }
