@@ -58,10 +58,11 @@ pub(super) struct RawEncoding {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct RawWhen {
     pub(super) key: String,
     pub(super) is: Option<String>,
+    pub(super) is_not: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -131,12 +131,13 @@ pub struct Siblings {
     pub may_lack: Vec<Name>,
 }
 
-/// Whether a condition holds: a key that is, or that is true or above 0.
+/// Whether a condition holds: a key that is a text, that is not, or that is true or above 0.
 pub(super) fn holds(when: &RawWhen, config: &Lookup<'_>) -> bool {
     let value = config(&when.key);
-    match &when.is {
-        Some(text) => value.is_some_and(|v| v.as_str() == Some(text)),
-        None => is_set(value.as_ref()),
+    let is = |text: &String| value.as_ref().and_then(Value::as_str) == Some(text);
+    match (&when.is, &when.is_not) {
+        (None, None) => is_set(value.as_ref()),
+        (wanted, other) => wanted.as_ref().is_none_or(is) && !other.as_ref().is_some_and(is),
     }
 }
 
