@@ -1,12 +1,22 @@
 //! What goes to stdout and stderr.
 
+use std::borrow::Cow;
 use std::io::{self, ErrorKind, Write};
 
-/// Prints to stdout. A reader that has seen enough (`| head`) is no error.
+use crate::source::printable;
+
+/// Prints to stdout, control characters but for line ends and tabs escaped. A reader that has seen
+/// enough (`| head`) is no error.
 ///
 /// # Errors
 /// Where stdout is a full disk, for one.
 pub fn print(text: &str) -> anyhow::Result<()> {
+    let is_odd = |c: char| c.is_control() && c != '\n' && c != '\t';
+    let escaped = |c: char| if is_odd(c) { c.escape_default().to_string() } else { c.into() };
+    let text: Cow<'_, str> = match text.contains(is_odd) {
+        true => text.chars().map(escaped).collect::<String>().into(),
+        false => text.into(),
+    };
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
@@ -26,7 +36,7 @@ pub fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 
 /// The one message of a command that failed.
 pub fn complain(error: &anyhow::Error) {
-    let _ = writeln!(io::stderr(), "mount-ckpt: {}", in_words(error));
+    let _ = writeln!(io::stderr(), "mount-ckpt: {}", printable(&in_words(error)));
 }
 
 /// An error and its causes on one line. A cause that the text ends with already is not said twice.

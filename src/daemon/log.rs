@@ -4,6 +4,7 @@
 //! stderr is the journal. In the background to the system's log socket, which the journal and
 //! syslog both serve. `--log-file` goes before either.
 
+use crate::source::printable;
 use std::env;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -137,7 +138,12 @@ struct Line {
 }
 
 impl Write for Line {
-    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+    fn write(&mut self, given: &[u8]) -> io::Result<usize> {
+        // What a checkpoint calls its tensors neither ends a line nor moves a cursor.
+        let text = String::from_utf8_lossy(given);
+        let line = text.strip_suffix('\n').unwrap_or(&text);
+        let text = format!("{}\n", printable(line));
+        let text = text.as_bytes();
         match &self.sink {
             Sink::Stderr => io::stderr().write_all(text)?,
             Sink::Journal => io::stderr().write_all(&[self.prefix().as_bytes(), text].concat())?,
@@ -147,7 +153,7 @@ impl Write for Line {
             Sink::File(file) => (&**file).write_all(text)?,
             Sink::Nowhere => {}
         }
-        Ok(text.len())
+        Ok(given.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -183,6 +189,17 @@ mod tests {
         let n = theirs.recv(&mut got).unwrap();
         let want = format!("<28>mount-ckpt[{}]: shard gone", std::process::id());
         assert_eq!(String::from_utf8_lossy(&got[..n]), want);
+    }
+
+    #[test]
+    fn control_characters_of_a_name_are_escaped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let file = OpenOptions::new().create(true).append(true).open(&path).unwrap();
+        let mut line = Line { sink: Sink::File(Arc::new(file)), weight: 4 };
+        line.write_all(b"WARN tensor `a\x1b[2J\nINFO all is well`\n").unwrap();
+        let expected = "WARN tensor `a\\u{1b}[2J\\nINFO all is well`\n";
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
     }
 
     #[test]

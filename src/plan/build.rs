@@ -91,7 +91,14 @@ impl Plan {
             targets = assemble::to_published(logical, mapping, source.is_some(), &mut leftovers);
         }
         let unmapped = unmapped(&leftovers, &wholes, options.unmapped, &mut targets, &mut problems);
-        let facets = facets(mapping, options, original.as_ref(), to, &mut targets, &mut problems)?;
+        // A published checkpoint that is quantized is so already, in its own way.
+        let stored = source.is_none() && matrices.iter().any(|m| m.scales.is_some());
+        let stored = stored && options.quantize.is_some() && original.is_none();
+        let facets = if stored && target.is_none() {
+            quantize::as_stored(checkpoint, &matrices, mapping, &mut targets)
+        } else {
+            facets(mapping, options, original.as_ref(), to, &mut targets, &mut problems)?
+        };
         targets.retain(|t| options.selects(&t.name));
         targets.sort_by_cached_key(|t| natural_key(&t.name));
         for pair in targets.windows(2).filter(|w| w[0].name == w[1].name) {
@@ -123,7 +130,11 @@ impl Plan {
         problems.finish()?;
         let original = options.quantize.as_ref().and_then(|q| q.original.clone());
         let quantized = facets.quantized;
-        let stated = stated(original.as_deref(), mapping, &targets, &tensors, &quantized)?;
+        let like = match (stored, quantized.is_empty()) {
+            (true, _) => Some(checkpoint),
+            (false, empty) => original.as_deref().filter(|_| !empty),
+        };
+        let stated = stated(like, mapping, &targets, &tensors, &quantized)?;
         let parts = SummaryParts {
             mapping,
             from,

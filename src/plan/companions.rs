@@ -107,6 +107,9 @@ fn matrix_of(name: &str, quantized: &HashSet<String>) -> Option<String> {
     if weight != name && (PARTS.contains(&end) || quantized.contains(&weight)) {
         return Some(weight);
     }
+    if let Some(matrix) = PARTS.iter().find_map(|part| name.strip_suffix(part)?.strip_suffix('_')) {
+        return Some(matrix.to_owned());
+    }
     if quantized.is_empty() {
         return None;
     }

@@ -4,7 +4,7 @@
 //! block. Either way payload, scales and shape are facets of one matrix, which itself is
 //! fragments of the source.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use super::assemble::Target;
 use super::matrix::{Band, Matrix, fused_bands};
@@ -102,6 +102,35 @@ pub fn by_original(
         }
         false
     });
+    facets
+}
+
+/// Takes the targets that a published checkpoint holds quantized, and gives the tensors that it holds
+/// them in.
+pub fn as_stored(
+    checkpoint: &Checkpoint,
+    matrices: &[Matrix],
+    mapping: &Resolved,
+    targets: &mut Vec<Target>,
+) -> Facets {
+    let published = |name: &str| mapping.canonical(name).unwrap_or_else(|| name.to_owned());
+    let mut facets = Facets::default();
+    let mut taken = HashSet::new();
+    for matrix in matrices.iter().filter(|m| m.scales.is_some()) {
+        taken.insert(published(&matrix.name));
+        let parts = [Some(matrix.payload), matrix.own_scale, matrix.shape_tensor];
+        for source in parts.into_iter().flatten() {
+            let tensor = checkpoint.tensor(source);
+            let run = Run { at: 0, bytes: tensor.bytes, origin: Origin::Source, source, offset: 0 };
+            facets.tensors.push(FacetTensor {
+                name: published(&tensor.name),
+                dtype: tensor.dtype,
+                shape: tensor.shape.clone(),
+                body: Body::Verbatim(vec![run]),
+            });
+        }
+    }
+    targets.retain(|target| !taken.contains(&target.name));
     facets
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::matrix::ScaleReading;
 use super::{Body, Computed, Directory, Facet, Origin, Plan, TensorPlan, Unmapped};
 use crate::mapping::{LayoutName, Resolved};
-use crate::source::Checkpoint;
+use crate::source::{Checkpoint, printable};
 use crate::tensor::Float;
 
 /// What a mount reports of its plan.
@@ -131,7 +131,7 @@ impl fmt::Display for Summary {
         }
         if let Some(first) = self.lacking.first() {
             let more = self.lacking.len() - 1;
-            write!(f, "; WARNING: missing and allowed to be: `{first}`")?;
+            write!(f, "; WARNING: missing and allowed to be: `{}`", printable(first))?;
             if more > 0 {
                 write!(f, " and {more} more")?;
             }
@@ -282,7 +282,8 @@ impl fmt::Display for Plan {
             let (first, n) = self.made_of(t);
             let more = if n > 1 { format!(" and {} more", n - 1) } else { String::new() };
             let shape = t.shape.to_string();
-            writeln!(f, "{} {} {shape}\n    {} <- {first}{more}", t.name, t.dtype, self.how(t))?;
+            let (name, first) = (printable(&t.name), printable(&first));
+            writeln!(f, "{name} {} {shape}\n    {} <- {first}{more}", t.dtype, self.how(t))?;
         }
         write!(f, "{}", self.summary)
     }

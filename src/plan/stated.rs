@@ -13,23 +13,24 @@ use crate::mapping::{QuantizationConfig, Resolved};
 use crate::source::{Checkpoint, Config};
 use crate::tensor::Float;
 
-/// What config.json says of a view of these tensors, of which `quantized` are encoded.
+/// What config.json says of a view of these tensors, of which `quantized` are encoded; `like` is the
+/// checkpoint whose scheme and scales they have.
 ///
 /// # Errors
 /// Where neither the original nor the mapping says what `quantization_config` is.
 pub fn stated(
-    original: Option<&Checkpoint>,
+    like: Option<&Checkpoint>,
     mapping: &Resolved,
     targets: &[Target],
     tensors: &[TensorPlan],
     quantized: &[Quantized],
 ) -> Result<Stated, PlanError> {
     let dtype = usual_dtype(tensors);
+    if let Some(config) = like.and_then(|like| quantization_of(like.config())) {
+        return Ok(Stated { quantization: Some(config), dtype });
+    }
     if quantized.is_empty() {
         return Ok(Stated { quantization: None, dtype });
-    }
-    if let Some(config) = original.and_then(|o| quantization_of(o.config())) {
-        return Ok(Stated { quantization: Some(config), dtype });
     }
     let fits = |c: &&QuantizationConfig| {
         c.scheme.is_none_or(|scheme| quantized.iter().any(|q| q.scheme == scheme))

@@ -29,3 +29,4 @@ pub use hub::resolve;
 pub use index::INDEX;
 pub use several::Several;
 pub use shard::Shard;
+pub use text::printable;
