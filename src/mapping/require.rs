@@ -93,10 +93,19 @@ impl Scope {
         Some((layer, &name[name.len() - bindings.rest()?.len()..]))
     }
 
+    /// How many layers there are by config.json, where the mapping bounds them.
+    pub fn count(&self) -> Option<u64> {
+        self.vars.all().next().and_then(|var| self.vars.bound(var))
+    }
+
+    /// What the names of a layer begin with: `model.layers.3`.
+    pub fn layer(&self, layer: u64) -> String {
+        self.template.up_to_index(layer).unwrap_or_default()
+    }
+
     /// The name of a tensor of a layer.
     pub fn join(&self, layer: u64, name: &str) -> String {
-        let start = self.template.up_to_index(layer).unwrap_or_default();
-        format!("{start}.{name}")
+        format!("{}.{name}", self.layer(layer))
     }
 }
 

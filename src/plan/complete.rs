@@ -27,6 +27,8 @@ pub struct Completeness<'a> {
     pub allowed: &'a [Regex],
     /// What is missing and may be, in the order in which it was found.
     pub lacking: Vec<String>,
+    /// Layers of multi-token prediction that config.json names and the checkpoint has not.
+    pub absent: BTreeSet<String>,
 }
 
 impl Completeness<'_> {
@@ -47,6 +49,7 @@ impl Completeness<'_> {
         if strangers {
             return;
         }
+        self.note_absent();
         let (mapping, logical) = (self.mapping, self.logical);
         let mut known: Vec<(&Scope, Layers<'_>)> = Vec::new();
         let mut layers_of = |scope| match known.iter().position(|(s, _)| *s == scope) {
@@ -64,6 +67,19 @@ impl Completeness<'_> {
         for siblings in &mapping.siblings {
             let layers = layers_of(&siblings.scope);
             self.siblings(&siblings.scope, &layers, &siblings.may_lack, problems);
+        }
+    }
+
+    /// Notes layers that a checkpoint may lack, and lacks although config.json names them.
+    fn note_absent(&mut self) {
+        let scopes = self.mapping.requirements.iter().filter_map(|r| r.scope.as_ref());
+        for scope in scopes.filter(|s| s.count().is_some_and(|n| n > 0)) {
+            let first = scope.join(0, "x");
+            let kept =
+                self.target.is_none_or(|l| !matches!(l.take_hf(&first), Some(Taken::Drop { .. })));
+            if kept && layers_of(self.logical, scope).is_empty() {
+                self.absent.insert(scope.layer(0));
+            }
         }
     }
 
