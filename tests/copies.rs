@@ -97,16 +97,6 @@ fn a_tensor_that_the_index_does_not_list_is_not_there() {
     assert!(message.contains(why), "{message}");
 }
 
-/// Which of two copies a loader takes without an index depends on its order.
-#[test]
-fn two_copies_without_an_index_are_refused() {
-    let dir = written(&Toy::golden("qwen3-moe"));
-    overlay(dir.path(), &[("model.norm.weight", Dtype::BF16, &[64], &[0; 128])]);
-    fs::remove_file(dir.path().join(INDEX)).unwrap();
-    let message = exported(dir.path(), &[]).unwrap_err();
-    assert!(message.contains("1 tensor is in two shards: `model.norm.weight`"), "{message}");
-}
-
 /// The advice was to complete the download, though every shard was there under another count.
 #[test]
 fn an_index_of_other_shards_is_called_out_of_date() {
