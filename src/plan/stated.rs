@@ -25,7 +25,8 @@ pub fn stated(
     quantized: &[Quantized],
 ) -> Result<Stated, PlanError> {
     let dtype = usual_dtype(tensors);
-    if quantized.is_empty() {
+    // A part of a view may hold none of what was encoded.
+    if !tensors.iter().any(|t| matches!(t.body, Body::Encoded(_))) {
         return Ok(Stated { quantization: None, dtype });
     }
     if let Some(config) = original.and_then(|o| quantization_of(o.config())) {
