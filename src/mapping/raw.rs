@@ -74,7 +74,8 @@ pub(super) struct RawRequirement {
     pub(super) one_of: Vec<Vec<String>>,
     pub(super) beside: Option<String>,
     pub(super) when: Option<RawWhen>,
-    pub(super) unless: Option<String>,
+    pub(super) unless: Option<OneOrMany<String>>,
+    pub(super) layers: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

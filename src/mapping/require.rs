@@ -114,8 +114,10 @@ impl Scope {
 pub struct Requirement {
     /// The layers of which each must hold them; `None`: the model as a whole.
     pub scope: Option<Scope>,
-    /// Only layers that hold such a tensor must; `None`: all.
+    /// Only layers, or a model, that hold such a tensor must; `None`: all.
     pub beside: Option<Name>,
+    /// Only these layers must; `None`: all.
+    pub layers: Option<BTreeSet<u64>>,
     /// Sets of which one must be there, whole.
     pub one_of: Vec<Vec<Name>>,
 }
@@ -146,14 +148,21 @@ pub(super) fn is_set(value: Option<&Value>) -> bool {
     value.and_then(super::template::integer).is_some_and(|n| n > 0)
 }
 
+/// The positions of a list whose entries are true or above 0.
+fn set_entries(entries: &[Value]) -> BTreeSet<u64> {
+    (0..).zip(entries).filter(|(_, entry)| is_set(Some(entry))).map(|(i, _)| i).collect()
+}
+
 pub(super) fn requirements(
     raw: &[RawRequirement],
     config: &Lookup<'_>,
 ) -> Result<Vec<Requirement>, MappingError> {
     let mut out = Vec::new();
     for block in raw {
-        let unless = block.unless.as_ref().is_some_and(|key| is_set(config(key).as_ref()));
-        if unless || block.when.as_ref().is_some_and(|when| !holds(when, config)) {
+        let unless = block.unless.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
+        if unless.iter().any(|key| is_set(config(key).as_ref()))
+            || block.when.as_ref().is_some_and(|when| !holds(when, config))
+        {
             continue;
         }
         let names = block.names.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
@@ -165,9 +174,16 @@ pub(super) fn requirements(
         if names.is_empty() == block.one_of.is_empty() {
             return fail("a requirement has `names` or `one-of`");
         }
-        if block.beside.is_some() && block.scope.is_none() {
-            return fail("`beside` needs a `scope`");
+        if block.layers.is_some() && block.scope.is_none() {
+            return fail("`layers` needs a `scope`");
         }
+        let layers = match &block.layers {
+            Some(key) => match config(key) {
+                Some(Value::Array(entries)) => Some(set_entries(&entries)),
+                Some(_) | None => continue,
+            },
+            None => None,
+        };
         let scopes = block.scope.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
         let scopes: Vec<Option<&String>> =
             if scopes.is_empty() { vec![None] } else { scopes.iter().map(Some).collect() };
@@ -176,6 +192,7 @@ pub(super) fn requirements(
             let sets = sets.chain((!names.is_empty()).then_some(names));
             out.push(Requirement {
                 scope: scope.map(|text| Scope::parse(text, config)).transpose()?,
+                layers: layers.clone(),
                 beside: block.beside.as_ref().map(|text| Name::parse(text, config)).transpose()?,
                 one_of: sets.map(|set| Name::parse_all(set, config)).collect::<Result<_, _>>()?,
             });
