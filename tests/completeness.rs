@@ -32,14 +32,13 @@ fn matrix_of(name: &str, names: &BTreeSet<&str>) -> String {
 
 /// Numbers of layers and blocks as `N`.
 fn folded(name: &str) -> String {
-    let mut after = "";
-    let fold = |part| {
-        let is_layer = matches!(after, "layers" | "blocks" | "mtp" | "deepstack_merger_list")
-            && part.bytes().all(|b| b.is_ascii_digit());
-        after = part;
-        if is_layer { "N" } else { part }
+    let parts: Vec<&str> = name.split('.').collect();
+    let of_layer = |i: usize| {
+        let counted = ["layers", "blocks", "mtp", "deepstack_merger_list"];
+        i > 0 && counted.contains(&parts[i - 1]) && parts[i].parse::<u64>().is_ok()
     };
-    name.split('.').map(fold).collect::<Vec<_>>().join(".")
+    let fold = |i: usize| if of_layer(i) { "N" } else { parts[i] };
+    (0..parts.len()).map(fold).collect::<Vec<_>>().join(".")
 }
 
 /// What each family may lack: its MTP layers share the model's embedding and head or have no sinks,
