@@ -144,6 +144,17 @@ fn a_plain_view_states_no_quantization() {
     }
 }
 
+/// A part of a quantized view that holds nothing quantized said that it was.
+#[test]
+fn a_part_without_quantized_tensors_states_no_quantization() {
+    let toy = Toy::in_layout("deepseek-v3", LayoutName::Native);
+    for (part, states) in [(".*norm.*", false), (".*norm.*|.*o_proj.*", true)] {
+        let view = view(&toy, &[&BACK[..], &["--include", part]].concat());
+        let config = config_of(view.path());
+        assert_eq!(config.get("quantization_config").is_some(), states, "{part}");
+    }
+}
+
 /// Loaders read some of these files before config.json.
 #[test]
 fn files_that_state_a_quantization_are_left_out() {

@@ -124,17 +124,16 @@ impl Plan {
             plain_dtypes: &facets.plain_dtypes,
             problems: Problems::default(),
         };
+        // A part of a view may hold none of what is quantized.
+        let is_quantized = facets.tensors.iter().any(|f| options.selects(&f.name));
         let mut directories = layer.directories(&targets, to, options)?;
         layer.add_facets(facets.tensors, options, &mut directories)?;
         let Layers { tensors, problems, .. } = layer;
         problems.finish()?;
         let original = options.quantize.as_ref().and_then(|q| q.original.clone());
         let quantized = facets.quantized;
-        let like = match (stored, quantized.is_empty()) {
-            (true, _) => Some(checkpoint),
-            (false, empty) => original.as_deref().filter(|_| !empty),
-        };
-        let stated = stated(like, mapping, &targets, &tensors, &quantized)?;
+        let like = if stored { Some(checkpoint) } else { original.as_deref() };
+        let stated = stated(is_quantized, like, mapping, &targets, &tensors, &quantized)?;
         let parts = SummaryParts {
             mapping,
             from,

@@ -13,12 +13,13 @@ use crate::mapping::{QuantizationConfig, Resolved};
 use crate::source::{Checkpoint, Config};
 use crate::tensor::Float;
 
-/// What config.json says of a view of these tensors, of which `quantized` are encoded; `like` is the
-/// checkpoint whose scheme and scales they have.
+/// What config.json says of a view of these tensors: whether one of them is part of a quantized
+/// matrix, `like` which checkpoint, and else by the encodings of `quantized`.
 ///
 /// # Errors
 /// Where neither the original nor the mapping says what `quantization_config` is.
 pub fn stated(
+    is_quantized: bool,
     like: Option<&Checkpoint>,
     mapping: &Resolved,
     targets: &[Target],
@@ -26,11 +27,11 @@ pub fn stated(
     quantized: &[Quantized],
 ) -> Result<Stated, PlanError> {
     let dtype = usual_dtype(tensors);
+    if !is_quantized {
+        return Ok(Stated { quantization: None, dtype });
+    }
     if let Some(config) = like.and_then(|like| quantization_of(like.config())) {
         return Ok(Stated { quantization: Some(config), dtype });
-    }
-    if quantized.is_empty() {
-        return Ok(Stated { quantization: None, dtype });
     }
     let fits = |c: &&QuantizationConfig| {
         c.scheme.is_none_or(|scheme| quantized.iter().any(|q| q.scheme == scheme))

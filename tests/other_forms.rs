@@ -1,0 +1,224 @@
+//! Forms in which other tools save the same model: the same bits, or refused.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::toy::{Toy, ToyTensor};
+use common::{FAMILIES, Tensor, tensors_of_engine};
+use mount_ckpt::mapping::LayoutName;
+use mount_ckpt::plan::PlanOptions;
+use safetensors::Dtype;
+
+const LAYOUTS: [LayoutName; 3] = [LayoutName::Hf, LayoutName::Native, LayoutName::Transformers];
+
+fn view(toy: &Toy, layout: LayoutName) -> Result<BTreeMap<String, Tensor>, String> {
+    let options = PlanOptions { to: Some(layout), ..PlanOptions::default() };
+    toy.mount(&options, |_| {}).map(|mounted| tensors_of_engine(&mounted.engine))
+}
+
+fn assert_same_views(family: &str, one: &Toy, other: &Toy, layouts: &[LayoutName]) {
+    for layout in layouts {
+        let [a, b] = [one, other]
+            .map(|toy| view(toy, *layout).unwrap_or_else(|e| panic!("{family} {layout}: {e}")));
+        assert!(a.keys().eq(b.keys()), "{family} {layout}");
+        for (name, tensor) in &a {
+            assert!(b[name] == *tensor, "{family} {layout} `{name}`");
+        }
+    }
+}
+
+/// Exchanges the last two axes.
+fn transposed(tensor: &ToyTensor) -> ToyTensor {
+    let [outer @ .., rows, cols] = &tensor.shape[..] else { panic!("{:?}", tensor.shape) };
+    let width = tensor.bytes.len() / tensor.shape.iter().product::<usize>();
+    let mut bytes = Vec::with_capacity(tensor.bytes.len());
+    for plane in tensor.bytes.chunks(rows * cols * width) {
+        for (col, row) in (0..*cols).flat_map(|c| (0..*rows).map(move |r| (c, r))) {
+            bytes.extend(&plane[(row * cols + col) * width..][..width]);
+        }
+    }
+    let shape = [outer, &[*cols, *rows]].concat();
+    ToyTensor { dtype: tensor.dtype, shape, bytes, shard: tensor.shard }
+}
+
+fn is_expert(name: &str, tensor: &ToyTensor) -> bool {
+    name.contains(".experts.") && tensor.shape.len() >= 2 && !name.ends_with("bias")
+}
+
+/// Experts stacked the other way round were cut along the wrong axis and served.
+#[test]
+fn experts_that_lie_the_other_way_round_are_refused() {
+    // The toys of the other two families have square experts.
+    let families = FAMILIES.iter().filter(|f| !["deepseek-v3", "minimax-m2"].contains(f));
+    for family in families {
+        for layout in LAYOUTS {
+            let toy = match layout {
+                LayoutName::Hf => plain(family),
+                LayoutName::Native | LayoutName::Transformers => Toy::in_layout(family, layout),
+            };
+            // Transposed as a whole, Qwen3-VL's published experts are those of transformers.
+            let sets: &[&str] =
+                if *family == "qwen3-vl-moe" { &["down", "up"] } else { &["", "down", "up"] };
+            for set in sets {
+                let mut turned = toy.clone();
+                let mine = |n: &str| match *set {
+                    "" => true,
+                    "down" => n.contains("down_proj") || n.contains(".w2."),
+                    _ => !n.contains("down_proj") && !n.contains(".w2."),
+                };
+                for (name, tensor) in &mut turned.tensors {
+                    if is_expert(name, tensor) && mine(name) {
+                        *tensor = transposed(tensor);
+                    }
+                }
+                for to in LAYOUTS {
+                    let message = view(&turned, to).err();
+                    let message = message.unwrap_or_else(|| panic!("{family} {layout} {set} {to}"));
+                    assert!(message.contains("shape") || message.contains("layout"), "{message}");
+                }
+            }
+        }
+    }
+}
+
+/// A published checkpoint whose weights are plain.
+fn plain(family: &'static str) -> Toy {
+    let mut toy = Toy::golden(family);
+    toy.tensors = view(&toy, LayoutName::Hf)
+        .unwrap()
+        .into_iter()
+        .map(|(name, (dtype, shape, bytes))| {
+            (name, ToyTensor { dtype: common::dtype_of(&dtype), shape, bytes, shard: 0 })
+        })
+        .collect();
+    toy
+}
+
+/// config.json of transformers 5 has `num_local_experts` where the release has `num_experts`.
+#[test]
+fn a_key_that_was_renamed_is_read_too() {
+    for (family, place) in [("qwen3-moe", ""), ("qwen3-vl-moe", "/text_config")] {
+        let toy = Toy::golden(family);
+        let mut renamed = toy.clone();
+        let object = renamed.config.pointer_mut(place).unwrap().as_object_mut().unwrap();
+        let count = object.remove("num_experts").unwrap();
+        object.insert("num_local_experts".to_owned(), count);
+        assert_same_views(family, &toy, &renamed, &LAYOUTS);
+    }
+}
+
+/// Block scales that compressed-tensors and Quark name `weight_scale` were refused.
+#[test]
+fn scales_under_their_other_names_are_the_same_scales() {
+    for family in ["deepseek-v3", "mimo-v2-flash", "minimax-m2"] {
+        let toy = Toy::golden(family);
+        let mut other = toy.clone();
+        other.rename_all(".weight_scale_inv", ".weight_scale");
+        assert_same_views(family, &toy, &other, &LAYOUTS);
+    }
+    for family in ["deepseek-v4-flash", "deepseek-v4-base"] {
+        for name in [".weight_scale_inv", ".weight_scale"] {
+            let toy = Toy::golden(family);
+            let mut other = toy.clone();
+            let scales: Vec<String> = toy
+                .tensors
+                .keys()
+                .filter_map(|n| n.strip_suffix(".scale").map(str::to_owned))
+                .filter(|m| toy.tensors.contains_key(&format!("{m}.weight")))
+                .collect();
+            assert_eq!(scales.len(), 89);
+            for module in scales {
+                other.rename(&format!("{module}.scale"), &format!("{module}{name}"));
+            }
+            assert_same_views(family, &toy, &other, &LAYOUTS);
+        }
+    }
+}
+
+/// Files from before safetensors had E8M0 hold the same bytes as U8; such scales were refused.
+#[test]
+fn powers_of_two_may_be_bytes() {
+    for family in ["deepseek-v3", "deepseek-v4-base", "mimo-v2-flash", "minimax-m2"] {
+        let mut powers = Toy::golden(family);
+        let weights: Vec<String> = powers
+            .tensors
+            .iter()
+            .filter(|(_, t)| t.dtype == Dtype::F8_E4M3)
+            .map(|(n, _)| n.clone())
+            .collect();
+        let mut bytes = powers.clone();
+        let mut floats = powers.clone();
+        for weight in weights {
+            let spelled = [format!("{weight}_scale_inv"), weight.replace(".weight", ".scale")];
+            let scale = spelled.iter().find(|s| powers.tensors.contains_key(*s)).unwrap();
+            let n = powers.tensors[scale].bytes.len() / 4;
+            // Between 2^-7 and 2^8, another for each block.
+            let codes: Vec<u8> = (0..n).map(|i| 120 + u8::try_from(i % 16).unwrap()).collect();
+            let values: Vec<u8> = codes
+                .iter()
+                .flat_map(|c| f32::from_bits(u32::from(*c) << 23).to_le_bytes())
+                .collect();
+            for (toy, dtype, bytes) in [
+                (&mut powers, Dtype::F8_E8M0, &codes),
+                (&mut bytes, Dtype::U8, &codes),
+                (&mut floats, Dtype::F32, &values),
+            ] {
+                let tensor = toy.tensor(scale);
+                tensor.dtype = dtype;
+                tensor.bytes.clone_from(bytes);
+            }
+        }
+        assert_same_views(family, &floats, &powers, &LAYOUTS);
+        assert_same_views(family, &floats, &bytes, &LAYOUTS);
+    }
+}
+
+/// Copies of V4 with every name below `model.` were refused.
+#[test]
+fn names_of_v4_may_stand_below_model() {
+    for family in ["deepseek-v4-flash", "deepseek-v4-base"] {
+        let toy = Toy::golden(family);
+        for mtp in ["mtp.0.", "layers.4."] {
+            let mut below = toy.clone();
+            let tensors = std::mem::take(&mut below.tensors).into_iter();
+            below.tensors = tensors
+                .map(|(name, t)| (format!("model.{}", name.replace("mtp.0.", mtp)), t))
+                .collect();
+            assert_same_views(family, &toy, &below, &LAYOUTS);
+        }
+    }
+}
+
+/// Qwen3-VL-MoE saved with a tensor for each expert was refused.
+#[test]
+fn experts_that_a_release_stacks_may_stand_apart() {
+    let toy = Toy::golden("qwen3-vl-moe");
+    let mut apart = toy.clone();
+    for layer in 0..2 {
+        let start = format!("model.language_model.layers.{layer}.mlp.experts");
+        for (stacked, names) in
+            [("gate_up_proj", &["gate_proj", "up_proj"][..]), ("down_proj", &["down_proj"])]
+        {
+            let tensor = apart.tensors.remove(&format!("{start}.{stacked}")).unwrap();
+            // [experts, in, out] becomes [out, in] for each, gate before up.
+            let turned = transposed(&tensor);
+            let [experts, rows, cols] = turned.shape[..] else { panic!() };
+            let rows = rows / names.len();
+            let parts = turned.bytes.chunks(rows * cols * 2).enumerate();
+            for (i, bytes) in parts {
+                let (expert, name) = (i / names.len(), names[i % names.len()]);
+                let part = ToyTensor {
+                    dtype: turned.dtype,
+                    shape: vec![rows, cols],
+                    bytes: bytes.to_vec(),
+                    shard: expert % 3,
+                };
+                apart.tensors.insert(format!("{start}.{expert}.{name}.weight"), part);
+            }
+            assert_eq!(experts, 4);
+        }
+    }
+    let layouts = [LayoutName::Native, LayoutName::Transformers];
+    assert_same_views("qwen3-vl-moe", &toy, &apart, &layouts);
+}
