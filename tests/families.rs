@@ -146,27 +146,31 @@ fn fp8_release_of_qwen3_moe() {
     };
     let (mut config, tensors) = published("minimax-m2");
     config["model_type"] = json!("qwen3_moe");
-    config["num_experts"] = config["num_local_experts"].clone();
+    config["moe_intermediate_size"] = config["intermediate_size"].clone();
     let dir = directory(&config, &renamed(&tensors, name));
     let golden = tensors_of(&golden("minimax-m2").join("native.safetensors"));
     assert_same(&native("qwen3-moe", dir.path()), &renamed(&golden, name), Zeros::Signed);
 }
 
+/// GLM-4.5-FP8 and its kin: one scale for each row, under a name of its own. They were refused.
 #[test]
-fn fp8_release_of_glm_with_a_scale_a_row_is_refused() {
+fn fp8_release_of_glm_has_a_scale_for_each_row() {
     let (config, mut tensors) = published("glm4-moe");
-    let payload = ("F8_E4M3".to_owned(), vec![64, 64], vec![0; 64 * 64]);
-    tensors.insert("model.layers.0.mlp.up_proj.weight".to_owned(), payload);
-    tensors.insert("model.layers.0.mlp.up_proj.weight_scale".to_owned(), f32s(&[64, 1]));
+    let name = "model.layers.0.mlp.up_proj.weight";
+    // 0x38 + n is 1 + n / 8 for n below 8; row r has the scale r + 1.
+    let codes: Vec<u8> = (0..64 * 64).map(|i| 0x38 + i as u8 % 8).collect();
+    let scales = (1..=64u8).flat_map(|r| f32::from(r).to_le_bytes()).collect();
+    tensors.insert(name.to_owned(), ("F8_E4M3".to_owned(), vec![64, 64], codes));
+    let scale = ("F32".to_owned(), vec![64, 1], scales);
+    tensors.insert("model.layers.0.mlp.up_proj.weight_scale".to_owned(), scale);
     let dir = directory(&config, &tensors);
-    let message = plan("glm4-moe", dir.path(), &PlanOptions::default()).unwrap_err().to_string();
-    assert_eq!(
-        message,
-        "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
-         `model.layers.0.mlp.up_proj.weight_scale`; 1 missing scale: \
-         `model.layers.0.mlp.up_proj.weight_scale_inv` (for `model.layers.0.mlp.up_proj.weight`, \
-         which is F8_E4M3)"
-    );
+    let (dtype, shape, bytes) = &native("glm4-moe", dir.path())[name];
+    assert_eq!((dtype.as_str(), &**shape), ("BF16", &[64, 64][..]));
+    for (i, pair) in bytes.chunks(2).enumerate() {
+        let expected = (1.0 + (i % 8) as f32 / 8.0) * (i / 64 + 1) as f32;
+        let expected = half::bf16::from_f32(expected).to_le_bytes();
+        assert_eq!(pair, expected, "element {i}");
+    }
 }
 
 #[test]

@@ -85,11 +85,12 @@ impl Scheme {
             Float::BF16 => ScaleCode::BF16,
             Float::F16 => ScaleCode::F16,
         });
-        let powers = (dtype == DType::F8E8M0).then_some(ScaleCode::E8M0);
+        // Files from before safetensors had F8_E8M0 hold the same bytes as U8.
+        let powers = matches!(dtype, DType::F8E8M0 | DType::U8).then_some(ScaleCode::E8M0);
         match self {
             Scheme::Fp8 | Scheme::Fp4 => floats.or(powers),
             Scheme::Int4 => floats,
-            Scheme::Mxfp4 => powers.or((dtype == DType::U8).then_some(ScaleCode::E8M0)),
+            Scheme::Mxfp4 => powers,
         }
     }
 

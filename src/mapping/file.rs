@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use super::layout::{
-    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, WayBack,
+    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, Side, WayBack,
 };
 use super::raw::{
     OneOrMany, RawConcat, RawEncoding, RawInterleave, RawLayout, RawMapping, RawOp,
-    RawQuantization, RawRotary, RawRow, RawScope, RawSplit, RawStack, RawWord,
+    RawQuantization, RawRotary, RawRow, RawScope, RawSide, RawSplit, RawStack, RawWord,
 };
 use super::require::{holds, is_set, requirements, siblings};
 use super::template::{ConfigKey, RawTemplate, Variables};
@@ -415,9 +415,11 @@ fn resolved_row(
         ops,
         stack,
         hf_shape,
-        hf_shape_keys: raw.hf_shape.clone().unwrap_or_default(),
         hf_dtype,
-        alternative: raw.alternative,
+        reads: raw.reads.map(|side| match side {
+            RawSide::Hf => Side::Hf,
+            RawSide::To => Side::To,
+        }),
         grouped: raw.grouped,
         expert_axis: raw.grouped || raw.expert_axis,
         text,

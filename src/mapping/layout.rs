@@ -187,7 +187,7 @@ pub enum Row {
 
 /// The two sides of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
+pub enum Side {
     /// The checkpoint's names.
     Hf,
     /// The layout's names.
@@ -197,9 +197,7 @@ enum Side {
 impl Row {
     fn templates(&self, side: Side) -> &[NameTemplate] {
         match (self, side) {
-            (Row::Map(rule), Side::Hf) => &rule.hf,
-            (Row::Map(rule), Side::To) if rule.alternative => &[],
-            (Row::Map(rule), Side::To) => &rule.to,
+            (Row::Map(rule), side) => rule.names(side),
             (Row::Drop { hf, .. }, Side::Hf) => hf.as_slice(),
             (Row::Drop { to, .. }, Side::To) => to.as_slice(),
         }
@@ -226,12 +224,10 @@ pub struct Rule {
     pub stack: Option<Var>,
     /// Extents of every part, where the mapping states them.
     pub hf_shape: Option<Vec<u64>>,
-    /// The keys of config.json that give these extents.
-    pub hf_shape_keys: Vec<String>,
     /// Dtype of the parts in published checkpoints, where the mapping states it.
     pub hf_dtype: Option<DType>,
-    /// Whether another rule gives the same layout tensors, which the way back follows.
-    pub alternative: bool,
+    /// The side whose names are only read, where another rule writes them: a second spelling.
+    pub reads: Option<Side>,
     /// Whether these are expert weights, which always have the output dtype.
     pub grouped: bool,
     /// Whether the layout's first axis counts experts.
@@ -255,6 +251,15 @@ impl Rule {
             return fail("`hf` and `to` have different variables");
         }
         Ok(())
+    }
+
+    /// The names that the rule takes on a side; none on the side opposite to what it only reads.
+    fn names(&self, side: Side) -> &[NameTemplate] {
+        match (self.reads, side) {
+            (None | Some(Side::Hf), Side::Hf) => &self.hf,
+            (None | Some(Side::To), Side::To) => &self.to,
+            (Some(Side::Hf), Side::To) | (Some(Side::To), Side::Hf) => &[],
+        }
     }
 
     /// Whether the rule leaves names and values as they are.
@@ -359,16 +364,16 @@ pub struct Layout {
 impl Layout {
     /// What becomes of a checkpoint tensor; `None` where no rule names it.
     pub fn take_hf(&self, name: &str) -> Option<Taken<'_>> {
-        self.take(name, |rule| &rule.hf, |hf, _| hf)
+        self.take(name, |rule| rule.names(Side::Hf), |hf, _| hf)
     }
 
     /// What becomes of a tensor of the layout; `None` where no rule names it.
     pub fn take_to(&self, name: &str) -> Option<Taken<'_>> {
-        self.take(name, |rule| if rule.alternative { &[] } else { &rule.to }, |_, to| to)
+        self.take(name, |rule| rule.names(Side::To), |_, to| to)
     }
 
-    /// As [`Layout::take_to`], by an alternative rule where that one's checkpoint names are the
-    /// ones that `published` knows.
+    /// As [`Layout::take_to`], by a rule that else only reads the checkpoint's names, where those
+    /// are the ones that `published` knows.
     pub fn take_to_as(&self, name: &str, published: impl Fn(&str) -> bool) -> Option<Taken<'_>> {
         let known = |rule: &Rule, bindings: &Bindings| {
             rule.part_name(0, rule.stack.map(|_| 0), bindings).is_some_and(|n| published(&n))
@@ -381,7 +386,7 @@ impl Layout {
         }
         let alternative = self.rows.iter().enumerate().find_map(|(row, line)| {
             let Row::Map(rule) = line else { return None };
-            let mut names = rule.to.iter().enumerate().filter(|_| rule.alternative);
+            let mut names = rule.to.iter().enumerate().filter(|_| rule.reads == Some(Side::Hf));
             let (part, bindings) =
                 names.find_map(|(part, t)| Some((part, t.bind(name, &rule.vars)?)))?;
             known(rule, &bindings).then_some(Taken::Map { row, rule, part, bindings })
@@ -440,6 +445,13 @@ impl Layout {
             };
             let ends =
                 [Bindings::sample(vars, |_| 0, "\u{1}"), Bindings::sample(vars, last, "\u{1}")];
+            // A layer that a config.json gives to a rule that drops is no mistake of the mapping.
+            let earlier = || {
+                self.rows[..at].iter().filter(|row| match row {
+                    Row::Map(_) => true,
+                    Row::Drop { vars, .. } => vars.all().all(|v| vars.bound(v).is_none()),
+                })
+            };
             for (side, why) in [
                 (Side::Hf, "can never match, an earlier rule takes all its names"),
                 (Side::To, "can never match on the way back, an earlier rule takes all its names"),
@@ -447,7 +459,7 @@ impl Layout {
                 let names = row.templates(side);
                 let mut samples =
                     ends.iter().flat_map(|b| names.iter().filter_map(|t| t.format(b, vars)));
-                let taken = |name: String| self.rows[..at].iter().any(|r| r.takes(side, &name));
+                let taken = |name: String| earlier().any(|r| r.takes(side, &name));
                 let unbound = samples.clone().next().is_none();
                 if !unbound && samples.all(taken) {
                     return Err(MappingError::rule(text, why));

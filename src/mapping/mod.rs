@@ -13,7 +13,8 @@ mod template;
 
 pub use file::{Mapping, ModelName, shipped};
 pub use layout::{
-    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, Taken, WayBack,
+    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, Side, Taken,
+    WayBack,
 };
 pub use op::{Assembled, Op, OpError, Piece, assemble, disassembled_shape};
 pub use require::{Name, Requirement, Scope, Siblings};

@@ -116,8 +116,7 @@ pub(super) struct RawRow {
     pub(super) expert_axis: bool,
     pub(super) hf_shape: Option<Vec<String>>,
     pub(super) hf_dtype: Option<String>,
-    #[serde(default)]
-    pub(super) alternative: bool,
+    pub(super) reads: Option<RawSide>,
     pub(super) drop: Option<String>,
     pub(super) unless: Option<String>,
     pub(super) scope: Option<RawScope>,
@@ -136,10 +135,17 @@ impl RawRow {
         !self.ops.is_empty()
             || self.grouped
             || self.expert_axis
-            || self.alternative
+            || self.reads.is_some()
             || self.hf_shape.is_some()
             || self.hf_dtype.is_some()
     }
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum RawSide {
+    Hf,
+    To,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, HashSet};
 use super::group::{self, Group, Groups};
 use super::matrix::Matrix;
 use super::problems::{Problem, Problems};
+use super::wholes::Whole;
 use super::{Fragment, MatrixId};
 use crate::mapping::{Assembled, Bindings, Layout, Resolved, Rule, Taken};
-use crate::source::Checkpoint;
 use crate::tensor::{BoxMap, DType, coalesce};
 
 /// A tensor of the checkpoint's own naming, wherever its elements are.
@@ -43,30 +43,24 @@ pub type LogicalTensors = BTreeMap<String, Logical>;
 /// A source matrix that no rule takes, for the user to decide on.
 pub type Leftover = MatrixId;
 
-fn id(i: usize) -> MatrixId {
-    MatrixId(u32::try_from(i).expect("the source numbers its tensors with 32 bits"))
-}
-
 /// Logical tensors of a source that is in the published layout.
 pub fn from_published(
-    matrices: &[Matrix],
-    checkpoint: &Checkpoint,
+    wholes: &[Whole<'_>],
     mapping: &Resolved,
     problems: &mut Problems,
 ) -> LogicalTensors {
     let mut logical = LogicalTensors::new();
-    for (i, matrix) in matrices.iter().enumerate() {
-        let name = mapping.canonical(&matrix.name).unwrap_or_else(|| matrix.name.to_string());
-        let shape = matrix.logical_dims();
-        let parts = vec![(id(i), matrix.logical_map())];
+    for whole in wholes {
+        let name = mapping.canonical(whole.name).unwrap_or_else(|| whole.name.to_owned());
         match logical.entry(name) {
             Entry::Vacant(entry) => {
-                entry.insert(Logical { shape, parts });
+                entry.insert(Logical { shape: whole.shape.clone(), parts: whole.parts.clone() });
             }
             Entry::Occupied(entry) => {
-                let first = &matrices[entry.get().parts[0].0.index()];
-                let stored = |m: &Matrix| &*checkpoint.tensor(m.payload).name;
-                let what = format!("`{}` and `{}`", stored(first), stored(matrix));
+                let first = entry.get().parts[0].0;
+                let first = wholes.iter().find(|w| w.parts.iter().any(|(m, _)| *m == first));
+                let first = first.map_or(whole.stored, |w| w.stored);
+                let what = format!("`{first}` and `{}`", whole.stored);
                 problems.explain(Problem::SameName, entry.key(), what);
             }
         }
@@ -78,76 +72,75 @@ pub fn from_published(
 ///
 /// Where there are several published forms they are those of `original`, else the usual ones.
 pub fn from_layout(
-    matrices: &[Matrix],
+    wholes: &[Whole<'_>],
     layout: &Layout,
     original: Option<&[Matrix]>,
     dropped: &mut Dropped,
     leftovers: &mut Vec<Leftover>,
     problems: &mut Problems,
 ) -> LogicalTensors {
-    type Slots = Vec<Option<MatrixId>>;
-    let mut groups: BTreeMap<(usize, Bindings), (&Rule, Slots)> = BTreeMap::new();
+    type Slots<'w> = Vec<Option<&'w Whole<'w>>>;
+    let mut groups: BTreeMap<(usize, Bindings), (&Rule, Slots<'_>)> = BTreeMap::new();
     let published: HashSet<&str> = original.into_iter().flatten().map(|m| &*m.name).collect();
-    for (i, matrix) in matrices.iter().enumerate() {
-        match layout.take_to_as(&matrix.name, |name| published.contains(name)) {
+    for whole in wholes {
+        match layout.take_to_as(whole.name, |name| published.contains(name)) {
             Some(Taken::Map { row, rule, part, bindings }) => {
                 let slots = groups
                     .entry((row, bindings))
                     .or_insert_with(|| (rule, vec![None; rule.to.len()]));
-                slots.1[part] = Some(id(i));
+                slots.1[part] = Some(whole);
             }
             Some(Taken::Drop { reason }) => *dropped.entry(reason.to_owned()).or_default() += 1,
-            None => leftovers.push(id(i)),
+            None => leftovers.extend(whole.parts.iter().map(|(m, _)| *m)),
         }
     }
-    let mut logical = LogicalTensors::new();
+    let mut logical: BTreeMap<String, (Logical, &str)> = BTreeMap::new();
     for ((_, bindings), (rule, slots)) in groups {
         let name = |j: usize| rule.to[j].format(&bindings, &rule.vars).unwrap_or_default();
-        let Some(ids) = all_there(&slots, name, problems) else { continue };
-        let Some((shape, tensors)) = taken_apart(rule, &ids, matrices, problems) else {
+        let Some(sources) = all_there(&slots, name, problems) else { continue };
+        let Some((shape, tensors)) = taken_apart(rule, &sources, problems) else {
             problems.refuse_matrix(name(0));
             continue;
         };
         let mut parts: BTreeMap<String, Logical> = BTreeMap::new();
-        for (tensor, m) in tensors.into_iter().zip(&ids) {
-            let of_matrix = matrices[m.index()].logical_map();
+        for (tensor, whole) in tensors.into_iter().zip(&sources) {
             for piece in tensor.pieces {
                 let Some(name) = rule.part_name(piece.part, piece.stacked, &bindings) else {
                     continue;
                 };
                 let empty = || Logical { shape: shape.clone(), parts: Vec::new() };
-                let map = piece.map.inverse().after(&of_matrix).map(|map| (*m, map));
-                parts.entry(name).or_insert_with(empty).parts.extend(map);
+                let from_whole = piece.map.inverse();
+                let maps = whole
+                    .parts
+                    .iter()
+                    .filter_map(|(m, of_matrix)| from_whole.after(of_matrix).map(|map| (*m, map)));
+                parts.entry(name).or_insert_with(empty).parts.extend(maps);
             }
         }
         for (name, part) in parts {
             match logical.entry(name) {
                 Entry::Vacant(entry) => {
-                    entry.insert(part);
+                    entry.insert((part, sources[0].name));
                 }
                 Entry::Occupied(entry) => {
-                    let source = |l: &Logical| {
-                        l.parts.first().map_or("", |(m, _)| &*matrices[m.index()].name)
-                    };
-                    let [a, b] = [entry.get(), &part].map(source);
-                    problems.explain(Problem::SameName, entry.key(), format!("`{a}` and `{b}`"));
+                    let what = format!("`{}` and `{}`", entry.get().1, sources[0].name);
+                    problems.explain(Problem::SameName, entry.key(), what);
                 }
             }
         }
     }
-    logical
+    logical.into_iter().map(|(name, (tensor, _))| (name, tensor)).collect()
 }
 
 /// Shape of the parts of a layout's tensors, and which of their elements are whose.
 fn taken_apart(
     rule: &Rule,
-    ids: &[MatrixId],
-    matrices: &[Matrix],
+    sources: &[&Whole<'_>],
     problems: &mut Problems,
 ) -> Option<(Vec<u64>, Vec<Assembled>)> {
-    let shapes: Vec<Vec<u64>> = ids.iter().map(|m| matrices[m.index()].logical_dims()).collect();
+    let shapes: Vec<Vec<u64>> = sources.iter().map(|w| w.shape.clone()).collect();
     let mut refuse = |j: usize, what: String| {
-        problems.explain(Problem::RuleShape, &matrices[ids[j].index()].name, what);
+        problems.explain(Problem::RuleShape, sources[j].name, what);
         None
     };
     if let Some(j) = empty_part(rule, &shapes) {
@@ -162,18 +155,12 @@ fn taken_apart(
         Err(error) => return refuse(0, error.to_string()),
     };
     if let Some(expected) = rule.hf_shape.as_ref().filter(|e| **e != shape) {
-        let keys = keys_of(rule);
-        return refuse(0, format!("expected parts of {expected:?}{keys}, got {shape:?}"));
+        return refuse(0, format!("expected parts of {expected:?}, got {shape:?}"));
     }
-    match (0..ids.len()).find(|&j| tensors[j].shape != shapes[j]) {
+    match (0..sources.len()).find(|&j| tensors[j].shape != shapes[j]) {
         Some(j) => refuse(j, format!("expected {:?}, got {:?}", tensors[j].shape, shapes[j])),
         None => Some((shape, tensors)),
     }
-}
-
-/// Where a rule's shape of parts comes from, for a message.
-pub(super) fn keys_of(rule: &Rule) -> String {
-    format!(" (config.json: {})", rule.hf_shape_keys.join(", "))
 }
 
 /// Target tensors of a grouped layout, assembled from logical tensors.
@@ -252,11 +239,11 @@ pub(super) fn empty_part<S: AsRef<[u64]>>(rule: &Rule, shapes: &[S]) -> Option<u
     shapes.iter().position(|s| s.as_ref().contains(&0))
 }
 
-fn all_there(
-    slots: &[Option<MatrixId>],
+fn all_there<'w>(
+    slots: &[Option<&'w Whole<'w>>],
     missing: impl Fn(usize) -> String,
     problems: &mut Problems,
-) -> Option<Vec<MatrixId>> {
+) -> Option<Vec<&'w Whole<'w>>> {
     for j in (0..slots.len()).filter(|&j| slots[j].is_none()) {
         problems.add(Problem::MissingPart, &missing(j));
     }

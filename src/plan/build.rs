@@ -7,12 +7,13 @@ use super::companions;
 use super::complete::Completeness;
 use super::detect::source_layout;
 use super::directories::{Layers, natural_key, refuse_uncastable};
-use super::matrix::{Matrix, ScaleReading};
+use super::matrix::ScaleReading;
 use super::options::{PlanOptions, Unmapped};
 use super::problems::{PlanError, Problem, Problems};
 use super::quantize::{self, Facets, Original};
 use super::show::{Summary, SummaryParts};
 use super::stated::stated;
+use super::wholes::{Whole, wholes};
 use super::{Plan, sources};
 use crate::mapping::{LayoutName, Resolved};
 use crate::source::Checkpoint;
@@ -30,7 +31,8 @@ impl Plan {
         let mut problems = Problems::default();
         let grouped = sources::matrices(checkpoint, mapping, options.scale_reading, &mut problems)?;
         let matrices = grouped.list;
-        let from = source_layout(&matrices, checkpoint, mapping)?;
+        let wholes = wholes(&matrices, checkpoint, &mut problems);
+        let from = source_layout(&wholes, &matrices, checkpoint, mapping)?;
         let to = options.to.unwrap_or(match from {
             LayoutName::Hf => LayoutName::Native,
             LayoutName::Native | LayoutName::Transformers => LayoutName::Hf,
@@ -54,9 +56,9 @@ impl Plan {
         let mut dropped = Dropped::new();
         let mut leftovers: Vec<Leftover> = Vec::new();
         let logical = match source {
-            None => assemble::from_published(&matrices, checkpoint, mapping, &mut problems),
+            None => assemble::from_published(&wholes, mapping, &mut problems),
             Some(layout) => assemble::from_layout(
-                &matrices,
+                &wholes,
                 layout,
                 original.as_ref().map(|o| &o.matrices[..]),
                 &mut dropped,
@@ -64,21 +66,25 @@ impl Plan {
                 &mut problems,
             ),
         };
-        let allowed = &options.allow_missing[..];
-        let lacking = Vec::new();
-        let mut completeness =
-            Completeness { logical: &logical, mapping, source, target, allowed, lacking };
-        completeness.check(&mut problems);
-        let lacking = completeness.lacking;
-        companions::check_config(checkpoint.config(), &matrices, &mut problems);
         let mut targets = match target {
-            None => assemble::to_published(logical, mapping, source.is_some(), &mut leftovers),
+            None => Vec::new(),
             Some(layout) => {
                 assemble::to_layout(&logical, layout, &mut dropped, &mut leftovers, &mut problems)
             }
         };
-        let unmapped =
-            unmapped(&leftovers, &matrices, options.unmapped, &mut targets, &mut problems);
+        let published = |name: &str| mapping.layouts().any(|l| l.take_hf(name).is_some());
+        let strangers = options.unmapped == Unmapped::Refuse
+            && (!leftovers.is_empty() || target.is_none() && !logical.keys().all(|n| published(n)));
+        let allowed = &options.allow_missing[..];
+        let mut completeness =
+            Completeness { logical: &logical, mapping, source, target, allowed, lacking: vec![] };
+        completeness.check(strangers, &mut problems);
+        let lacking = completeness.lacking;
+        companions::check_config(checkpoint.config(), &matrices, &mut problems);
+        if target.is_none() {
+            targets = assemble::to_published(logical, mapping, source.is_some(), &mut leftovers);
+        }
+        let unmapped = unmapped(&leftovers, &wholes, options.unmapped, &mut targets, &mut problems);
         let facets = facets(mapping, options, original.as_ref(), to, &mut targets, &mut problems)?;
         targets.retain(|t| options.selects(&t.name));
         targets.sort_by_cached_key(|t| natural_key(&t.name));
@@ -159,32 +165,31 @@ fn facets(
     }
 }
 
-/// What is done with matrices that no rule names, and how many there are.
+/// What is done with tensors that no rule names, and how many there are.
 fn unmapped(
     leftovers: &[Leftover],
-    matrices: &[Matrix],
+    wholes: &[Whole<'_>],
     what: Unmapped,
     targets: &mut Vec<Target>,
     problems: &mut Problems,
 ) -> Option<(Unmapped, u64)> {
-    let distinct: HashSet<_> = leftovers.iter().copied().collect();
-    let mut ids: Vec<_> = distinct.into_iter().collect();
-    ids.sort();
-    for &id in &ids {
-        let matrix = &matrices[id.index()];
+    let leftovers: HashSet<Leftover> = leftovers.iter().copied().collect();
+    let left = |whole: &&Whole<'_>| whole.parts.iter().any(|(m, _)| leftovers.contains(m));
+    let mut n = 0;
+    for whole in wholes.iter().filter(left) {
+        n += 1;
         match what {
-            Unmapped::Refuse => problems.add(Problem::NoRule, &matrix.name),
+            Unmapped::Refuse => problems.add(Problem::NoRule, whole.name),
             Unmapped::Drop => {}
             Unmapped::Keep => targets.push(Target {
-                name: matrix.name.to_string(),
-                shape: matrix.logical_dims(),
-                fragments: vec![super::Fragment { map: matrix.logical_map(), matrix: id }],
+                name: whole.name.to_owned(),
+                shape: whole.shape.clone(),
+                fragments: whole.fragments(),
                 grouped: false,
                 expert_axis: false,
                 dtype: None,
             }),
         }
     }
-    let n = u64::try_from(ids.len()).expect("ids have 32 bits");
     (n > 0).then_some((what, n))
 }

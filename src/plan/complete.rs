@@ -30,17 +30,22 @@ pub struct Completeness<'a> {
 }
 
 impl Completeness<'_> {
-    /// Notes layers and tensors that are missing.
+    /// Notes layers and tensors that are missing; parts of the target's own rules were noted when it
+    /// was assembled.
     ///
-    /// Parts of the target's own rules are noted when it is assembled.
-    pub fn check(&mut self, problems: &mut Problems) {
+    /// What a mapping requires is looked at only where there are no strangers: they may be the
+    /// missing ones under other names.
+    pub fn check(&mut self, strangers: bool, problems: &mut Problems) {
         let layout = self.target.or(self.source).or_else(|| self.mapping.layouts().next());
         let Some(layout) = layout else { return };
-        self.layers(layout, problems);
+        self.layers(layout, strangers, problems);
         if self.target.is_none() {
             // Only what it refuses is of interest.
             let (mut dropped, mut leftovers) = (Dropped::new(), Vec::new());
             assemble::to_layout(self.logical, layout, &mut dropped, &mut leftovers, problems);
+        }
+        if strangers {
+            return;
         }
         let (mapping, logical) = (self.mapping, self.logical);
         let mut known: Vec<(&Scope, Layers<'_>)> = Vec::new();
@@ -66,7 +71,7 @@ impl Completeness<'_> {
     ///
     /// A layer is a value of an index that the config bounds without a default: layers that a
     /// checkpoint may lack, such as those of multi-token prediction, have one.
-    fn layers(&mut self, layout: &Layout, problems: &mut Problems) {
+    fn layers(&mut self, layout: &Layout, strangers: bool, problems: &mut Problems) {
         let mut seen: BTreeMap<String, (u64, BTreeSet<u64>)> = BTreeMap::new();
         for row in &layout.rows {
             let Row::Map(rule) = row else { continue };
@@ -88,6 +93,7 @@ impl Completeness<'_> {
                 layers.insert(layer);
             }
         }
+        seen.retain(|_, (_, layers)| !(strangers && layers.is_empty()));
         for (first, (count, layers)) in seen {
             let start = first.strip_suffix('0').unwrap_or(&first);
             let what = if layers.is_empty() {
@@ -128,7 +134,7 @@ impl Completeness<'_> {
             }
             let refused = |name: &Name| {
                 let full = |n: String| scope.map_or(n.clone(), |s| s.join(*layer, &n));
-                name.names().next().is_some_and(|n| problems.is_refused(&full(n)))
+                name.names().next().is_some_and(|n| problems.is_known(&full(n)))
             };
             let set = match set_of(requirement, there) {
                 Some(set) => set,
@@ -142,7 +148,7 @@ impl Completeness<'_> {
                 let names = name.names().map(|n| scope.map_or(n.clone(), |s| s.join(*layer, &n)));
                 self.missing(name.count(), names, problems, || match scope {
                     None => "of the model".to_owned(),
-                    Some(_) => format!("of layer {layer}"),
+                    Some(_) => "of its layer".to_owned(),
                 });
             }
         }
@@ -175,7 +181,16 @@ impl Completeness<'_> {
                     known.entry(name).or_insert(*layer);
                 }
             }
-            known.retain(|name, _| !may_lack.iter().any(|m| m.takes(name)));
+            // Strangers are noted elsewhere, and where there is a choice it is one of the layer.
+            let chosen = |name: &str| {
+                choices.iter().flat_map(|c| c.one_of.iter().flatten()).any(|m| m.takes(name))
+            };
+            known.retain(|name, first| {
+                let whole = scope.join(*first, name);
+                !may_lack.iter().any(|m| m.takes(name))
+                    && !chosen(name)
+                    && self.mapping.layouts().any(|l| l.take_hf(&whole).is_some())
+            });
             for layer in members {
                 for (name, first) in known.iter().filter(|(n, _)| !layers[layer].contains(*n)) {
                     let names = std::iter::once(scope.join(*layer, name));
@@ -195,39 +210,33 @@ impl Completeness<'_> {
         why: impl Fn() -> String,
     ) {
         let mut names = names.peekable();
-        let Some(first) = names.peek() else { return };
-        let dropped = |name: &str, l: &Layout| matches!(l.take_hf(name), Some(Taken::Drop { .. }));
-        if self.target.is_some_and(|layout| dropped(first, layout)) {
+        let Some(first) = names.peek().cloned() else { return };
+        let layout = self.target.or(self.source).or_else(|| self.mapping.layouts().next());
+        let dropped = |l: &Layout| matches!(l.take_hf(&first), Some(Taken::Drop { .. }));
+        if self.target.is_some_and(dropped) {
             return;
         }
         // The checkpoint's own names are what its owner can look for.
-        let shown = |name: String| match self.source {
-            Some(layout) => layout.name_of(&name).unwrap_or(name),
-            None => name,
-        };
-        if count == 1 {
-            let Some(name) = names.next() else { return };
-            let own = shown(name.clone());
-            if problems.is_refused(&name) || problems.is_refused(&own) {
-                return;
+        let own = self.source.and_then(|layout| layout.name_of(&first));
+        let in_layout = layout.and_then(|layout| layout.name_of(&first));
+        let names_of_it = [Some(&first), own.as_ref(), in_layout.as_ref()];
+        if names_of_it.into_iter().flatten().any(|name| problems.is_known(name)) {
+            return;
+        }
+        problems.note_missing(own.as_ref().unwrap_or(&first));
+        let allowed = |name: &String| matches(self.allowed, name);
+        let is_allowed = allowed(&first) || own.as_ref().is_some_and(allowed);
+        // Experts of a grouped layout are one tensor.
+        let count = if own.is_some() { 1 } else { count };
+        let shown = own.unwrap_or(first);
+        match (is_allowed, count) {
+            (true, 1) => self.lacking.push(shown),
+            (true, _) => self.lacking.push(format!("{shown} and {} more", count - 1)),
+            (false, 1) => problems.explain(Problem::Incomplete, &shown, why()),
+            (false, _) => {
+                problems.add_many(Problem::Incomplete, count, names.map(|name| (name, why())));
             }
-            problems.refuse_matrix(name.clone());
-            if matches(self.allowed, &name) || matches(self.allowed, &own) {
-                self.lacking.push(own);
-            } else {
-                problems.explain(Problem::Incomplete, &own, why());
-            }
-            return;
         }
-        if problems.is_refused(first) {
-            return;
-        }
-        if matches(self.allowed, first) {
-            self.lacking.push(format!("{first} and {} more", count - 1));
-            return;
-        }
-        let named = names.map(|name| (shown(name), why()));
-        problems.add_many(Problem::Incomplete, count, named);
     }
 }
 

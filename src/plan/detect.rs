@@ -2,45 +2,51 @@
 
 use super::matrix::Matrix;
 use super::problems::PlanError;
+use super::wholes::Whole;
 use crate::mapping::{Layout, LayoutName, Resolved, Taken};
 use crate::source::Checkpoint;
 
 /// Which layout the source is in: the one whose renaming and grouping rules know most of its names,
 /// and more of them as the layout's than as the checkpoint's; `hf` where there is none.
 pub fn source_layout(
+    wholes: &[Whole<'_>],
     matrices: &[Matrix],
     checkpoint: &Checkpoint,
     mapping: &Resolved,
 ) -> Result<LayoutName, PlanError> {
     // A rule speaks for a side where the names of its sides differ, or where it has operations and
     // the tensor's shape is one of that side.
-    let count = |speaks: &dyn Fn(&Matrix) -> bool| matrices.iter().filter(|m| speaks(m)).count();
-    let as_hf = |layout: &Layout, m: &Matrix| {
-        let canonical = mapping.canonical(&m.name);
-        match layout.take_hf(canonical.as_deref().unwrap_or(&m.name)) {
+    let count = |speaks: &dyn Fn(&Whole<'_>) -> bool| wholes.iter().filter(|w| speaks(w)).count();
+    let as_hf = |layout: &Layout, w: &Whole<'_>| {
+        let canonical = mapping.canonical(w.name);
+        match layout.take_hf(canonical.as_deref().unwrap_or(w.name)) {
             Some(Taken::Map { rule, .. }) => {
-                let fits = !rule.keeps_names() || rule.fits_part(&m.logical_dims());
+                let fits = !rule.keeps_names() || rule.fits_part(&w.shape);
                 !rule.is_identity() && fits
             }
             Some(Taken::Drop { .. }) | None => false,
         }
     };
-    let as_layout = |layout: &Layout, m: &Matrix| match layout.take_to(&m.name) {
+    let as_layout = |layout: &Layout, w: &Whole<'_>| match layout.take_to(w.name) {
         Some(Taken::Map { rule, .. }) => {
-            let fits = !rule.keeps_names() || rule.fits_layout(&m.logical_dims());
+            let fits = !rule.keeps_names() || rule.fits_layout(&w.shape);
             !rule.is_identity() && fits
         }
         Some(Taken::Drop { .. }) | None => false,
     };
     let mut best = (LayoutName::Hf, 0);
     for layout in mapping.layouts() {
-        let (hf, n) = (count(&|m| as_hf(layout, m)), count(&|m| as_layout(layout, m)));
+        let (hf, n) = (count(&|w| as_hf(layout, w)), count(&|w| as_layout(layout, w)));
         if n > hf.max(best.1) {
             best = (layout.name, n);
         }
     }
     let quantized = matrices.iter().any(|m| m.scales.is_some());
-    let named = matrices.iter().any(|m| mapping.layouts().any(|l| l.take_hf(&m.name).is_some()));
+    let named = wholes.iter().any(|w| {
+        let canonical = mapping.canonical(w.name);
+        let name = canonical.as_deref().unwrap_or(w.name);
+        mapping.layouts().any(|l| l.take_hf(name).is_some())
+    });
     if best.0 == LayoutName::Hf && !quantized && !named {
         return Err(PlanError::UnknownLayout {
             model: mapping.name.clone(),

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::assemble::{Logical, Target, empty_part, fragments_of, keys_of};
+use super::assemble::{Logical, Target, empty_part, fragments_of};
 use super::problems::{Problem, Problems};
-use crate::mapping::{Assembled, Bindings, Layout, Row, Rule};
+use crate::mapping::{Assembled, Bindings, Layout, Row, Rule, Side};
 
 /// Missing parts that are looked at one by one: a config.json can ask for any number of them.
 const WALKED: usize = 1 << 16;
@@ -77,6 +77,7 @@ impl<'a> Group<'a> {
         if problems.is_refused(target) {
             return false;
         }
+        problems.note_missing(target);
         let all = rule.stacked().flat_map(|s| (0..rule.hf.len()).map(move |part| (part, s)));
         let missing = || all.clone().filter(|key| !self.parts.contains_key(key));
         let name = |(part, s): (usize, Option<u64>)| rule.part_name(part, s, bindings);
@@ -97,7 +98,7 @@ impl<'a> Group<'a> {
         for ((part, stacked), tensor) in &self.parts {
             let got = &tensor.shape;
             let what = if let Some(expected) = rule.hf_shape.as_ref().filter(|e| *e != got) {
-                format!("expected {expected:?}{}, got {got:?}", keys_of(rule))
+                format!("expected {expected:?}, got {got:?}")
             } else if got != usual[*part] {
                 format!("expected {:?} as the others, got {got:?}", usual[*part])
             } else if empty_part(rule, &[got]).is_some() {
@@ -129,16 +130,17 @@ impl<'a> Group<'a> {
 pub fn add_siblings<'a>(groups: &mut Groups<'a>, layout: &'a Layout) {
     let name = |rule: &Rule, bindings: &Bindings| rule.to[0].format(bindings, &rule.vars);
     let there = groups.iter().filter(|(_, group)| group.rule.grouped);
-    let there: Vec<(Bindings, Option<String>)> =
-        there.map(|((_, b), group)| (b.clone(), name(group.rule, b))).collect();
-    let mut provided: BTreeSet<String> = there.iter().filter_map(|(_, n)| n.clone()).collect();
-    for (bindings, target) in there {
+    let there: Vec<(Bindings, Option<String>, Option<Side>)> =
+        there.map(|((_, b), g)| (b.clone(), name(g.rule, b), g.rule.reads)).collect();
+    let mut provided: BTreeSet<String> = there.iter().filter_map(|(_, n, _)| n.clone()).collect();
+    for (bindings, target, reads) in there {
         let Some((module, _)) = target.as_deref().and_then(|n| n.rsplit_once('.')) else {
             continue;
         };
         for (row, line) in layout.rows.iter().enumerate() {
             let Row::Map(rule) = line else { continue };
-            let sibling = name(rule, &bindings).filter(|n| rule.grouped && !provided.contains(n));
+            let sibling = name(rule, &bindings)
+                .filter(|n| rule.grouped && rule.reads == reads && !provided.contains(n));
             let Some(sibling) = sibling else { continue };
             if sibling.rsplit_once('.').is_some_and(|(m, _)| m == module) {
                 provided.insert(sibling);

@@ -21,6 +21,7 @@ mod show;
 mod slice;
 mod sources;
 mod stated;
+mod wholes;
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -20,6 +20,8 @@ pub enum Problem {
     MissingPart,
     /// A tensor that the mapping requires, or that other layers of its kind have.
     Incomplete,
+    /// A tensor whose pieces are no whole.
+    Pieces,
     /// A quantized payload whose scale is not there.
     MissingScale,
     /// A scale or shape tensor whose payload is not there.
@@ -67,6 +69,8 @@ impl Problem {
             (Problem::Incomplete, false) => {
                 "missing tensors that the model needs (--allow-missing to go on)"
             }
+            (Problem::Pieces, true) => "tensor whose pieces make no whole",
+            (Problem::Pieces, false) => "tensors whose pieces make no wholes",
             (Problem::MissingScale, true) => "missing scale",
             (Problem::MissingScale, false) => "missing scales",
             (Problem::MissingPayload, true) => "part of a quantized matrix without its payload",
@@ -105,6 +109,8 @@ pub struct Problems {
     found: BTreeMap<Problem, Found>,
     /// Matrices of which a part was refused.
     refused: BTreeSet<String>,
+    /// Tensors that were said to be missing.
+    missing: BTreeSet<String>,
 }
 
 /// How many objects have a problem, and the first few of them.
@@ -160,6 +166,16 @@ impl Problems {
     /// Whether a part of the matrix `name` was refused.
     pub fn is_refused(&self, name: &str) -> bool {
         self.refused.contains(name)
+    }
+
+    /// Notes that a message says already what is missing of the tensor `name`.
+    pub fn note_missing(&mut self, name: &str) {
+        self.missing.insert(name.to_owned());
+    }
+
+    /// Whether a message says already what is wrong with the tensor `name`.
+    pub fn is_known(&self, name: &str) -> bool {
+        self.refused.contains(name) || self.missing.contains(name)
     }
 
     /// Whether this problem was noted.

@@ -223,7 +223,7 @@ impl<'a> Grouping<'a> {
                 let what = format!("for `{}`, which was quantized with it", payload.name);
                 self.problems.explain(Problem::MissingPart, &name, what);
                 let missing = encoding.matrix[other].format(bindings, &encoding.vars);
-                self.refuse(&missing.unwrap_or_default(), [None, None]);
+                self.problems.note_missing(&missing.unwrap_or_default());
             }
             Some(id) => {
                 let (with, dtype, got) = (&payload.name, payload.dtype, self.tensor(id).dtype);

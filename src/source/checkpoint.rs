@@ -11,7 +11,10 @@
 //! - a tensor that the index does not list is ignored, with a warning.
 //!
 //! Without an index a tensor in two shards is refused: which one a loader takes depends on its
-//! order.
+//! order. Shards of torch.distributed.checkpoint are different: each process writes the part of a
+//! tensor that it holds, and says where that part lies.
+//!
+//! NeMo Automodel saves a model in such shards, with config.json in `.hf_metadata`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -37,6 +40,9 @@ const MAX_INDEX_BYTES: u64 = 1 << 30;
 
 /// Largest config.json that is read, in bytes.
 const MAX_CONFIG_BYTES: u64 = 64 << 20;
+
+/// Where NeMo Automodel puts config.json beside the shards that its processes write.
+const SAVED_CONFIG: &str = ".hf_metadata/config.json";
 
 /// Position of a tensor in [`Checkpoint::tensors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -79,6 +85,8 @@ pub struct SourceTensor {
     pub offset: u64,
     /// Its size in bytes.
     pub bytes: u64,
+    /// Where it lies within a tensor that is cut over several shards; `None`: it is the whole.
+    pub piece_at: Option<Box<[u64]>>,
 }
 
 /// A checkpoint directory, opened and checked.
@@ -98,9 +106,14 @@ impl Checkpoint {
     /// Whatever keeps the directory from being a whole and unambiguous checkpoint.
     pub fn open(dir: &Path) -> Result<Checkpoint, SourceError> {
         let dir = directory(dir)?;
-        let path = dir.join("config.json");
-        let Some(raw) = read_whole(&path, MAX_CONFIG_BYTES)? else {
-            return Err(SourceError::NoConfig { dir });
+        let saved = dir.join(SAVED_CONFIG);
+        let own = dir.join("config.json");
+        let (path, raw) = match read_whole(&own, MAX_CONFIG_BYTES)? {
+            Some(raw) => (own, raw),
+            None => match read_whole(&saved, MAX_CONFIG_BYTES)? {
+                Some(raw) => (saved, raw),
+                None => return Err(SourceError::NoConfig { within: save_below(&dir), dir }),
+            },
         };
         let config = Config::parse(raw).map_err(|source| SourceError::Json { path, source })?;
 
@@ -130,7 +143,8 @@ impl Checkpoint {
         &self.config
     }
 
-    /// The tensors, sorted by name; a [`SourceId`] is a position here.
+    /// The tensors, sorted by name, pieces of one tensor by their shards; a [`SourceId`] is a
+    /// position here.
     pub fn tensors(&self) -> &[SourceTensor] {
         &self.tensors
     }
@@ -145,7 +159,7 @@ impl Checkpoint {
         &self.tensors[id.index()]
     }
 
-    /// The tensor that is called `name`.
+    /// The tensor that is called `name`, or a piece of it.
     pub fn find(&self, name: &str) -> Option<SourceId> {
         let i = self.tensors.binary_search_by(|t| (*t.name).cmp(name)).ok()?;
         SourceId::new(i)
@@ -165,6 +179,14 @@ impl Checkpoint {
     pub fn host_files(&self) -> &[HostFile] {
         &self.host_files
     }
+}
+
+/// A checkpoint within a directory of a training run.
+fn save_below(dir: &Path) -> Option<PathBuf> {
+    let places = ["consolidated", "model/consolidated", "model"];
+    let is_one =
+        |place: &PathBuf| place.join("config.json").is_file() || place.join(SAVED_CONFIG).is_file();
+    places.iter().map(|place| dir.join(place)).find(is_one)
 }
 
 fn directory(dir: &Path) -> Result<PathBuf, SourceError> {
@@ -240,6 +262,10 @@ fn siblings(name: &str) -> Option<impl Iterator<Item = String>> {
     let (rest, total) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
     let (prefix, number) = rest.rsplit_once('-')?;
     let five_digits = |s: &str| s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit());
+    // A process of torch.distributed.checkpoint writes the files that it has something for.
+    if prefix.strip_prefix("shard-").and_then(|rest| rest.get(..5)).is_some_and(five_digits) {
+        return None;
+    }
     if !five_digits(number) || !five_digits(total) || number == "00000" {
         return None;
     }
@@ -298,7 +324,7 @@ fn whole_series(dir: &Path, listed: &[String]) -> Option<String> {
     there.iter().find(whole).cloned()
 }
 
-/// The tensors as they are, where no two have one name.
+/// The tensors as they are, where those of one name are pieces of one tensor.
 fn only_once(
     dir: &Path,
     shards: &[Shard],
@@ -307,6 +333,7 @@ fn only_once(
     let twice: Several<StoredTwice> = tensors
         .windows(2)
         .filter(|pair| pair[0].name == pair[1].name)
+        .filter(|pair| pair.iter().any(|tensor| tensor.piece_at.is_none()))
         .map(|pair| StoredTwice {
             tensor: pair[0].name.to_string(),
             shards: [0, 1].map(|i| shards[pair[i].shard.index()].name().to_owned()),

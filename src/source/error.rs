@@ -85,10 +85,18 @@ pub enum SourceError {
         path: PathBuf,
     },
     /// No config.json.
-    #[error("`{dir}` has no `config.json`: give the directory of a Hugging Face checkpoint")]
+    #[error(
+        "`{dir}` has no `config.json`: give {}",
+        match within {
+            Some(within) => format!("`{}`, which is a checkpoint", within.display()),
+            None => "the directory of a Hugging Face checkpoint".to_owned(),
+        }
+    )]
     NoConfig {
         /// The directory.
         dir: PathBuf,
+        /// A checkpoint within it.
+        within: Option<PathBuf>,
     },
     /// No shard at all.
     #[error(

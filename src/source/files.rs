@@ -3,7 +3,8 @@
 //! Left out are what a view makes anew (config.json, the index, the shards), files that say how
 //! the source's weights are quantized (loaders read some of them before config.json, and a view is
 //! quantized in its own way or not at all), safetensors files that are no shards (loaders take
-//! every `*.safetensors` for a shard) and hidden files. Weights
+//! every `*.safetensors` for a shard) and hidden files. Of a save of NeMo Automodel the files in
+//! `.hf_metadata` are shown, and not what stands beside the shards: a consolidated copy. Weights
 //! in other formats stay. Links to files are followed, links to directories are not: they lead
 //! out of the checkpoint, or round in circles.
 
@@ -16,6 +17,9 @@ use super::error::SourceError;
 
 /// Deepest directory that is looked into.
 const MAX_DEPTH: usize = 16;
+
+/// Where NeMo Automodel puts config.json, the tokenizer and its own notes (`fqn_to_*.json`).
+const SAVED: &str = ".hf_metadata";
 
 /// A file that a view passes through unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,8 +37,15 @@ pub struct HostFile {
 /// The host files of a checkpoint directory, sorted by name.
 pub fn host_files(dir: &Path) -> Result<Vec<HostFile>, SourceError> {
     let mut files = Vec::new();
+    let saved = dir.join(SAVED);
+    let is_save = saved.is_dir() && !dir.join("config.json").exists();
+    let dir = if is_save { &*saved } else { dir };
     walk(dir, Path::new(""), MAX_DEPTH, &mut files)
         .map_err(|source| SourceError::Read { path: dir.to_owned(), source })?;
+    if is_save {
+        let own = |file: &HostFile| file.name.to_string_lossy().starts_with("fqn_to_");
+        files.retain(|file| !own(file));
+    }
     files.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(files)
 }

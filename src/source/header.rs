@@ -7,9 +7,10 @@
 //! 207,000 names are to be read in a fraction of a second. Rules and limits are the crate's.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
+use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use super::checkpoint::{ShardId, SourceTensor};
@@ -56,6 +57,16 @@ pub enum HeaderError {
         tensor: Box<str>,
         /// Number of its axes.
         axes: usize,
+    },
+    /// A place within the whole tensor that the piece cannot have.
+    #[error("tensor `{tensor}`: a piece of {shape} cannot lie at {offsets:?}")]
+    Piece {
+        /// Name of the tensor.
+        tensor: Box<str>,
+        /// Extents of the piece.
+        shape: Shape,
+        /// Its first element within the whole tensor.
+        offsets: Vec<u64>,
     },
     /// Shape times dtype is not a number of bytes, or one of 2^61 or more.
     #[error("tensor `{tensor}`: {dtype} {shape} is not a whole number of bytes below 2^61")]
@@ -118,8 +129,11 @@ pub fn parse(
     }
     let text = std::str::from_utf8(header)?;
     let mut json = serde_json::Deserializer::from_str(text);
-    let mut tensors = json.deserialize_map(Header { shard })?;
+    let (mut tensors, sharding) = json.deserialize_map(Header { shard })?;
     json.end()?;
+    if let Some(sharding) = sharding {
+        place_pieces(&mut tensors, &sharding)?;
+    }
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
     if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
         return Err(HeaderError::Duplicate { tensor: pair[0].name.clone() });
@@ -130,6 +144,32 @@ pub fn parse(
         tensor.offset = tensor.offset.saturating_add(data_start);
     }
     Ok((tensors, data_bytes))
+}
+
+/// The key of `__metadata__` under which torch.distributed.checkpoint's HuggingFaceStorageWriter says
+/// which part of a tensor the file holds (`torch/distributed/checkpoint/_hf_utils.py`).
+const SHARDING: &str = "DCP_SHARDING_INFO";
+
+/// What it says of one tensor.
+#[derive(Deserialize)]
+struct Sharding {
+    saved_offsets: Vec<u64>,
+}
+
+/// Notes for each tensor where in the whole tensor it lies.
+fn place_pieces(tensors: &mut [SourceTensor], sharding: &str) -> Result<(), HeaderError> {
+    let mut offsets: HashMap<String, Sharding> = serde_json::from_str(sharding)?;
+    for tensor in tensors {
+        let Some(Sharding { saved_offsets }) = offsets.remove(&*tensor.name) else { continue };
+        let dims = tensor.shape.dims();
+        let ends = saved_offsets.iter().zip(dims).map(|(start, n)| start.checked_add(*n));
+        if saved_offsets.len() != dims.len() || ends.into_iter().any(|end| end.is_none()) {
+            let (tensor, shape) = (tensor.name.clone(), tensor.shape.clone());
+            return Err(HeaderError::Piece { tensor, shape, offsets: saved_offsets });
+        }
+        tensor.piece_at = Some(saved_offsets.into());
+    }
+    Ok(())
 }
 
 /// Checks that the tensors follow each other without hole or overlap; gives the end of the last.
@@ -178,7 +218,7 @@ struct Header {
 }
 
 impl<'de> Visitor<'de> for Header {
-    type Value = Vec<SourceTensor>;
+    type Value = (Vec<SourceTensor>, Option<String>);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object that maps tensor names to dtype, shape and data_offsets")
@@ -186,56 +226,61 @@ impl<'de> Visitor<'de> for Header {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut tensors = Vec::new();
+        let mut sharding = None;
         let mut metadata = false;
         while let Some(Text(name)) = map.next_key()? {
             if name == "__metadata__" {
                 if std::mem::replace(&mut metadata, true) {
                     return Err(A::Error::custom("`__metadata__` occurs twice"));
                 }
-                map.next_value_seed(Metadata)?;
+                sharding = map.next_value_seed(Metadata)?;
                 continue;
             }
             let entry = map.next_value_seed(Entry)?;
             tensors.push(entry.named(&name, self.shard).map_err(A::Error::custom)?);
         }
-        Ok(tensors)
+        Ok((tensors, sharding))
     }
 }
 
-/// `__metadata__`: strings to strings, no key twice, or null; nothing of it is kept.
+/// `__metadata__`: strings to strings, no key twice, or null; [`SHARDING`] is kept of it.
 struct Metadata;
 
 impl<'de> DeserializeSeed<'de> for Metadata {
-    type Value = ();
+    type Value = Option<String>;
 
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Option<String>, D::Error> {
         json.deserialize_option(self)
     }
 }
 
 impl<'de> Visitor<'de> for Metadata {
-    type Value = ();
+    type Value = Option<String>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("`__metadata__` to map strings to strings")
     }
 
-    fn visit_none<E: serde::de::Error>(self) -> Result<(), E> {
-        Ok(())
+    fn visit_none<E: serde::de::Error>(self) -> Result<Option<String>, E> {
+        Ok(None)
     }
 
-    fn visit_some<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+    fn visit_some<D: Deserializer<'de>>(self, json: D) -> Result<Option<String>, D::Error> {
         json.deserialize_map(self)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<String>, A::Error> {
         let mut keys = HashSet::new();
-        while let Some((Text(key), Text(_))) = map.next_entry()? {
+        let mut sharding = None;
+        while let Some((Text(key), Text(value))) = map.next_entry()? {
+            if key == SHARDING {
+                sharding = Some(value.into_owned());
+            }
             if let Some(key) = keys.replace(key) {
                 return Err(A::Error::custom(format!("`__metadata__` has `{key}` twice")));
             }
         }
-        Ok(())
+        Ok(sharding)
     }
 }
 
@@ -257,7 +302,8 @@ impl Parts<'_> {
         let bytes = end.checked_sub(start).ok_or_else(|| {
             format!("tensor `{name}` ends before it starts: data_offsets [{start}, {end}]")
         })?;
-        Ok(SourceTensor { name: name.into(), dtype, shape, shard, offset: start, bytes })
+        let piece_at = None;
+        Ok(SourceTensor { name: name.into(), dtype, shape, shard, offset: start, bytes, piece_at })
     }
 }
 

@@ -28,7 +28,11 @@ fn parts_that_are_missing_are_named_with_what_needs_them() {
             "8 missing tensors: `~.0.gate_proj.weight` (for `~.gate_and_up_projs`), \
              `~.0.up_proj.weight` (for `~.gate_and_up_projs`), `~.0.down_proj.weight` (for \
              `~.down_projs`), `~.1.down_proj.weight` (for `~.down_projs`), `~.2.down_proj.weight` \
-             (for `~.down_projs`) and 3 more",
+             (for `~.down_projs`) and 3 \
+             more; 3 missing tensors that the model needs (--allow-missing to go on): \
+             `model.layers.0.mlp.down_proj.weight` (of its layer), \
+             `model.mtp.layers.0.mlp.down_proj.weight` (of its layer), \
+             `model.mtp.layers.1.mlp.down_proj.weight` (of its layer)",
         ),
         (
             MIMO,
@@ -268,8 +272,8 @@ fn names_that_no_rule_takes_are_refused() {
         (
             FLASH,
             |t| t.copy("embed.weight", "model.embed_tokens.weight"),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
-             `model.embed_tokens.weight`",
+            "1 name that two tensors land on: `embed.weight` (`embed.weight` and \
+             `model.embed_tokens.weight`)",
         ),
         (
             BASE,

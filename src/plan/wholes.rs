@@ -1,0 +1,86 @@
+//! Tensors of the checkpoint as wholes: one matrix each, or the pieces of one tensor that processes
+//! of a training run wrote to shards of their own.
+
+use std::collections::BTreeMap;
+
+use super::matrix::Matrix;
+use super::problems::{Problem, Problems};
+use super::{Fragment, MatrixId, cover};
+use crate::source::Checkpoint;
+use crate::tensor::{BoxMap, Shape};
+
+/// A tensor of the checkpoint.
+#[derive(Debug)]
+pub struct Whole<'a> {
+    /// Name in the checkpoint, without the suffixes of a quantized matrix's parts.
+    pub name: &'a str,
+    /// Name of the tensor that holds its elements or their codes.
+    pub stored: &'a str,
+    /// Extents of the tensor.
+    pub shape: Vec<u64>,
+    /// Target: the tensor. Source: the matrix.
+    pub parts: Vec<(MatrixId, BoxMap)>,
+}
+
+impl Whole<'_> {
+    /// The tensor's fragments, in the order of their targets.
+    pub fn fragments(&self) -> Vec<Fragment> {
+        super::assemble::fragments_of(self.parts.clone())
+    }
+}
+
+/// The tensors of a checkpoint in the order of its matrices; notes pieces that are no whole.
+pub fn wholes<'a>(
+    matrices: &'a [Matrix],
+    checkpoint: &'a Checkpoint,
+    problems: &mut Problems,
+) -> Vec<Whole<'a>> {
+    let mut wholes: Vec<Whole<'a>> = Vec::with_capacity(matrices.len());
+    let mut pieces: BTreeMap<&str, usize> = BTreeMap::new();
+    for (id, matrix) in (0..).map(MatrixId).zip(matrices) {
+        let mut map = matrix.logical_map();
+        let dims = matrix.logical_dims();
+        let stored = checkpoint.tensor(matrix.payload);
+        let (at, stored) = (stored.piece_at.as_deref(), &*stored.name);
+        let Some(at) = at.filter(|at| at.len() == dims.len() && matrix.scales.is_none()) else {
+            wholes.push(Whole { name: &matrix.name, stored, shape: dims, parts: vec![(id, map)] });
+            continue;
+        };
+        for (axis, start) in map.target.iter_mut().zip(at) {
+            axis.start += start;
+        }
+        let ends = at.iter().zip(&dims).map(|(start, n)| start + n);
+        match pieces.get(&*matrix.name) {
+            Some(&i) if wholes[i].shape.len() == dims.len() => {
+                let shape = &mut wholes[i].shape;
+                shape.iter_mut().zip(ends).for_each(|(extent, end)| *extent = end.max(*extent));
+                wholes[i].parts.push((id, map));
+            }
+            Some(_) => problems.explain(Problem::Pieces, &matrix.name, "pieces of other ranks"),
+            None => {
+                pieces.insert(&matrix.name, wholes.len());
+                let shape = ends.collect();
+                wholes.push(Whole { name: &matrix.name, stored, shape, parts: vec![(id, map)] });
+            }
+        }
+    }
+    for i in pieces.into_values() {
+        check(&wholes[i], matrices, problems);
+    }
+    wholes
+}
+
+/// Notes pieces of several dtypes, and such as leave gaps or overlap.
+fn check(whole: &Whole<'_>, matrices: &[Matrix], problems: &mut Problems) {
+    let dtype = |(id, _): &(MatrixId, BoxMap)| matrices[id.index()].dtype;
+    let first = dtype(&whole.parts[0]);
+    if let Some(other) = whole.parts.iter().map(dtype).find(|d| *d != first) {
+        let what = format!("expected {first} in every piece, got {other} in one");
+        problems.explain(Problem::Pieces, whole.name, what);
+    } else if !cover::covers(&Shape::new(whole.shape.as_slice()), &whole.fragments()) {
+        let n = whole.parts.len();
+        let what = format!("expected all of {:?}, got {n} that leave gaps or overlap", whole.shape);
+        problems.explain(Problem::Pieces, whole.name, what);
+        problems.refuse_matrix(whole.name.to_owned());
+    }
+}
