@@ -208,11 +208,11 @@ fn mtp_depths_beyond_the_config_are_counted_and_dropped() {
 fn odd_values_are_values() {
     // A NaN scale makes its block NaN; a tensor without elements is one.
     let mut toy = Toy::golden(MIMO);
-    toy.reshape("model.norm.weight", &[0]);
+    toy.reshape("model.layers.1.input_layernorm.weight", &[0]);
     toy.tensor("~.0.gate_proj.weight_scale_inv").bytes[..4]
         .copy_from_slice(&f32::NAN.to_le_bytes());
     let view = tensors(&toy);
-    assert_eq!(view["model.norm.weight"], ("BF16".to_owned(), vec![0], vec![]));
+    assert_eq!(view["model.layers.1.input_layernorm.weight"], ("BF16".to_owned(), vec![0], vec![]));
     let (_, shape, bytes) = &view["model.layers.1.mlp.experts.gate_and_up_projs"];
     assert_eq!(shape, &[3, 136, 288]);
     let nan = |e: usize, h: usize, i: usize| {

@@ -135,7 +135,10 @@ fn engine(family: &Family, dir: &Path, options: EngineOptions) -> Engine {
     let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
     let mapping = Mapping::named(family.model).unwrap();
     let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned()).unwrap();
-    let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default()).unwrap());
+    // Experts alone.
+    let allow_missing = vec![regex::Regex::new("").unwrap()];
+    let plan_options = PlanOptions { allow_missing, ..PlanOptions::default() };
+    let plan = Arc::new(Plan::build(&checkpoint, &mapping, &plan_options).unwrap());
     Engine::new(checkpoint, plan, options)
 }
 

@@ -133,7 +133,8 @@ impl Family {
                 "model.language_model.norm.weight"
             }
         };
-        tensors.push(Tensor::new(norm.to_owned(), Kind::Bf16, [4096]));
+        let hidden = if self == Family::Kimi { 7168 } else { 4096 };
+        tensors.push(Tensor::new(norm.to_owned(), Kind::Bf16, [hidden]));
         tensors
     }
 

@@ -58,10 +58,11 @@ pub(super) struct RawEncoding {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct RawWhen {
     pub(super) key: String,
     pub(super) is: Option<String>,
+    pub(super) is_not: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -73,7 +74,8 @@ pub(super) struct RawRequirement {
     pub(super) one_of: Vec<Vec<String>>,
     pub(super) beside: Option<String>,
     pub(super) when: Option<RawWhen>,
-    pub(super) unless: Option<String>,
+    pub(super) unless: Option<OneOrMany<String>>,
+    pub(super) layers: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -93,10 +93,19 @@ impl Scope {
         Some((layer, &name[name.len() - bindings.rest()?.len()..]))
     }
 
+    /// How many layers there are by config.json, where the mapping bounds them.
+    pub fn count(&self) -> Option<u64> {
+        self.vars.all().next().and_then(|var| self.vars.bound(var))
+    }
+
+    /// What the names of a layer begin with: `model.layers.3`.
+    pub fn layer(&self, layer: u64) -> String {
+        self.template.up_to_index(layer).unwrap_or_default()
+    }
+
     /// The name of a tensor of a layer.
     pub fn join(&self, layer: u64, name: &str) -> String {
-        let start = self.template.up_to_index(layer).unwrap_or_default();
-        format!("{start}.{name}")
+        format!("{}.{name}", self.layer(layer))
     }
 }
 
@@ -105,8 +114,10 @@ impl Scope {
 pub struct Requirement {
     /// The layers of which each must hold them; `None`: the model as a whole.
     pub scope: Option<Scope>,
-    /// Only layers that hold such a tensor must; `None`: all.
+    /// Only layers, or a model, that hold such a tensor must; `None`: all.
     pub beside: Option<Name>,
+    /// Only these layers must; `None`: all.
+    pub layers: Option<BTreeSet<u64>>,
     /// Sets of which one must be there, whole.
     pub one_of: Vec<Vec<Name>>,
 }
@@ -122,12 +133,13 @@ pub struct Siblings {
     pub may_lack: Vec<Name>,
 }
 
-/// Whether a condition holds: a key that is, or that is true or above 0.
+/// Whether a condition holds: a key that is a text, that is not, or that is true or above 0.
 pub(super) fn holds(when: &RawWhen, config: &Lookup<'_>) -> bool {
     let value = config(&when.key);
-    match &when.is {
-        Some(text) => value.is_some_and(|v| v.as_str() == Some(text)),
-        None => is_set(value.as_ref()),
+    let is = |text: &String| value.as_ref().and_then(Value::as_str) == Some(text);
+    match (&when.is, &when.is_not) {
+        (None, None) => is_set(value.as_ref()),
+        (wanted, other) => wanted.as_ref().is_none_or(is) && !other.as_ref().is_some_and(is),
     }
 }
 
@@ -136,14 +148,21 @@ pub(super) fn is_set(value: Option<&Value>) -> bool {
     value.and_then(super::template::integer).is_some_and(|n| n > 0)
 }
 
+/// The positions of a list whose entries are true or above 0.
+fn set_entries(entries: &[Value]) -> BTreeSet<u64> {
+    (0..).zip(entries).filter(|(_, entry)| is_set(Some(entry))).map(|(i, _)| i).collect()
+}
+
 pub(super) fn requirements(
     raw: &[RawRequirement],
     config: &Lookup<'_>,
 ) -> Result<Vec<Requirement>, MappingError> {
     let mut out = Vec::new();
     for block in raw {
-        let unless = block.unless.as_ref().is_some_and(|key| is_set(config(key).as_ref()));
-        if unless || block.when.as_ref().is_some_and(|when| !holds(when, config)) {
+        let unless = block.unless.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
+        if unless.iter().any(|key| is_set(config(key).as_ref()))
+            || block.when.as_ref().is_some_and(|when| !holds(when, config))
+        {
             continue;
         }
         let names = block.names.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
@@ -155,9 +174,16 @@ pub(super) fn requirements(
         if names.is_empty() == block.one_of.is_empty() {
             return fail("a requirement has `names` or `one-of`");
         }
-        if block.beside.is_some() && block.scope.is_none() {
-            return fail("`beside` needs a `scope`");
+        if block.layers.is_some() && block.scope.is_none() {
+            return fail("`layers` needs a `scope`");
         }
+        let layers = match &block.layers {
+            Some(key) => match config(key) {
+                Some(Value::Array(entries)) => Some(set_entries(&entries)),
+                Some(_) | None => continue,
+            },
+            None => None,
+        };
         let scopes = block.scope.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
         let scopes: Vec<Option<&String>> =
             if scopes.is_empty() { vec![None] } else { scopes.iter().map(Some).collect() };
@@ -166,6 +192,7 @@ pub(super) fn requirements(
             let sets = sets.chain((!names.is_empty()).then_some(names));
             out.push(Requirement {
                 scope: scope.map(|text| Scope::parse(text, config)).transpose()?,
+                layers: layers.clone(),
                 beside: block.beside.as_ref().map(|text| Name::parse(text, config)).transpose()?,
                 one_of: sets.map(|set| Name::parse_all(set, config)).collect::<Result<_, _>>()?,
             });

@@ -1,6 +1,6 @@
 //! Builds a plan: source matrices, logical tensors, targets, facets, directories.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::assemble::{self, Dropped, Leftover, Target};
 use super::companions;
@@ -75,11 +75,17 @@ impl Plan {
         let published = |name: &str| mapping.layouts().any(|l| l.take_hf(name).is_some());
         let strangers = options.unmapped == Unmapped::Refuse
             && (!leftovers.is_empty() || target.is_none() && !logical.keys().all(|n| published(n)));
-        let allowed = &options.allow_missing[..];
-        let mut completeness =
-            Completeness { logical: &logical, mapping, source, target, allowed, lacking: vec![] };
+        let mut completeness = Completeness {
+            logical: &logical,
+            mapping,
+            source,
+            target,
+            allowed: &options.allow_missing,
+            lacking: Vec::new(),
+            absent: BTreeSet::new(),
+        };
         completeness.check(strangers, &mut problems);
-        let lacking = completeness.lacking;
+        let (lacking, absent) = (completeness.lacking, completeness.absent);
         companions::check_config(checkpoint.config(), &matrices, &mut problems);
         if target.is_none() {
             targets = assemble::to_published(logical, mapping, source.is_some(), &mut leftovers);
@@ -128,6 +134,7 @@ impl Plan {
             dropped,
             unmapped,
             lacking,
+            absent,
             checkpoint,
         };
         let summary = Summary::new(parts, &tensors, &directories);

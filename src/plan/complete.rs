@@ -8,7 +8,10 @@ use regex::Regex;
 use super::assemble::{self, Dropped, LogicalTensors};
 use super::options::matches;
 use super::problems::{Problem, Problems};
-use crate::mapping::{Layout, Name, Requirement, Resolved, Row, Scope, Taken};
+use crate::mapping::{Layout, Name, NameTemplate, Requirement, Resolved, Row, Scope, Taken};
+
+/// Missing layers that are looked at one by one: a name or a config.json can ask for any number.
+const WALKED: usize = 1 << 12;
 
 /// The tensors of a layer by their names within it, layer by layer.
 type Layers<'n> = BTreeMap<u64, BTreeSet<&'n str>>;
@@ -27,6 +30,8 @@ pub struct Completeness<'a> {
     pub allowed: &'a [Regex],
     /// What is missing and may be, in the order in which it was found.
     pub lacking: Vec<String>,
+    /// Layers of multi-token prediction that config.json names and the checkpoint has not.
+    pub absent: BTreeSet<String>,
 }
 
 impl Completeness<'_> {
@@ -47,6 +52,7 @@ impl Completeness<'_> {
         if strangers {
             return;
         }
+        self.note_absent();
         let (mapping, logical) = (self.mapping, self.logical);
         let mut known: Vec<(&Scope, Layers<'_>)> = Vec::new();
         let mut layers_of = |scope| match known.iter().position(|(s, _)| *s == scope) {
@@ -67,19 +73,32 @@ impl Completeness<'_> {
         }
     }
 
+    /// Notes layers that a checkpoint may lack, and lacks although config.json names them.
+    fn note_absent(&mut self) {
+        let scopes = self.mapping.requirements.iter().filter_map(|r| r.scope.as_ref());
+        for scope in scopes.filter(|s| s.count().is_some_and(|n| n > 0)) {
+            let first = scope.join(0, "x");
+            let kept =
+                self.target.is_none_or(|l| !matches!(l.take_hf(&first), Some(Taken::Drop { .. })));
+            if kept && layers_of(self.logical, scope).is_empty() {
+                self.absent.insert(scope.layer(0));
+            }
+        }
+    }
+
     /// Notes layers that have no tensor at all.
     ///
     /// A layer is a value of an index that the config bounds without a default: layers that a
     /// checkpoint may lack, such as those of multi-token prediction, have one.
     fn layers(&mut self, layout: &Layout, strangers: bool, problems: &mut Problems) {
-        let mut seen: BTreeMap<String, (u64, BTreeSet<u64>)> = BTreeMap::new();
+        let mut seen: BTreeMap<String, (&NameTemplate, u64, BTreeSet<u64>)> = BTreeMap::new();
         for row in &layout.rows {
             let Row::Map(rule) = row else { continue };
             for template in &rule.hf {
                 let index = template.first_index().filter(|v| rule.stack != Some(*v));
                 let count = index.and_then(|v| rule.vars.required(v));
                 if let (Some(count), Some(first)) = (count, template.up_to_index(0)) {
-                    seen.entry(first).or_insert_with(|| (count, BTreeSet::new()));
+                    seen.entry(first).or_insert_with(|| (template, count, BTreeSet::new()));
                 }
             }
         }
@@ -89,13 +108,12 @@ impl Completeness<'_> {
             let template = &rule.hf[part];
             let layer = template.first_index().and_then(|v| bindings.index(v));
             let layers = template.up_to_index(0).and_then(|first| seen.get_mut(&first));
-            if let (Some(layer), Some((_, layers))) = (layer, layers) {
+            if let (Some(layer), Some((_, _, layers))) = (layer, layers) {
                 layers.insert(layer);
             }
         }
-        seen.retain(|_, (_, layers)| !(strangers && layers.is_empty()));
-        for (first, (count, layers)) in seen {
-            let start = first.strip_suffix('0').unwrap_or(&first);
+        seen.retain(|_, (_, _, layers)| !(strangers && layers.is_empty()));
+        for (template, count, layers) in seen.into_values() {
             let what = if layers.is_empty() {
                 format!("none is there, by config.json there are {count}")
             } else {
@@ -103,20 +121,35 @@ impl Completeness<'_> {
             };
             let there = u64::try_from(layers.len()).expect("tensors are counted in 32 bits");
             let missing = (0..count).filter(|l| !layers.contains(l));
-            // Only a handful of names can be allowed one by one.
-            if self.allowed.is_empty() {
-                let named = missing.map(|l| (format!("{start}{l}"), what.clone()));
-                problems.add_many(Problem::MissingLayer, count - there, named);
+            let names = missing.filter_map(|l| template.up_to_index(l));
+            self.missing_layers(count - there, names, &what, problems);
+        }
+    }
+
+    /// Notes `count` layers that are missing, but for those that may be or were noted already.
+    fn missing_layers(
+        &mut self,
+        count: u64,
+        names: impl Iterator<Item = String>,
+        why: &str,
+        problems: &mut Problems,
+    ) {
+        let mut reported = count;
+        let mut named = Vec::new();
+        for name in names.take(WALKED) {
+            if problems.is_known(&name) {
+                reported -= 1;
                 continue;
             }
-            for layer in missing.map(|l| format!("{start}{l}")) {
-                if matches(self.allowed, &format!("{layer}.")) {
-                    self.lacking.push(layer);
-                } else {
-                    problems.explain(Problem::MissingLayer, &layer, &what);
-                }
+            problems.note_missing(&name);
+            if matches(self.allowed, &format!("{name}.")) {
+                self.lacking.push(name);
+                reported -= 1;
+            } else {
+                named.push((name, why.to_owned()));
             }
         }
+        problems.add_many(Problem::MissingLayer, reported, named.into_iter());
     }
 
     fn required(
@@ -129,7 +162,9 @@ impl Completeness<'_> {
         let usual = usual_set(requirement, layers);
         for (layer, there) in layers {
             let has = |name: &Name| name.is_in(there);
-            if requirement.beside.as_ref().is_some_and(|beside| !has(beside)) {
+            if requirement.beside.as_ref().is_some_and(|beside| !has(beside))
+                || requirement.layers.as_ref().is_some_and(|layers| !layers.contains(layer))
+            {
                 continue;
             }
             let refused = |name: &Name| {
@@ -154,7 +189,7 @@ impl Completeness<'_> {
         }
     }
 
-    /// Notes what a layer lacks and another of its kind has.
+    /// Notes what a layer lacks and another of its kind has, and layers between others.
     fn siblings(
         &mut self,
         scope: &Scope,
@@ -162,6 +197,10 @@ impl Completeness<'_> {
         may_lack: &[Name],
         problems: &mut Problems,
     ) {
+        let Some((&last, _)) = layers.last_key_value() else { return };
+        let there = u64::try_from(layers.len()).expect("tensors are counted in 32 bits");
+        let between = (0..last).filter(|l| !layers.contains_key(l)).map(|l| scope.layer(l));
+        self.missing_layers((last + 1).saturating_sub(there), between, "others follow", problems);
         let choices: Vec<&Requirement> = self
             .mapping
             .requirements

@@ -1,6 +1,6 @@
 //! A plan in words, as JSON, and in one line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde_json::{Value, json};
@@ -38,6 +38,8 @@ pub struct Summary {
     pub unmapped: Option<(&'static str, u64)>,
     /// Tensors and layers that are missing and were allowed to be.
     pub lacking: Vec<String>,
+    /// Layers that config.json names and that a source may lack, as this one does.
+    pub absent: BTreeSet<String>,
 }
 
 /// What a summary is made of, beside the tensors.
@@ -50,6 +52,7 @@ pub struct SummaryParts<'a> {
     pub dropped: BTreeMap<String, u64>,
     pub unmapped: Option<(Unmapped, u64)>,
     pub lacking: Vec<String>,
+    pub absent: BTreeSet<String>,
     pub checkpoint: &'a Checkpoint,
 }
 
@@ -93,6 +96,7 @@ impl Summary {
             dropped: parts.dropped,
             unmapped,
             lacking: parts.lacking,
+            absent: parts.absent,
         }
     }
 }
@@ -121,6 +125,9 @@ impl fmt::Display for Summary {
         }
         if let Some((what, n)) = self.unmapped {
             write!(f, "; {n} tensors without a rule {what}")?;
+        }
+        for layer in &self.absent {
+            write!(f, "; not in the source: `{layer}`, which config.json names")?;
         }
         if let Some(first) = self.lacking.first() {
             let more = self.lacking.len() - 1;

@@ -45,7 +45,23 @@ fn set_quantization(config: &mut Map<String, Value>, stated: &Stated) {
     for (name, value) in config.iter_mut() {
         if let Some(object) = value.as_object_mut() {
             clean(object, within == Some(name));
+            object.values_mut().for_each(remove_quantization);
         }
+    }
+}
+
+/// Removes what says how weights are quantized, however deep it stands: a composite of composites
+/// has it in `thinker_config.text_config`.
+fn remove_quantization(value: &mut Value) {
+    match value {
+        Value::Object(object) => {
+            QUANTIZATION.iter().for_each(|key| {
+                object.shift_remove(*key);
+            });
+            object.values_mut().for_each(remove_quantization);
+        }
+        Value::Array(values) => values.iter_mut().for_each(remove_quantization),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
 }
 

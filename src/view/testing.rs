@@ -96,6 +96,7 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
             dropped: BTreeMap::new(),
             unmapped: None,
             lacking: Vec::new(),
+            absent: Default::default(),
         },
     }
 }

@@ -21,6 +21,44 @@ pub fn golden(model: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(model)
 }
 
+/// The folders of `tests/golden` that hold a checkpoint.
+pub const FAMILIES: [&str; 10] = [
+    "deepseek-v3",
+    "deepseek-v4-base",
+    "deepseek-v4-flash",
+    "glm4-moe",
+    "gpt-oss",
+    "kimi-k25-vl",
+    "mimo-v2-flash",
+    "minimax-m2",
+    "qwen3-moe",
+    "qwen3-vl-moe",
+];
+
+/// Exports a view by the built command; its message where it fails.
+pub fn exported(checkpoint: &Path, options: &[&str]) -> Result<tempfile::TempDir, String> {
+    let out = tempfile::tempdir().unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_mount-ckpt"));
+    command.arg("export").args(options).arg(checkpoint).arg(out.path());
+    let done = command.output().unwrap();
+    let message = String::from_utf8_lossy(&done.stderr).into_owned();
+    if done.status.success() { Ok(out) } else { Err(message) }
+}
+
+/// config.json of a directory.
+pub fn config_of(dir: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()
+}
+
+/// All tensors of a directory's safetensors files.
+pub fn tensors_of_dir(dir: &Path) -> BTreeMap<String, Tensor> {
+    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    files
+        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .flat_map(|path| tensors_of(&path))
+        .collect()
+}
+
 /// All tensors of a safetensors file.
 pub fn tensors_of(path: &Path) -> BTreeMap<String, Tensor> {
     let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));

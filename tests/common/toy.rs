@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use mount_ckpt::mapping::Mapping;
+use mount_ckpt::mapping::{LayoutName, Mapping};
 use mount_ckpt::plan::{Plan, PlanOptions};
 use mount_ckpt::read::{Engine, EngineOptions};
 use mount_ckpt::source::Checkpoint;
@@ -13,7 +13,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use super::{dtype_of, golden, tensors_of};
+use super::{dtype_of, golden, tensors_of, tensors_of_engine};
 
 /// A tensor of a [`Toy`].
 #[derive(Clone, Debug)]
@@ -67,6 +67,10 @@ impl Toy {
             "deepseek-v4-flash" | "deepseek-v4-base" => ("deepseek-v4", "layers.1.ffn.experts"),
             "kimi-k25-vl" => (family, "language_model.model.layers.1.mlp.experts"),
             "qwen3-vl-moe" => (family, "model.language_model.layers.1.mlp.experts"),
+            "deepseek-v3" | "glm4-moe" | "gpt-oss" | "qwen3-moe" => {
+                (family, "model.layers.1.mlp.experts")
+            }
+            "minimax-m2" => (family, "model.layers.1.block_sparse_moe.experts"),
             _ => panic!("no toy of `{family}`"),
         };
         Toy { model, experts, config, tensors }
@@ -76,6 +80,24 @@ impl Toy {
     pub fn native(family: &'static str) -> Toy {
         let mut toy = Toy::golden(family);
         toy.tensors = tensors_of(&golden(family).join("native.safetensors"))
+            .into_iter()
+            .map(|(name, (dtype, shape, bytes))| {
+                (name, ToyTensor { dtype: dtype_of(&dtype), shape, bytes, shard: 0 })
+            })
+            .collect();
+        toy
+    }
+
+    /// A golden folder's checkpoint in a layout, all of it in one shard where it is not the
+    /// published one.
+    pub fn in_layout(family: &'static str, layout: LayoutName) -> Toy {
+        let mut toy = Toy::golden(family);
+        if layout == LayoutName::Hf {
+            return toy;
+        }
+        let options = PlanOptions { to: Some(layout), ..PlanOptions::default() };
+        let mounted = toy.mount(&options, |_| {}).unwrap_or_else(|e| panic!("{family}: {e}"));
+        toy.tensors = tensors_of_engine(&mounted.engine)
             .into_iter()
             .map(|(name, (dtype, shape, bytes))| {
                 (name, ToyTensor { dtype: dtype_of(&dtype), shape, bytes, shard: 0 })

@@ -51,7 +51,7 @@ fn wrong_dtypes_say_what_was_expected() {
         (
             MIMO,
             |t| t.retype("~.0.up_proj.weight_scale_inv", Dtype::I32),
-            "1 scale of an impossible dtype: `~.0.up_proj.weight_scale_inv` (expected F8_E8M0, \
+            "1 scale of an impossible dtype: `~.0.up_proj.weight_scale_inv` (expected U8, F8_E8M0, \
              F16, BF16 or F32, got I32)",
         ),
         (
@@ -94,7 +94,7 @@ fn wrong_dtypes_say_what_was_expected() {
         (
             FLASH,
             |t| t.retype("~.1.w1.scale", Dtype::I8),
-            "1 scale of an impossible dtype: `~.1.w1.scale` (expected F8_E8M0, F16, BF16 or \
+            "1 scale of an impossible dtype: `~.1.w1.scale` (expected U8, F8_E8M0, F16, BF16 or \
              F32, got I8)",
         ),
         (
@@ -123,7 +123,7 @@ fn wrong_dtypes_say_what_was_expected() {
         (
             BASE,
             |t| t.retype("~.1.w1.scale", Dtype::F64),
-            "1 scale of an impossible dtype: `~.1.w1.scale` (expected F8_E8M0, F16, BF16 or \
+            "1 scale of an impossible dtype: `~.1.w1.scale` (expected U8, F8_E8M0, F16, BF16 or \
              F32, got F64)",
         ),
         (
