@@ -48,9 +48,9 @@ impl Release {
         let files = fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
         let files = files.map(|file| file.unwrap());
         let is_sidecar = |file: &fs::DirEntry| file.path().extension().is_some_and(|e| e == "json");
-        let files = files.filter(is_sidecar).map(|file| {
-            (file.file_name().into_string().unwrap(), fs::read(file.path()).unwrap())
-        });
+        let files = files
+            .filter(is_sidecar)
+            .map(|file| (file.file_name().into_string().unwrap(), fs::read(file.path()).unwrap()));
         Release { name, entries: table(&dir), files: files.collect() }
     }
 
@@ -96,7 +96,10 @@ impl Folded {
     /// The matrix that a stored tensor is, or is a part of.
     pub fn matrix_of<'a>(&'a self, stored: &'a str) -> &'a str {
         let of_part = self.parts.get(stored).map(String::as_str);
-        of_part.or_else(|| stored.strip_suffix("_packed")).or_else(|| stored.strip_suffix("_blocks")).unwrap_or(stored)
+        of_part
+            .or_else(|| stored.strip_suffix("_packed"))
+            .or_else(|| stored.strip_suffix("_blocks"))
+            .unwrap_or(stored)
     }
 }
 
