@@ -1,0 +1,152 @@
+//! Published releases, `tests/releases/NAME`, and what their tables say.
+
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use mount_ckpt::mapping::Mapping;
+use mount_ckpt::plan::{Plan, PlanOptions};
+use mount_ckpt::source::Checkpoint;
+use mount_ckpt::tensor::DType;
+use serde_json::Value;
+
+use crate::sparse::Sparse;
+use crate::table::table;
+
+/// Name, dtype and shape.
+pub type Entry = (String, String, Vec<u64>);
+
+/// dtype and shape of each tensor, by name.
+pub type Tensors = BTreeMap<String, (String, Vec<u64>)>;
+
+/// Bytes of a tensor.
+pub fn bytes_of(dtype: &str, shape: &[u64]) -> u64 {
+    let bits = DType::parse(dtype).unwrap_or_else(|| panic!("no dtype `{dtype}`")).bits();
+    shape.iter().product::<u64>() * u64::from(bits) / 8
+}
+
+/// Bytes of all tensors.
+pub fn total_bytes(tensors: &Tensors) -> u64 {
+    tensors.values().map(|(dtype, shape)| bytes_of(dtype, shape)).sum()
+}
+
+/// A table of `tests/releases`.
+pub struct Release {
+    pub name: &'static str,
+    /// In the order of the table.
+    pub entries: Vec<Entry>,
+    /// config.json and the files beside it.
+    pub files: Vec<(String, Vec<u8>)>,
+}
+
+impl Release {
+    pub fn read(name: &'static str) -> Release {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/releases").join(name);
+        let files = fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+        let files = files.map(|file| file.unwrap());
+        let is_sidecar = |file: &fs::DirEntry| file.path().extension().is_some_and(|e| e == "json");
+        let files = files
+            .filter(is_sidecar)
+            .map(|file| (file.file_name().into_string().unwrap(), fs::read(file.path()).unwrap()));
+        Release { name, entries: table(&dir), files: files.collect() }
+    }
+
+    pub fn tensors(&self) -> Tensors {
+        let entries = self.entries.iter().cloned();
+        let tensors: Tensors = entries.map(|(name, dtype, shape)| (name, (dtype, shape))).collect();
+        assert_eq!(tensors.len(), self.entries.len(), "{}: a tensor is there twice", self.name);
+        tensors
+    }
+
+    pub fn config(&self) -> Value {
+        let (_, text) = self.files.iter().find(|(name, _)| name == "config.json").unwrap();
+        serde_json::from_slice(text).unwrap()
+    }
+
+    pub fn write(&self) -> Sparse {
+        Sparse::write(&self.entries, &self.files)
+    }
+}
+
+/// The plan of a checkpoint's view, by the mapping that its config.json asks for.
+pub fn plan(dir: &Path, options: &PlanOptions) -> Result<(Arc<Checkpoint>, Plan), String> {
+    let checkpoint = Arc::new(Checkpoint::open(dir).map_err(|e| e.to_string())?);
+    let config = checkpoint.config();
+    let types: Vec<String> = config.model_types().into_iter().map(str::to_owned).collect();
+    let mapping = Mapping::for_model_types(&types).map_err(|e| e.to_string())?;
+    let mapping = mapping.resolve(&|key| config.get(key).cloned()).map_err(|e| e.to_string())?;
+    let plan = Plan::build(&checkpoint, &mapping, options).map_err(|e| e.to_string())?;
+    Ok((checkpoint, plan))
+}
+
+/// A release's tensors once payloads, scales and shapes are matrices.
+pub struct Folded {
+    /// Quantized tensors as the BF16 matrices that they stand for, all others as they are.
+    pub tensors: Tensors,
+    /// The payload or plain tensor of each.
+    pub payloads: BTreeMap<String, String>,
+    /// Of each scale and shape tensor, the matrix.
+    pub parts: BTreeMap<String, String>,
+}
+
+impl Folded {
+    /// The matrix that a stored tensor is, or is a part of.
+    pub fn matrix_of<'a>(&'a self, stored: &'a str) -> &'a str {
+        let of_part = self.parts.get(stored).map(String::as_str);
+        of_part
+            .or_else(|| stored.strip_suffix("_packed"))
+            .or_else(|| stored.strip_suffix("_blocks"))
+            .unwrap_or(stored)
+    }
+}
+
+/// What the tensors of a release stand for.
+pub fn folded(stored: &Tensors) -> Folded {
+    let mut out =
+        Folded { tensors: Tensors::new(), payloads: BTreeMap::new(), parts: BTreeMap::new() };
+    for (name, (dtype, shape)) in stored {
+        let mut shape = shape.clone();
+        let last = shape.len().saturating_sub(1);
+        let module = name.strip_suffix("weight").unwrap_or(name);
+        // The matrix, and names that its scale may have.
+        let (matrix, scales) = match dtype.as_str() {
+            "I32" if name.ends_with("_packed") => {
+                shape[last] *= 8;
+                let matrix = name.strip_suffix("_packed").unwrap();
+                out.parts.insert(format!("{matrix}_shape"), matrix.to_owned());
+                (matrix, vec![format!("{matrix}_scale")])
+            }
+            "U8" if name.ends_with("_blocks") => {
+                let matrix = name.strip_suffix("_blocks").unwrap();
+                let [experts, rows, blocks, bytes] = shape[..] else { panic!("`{name}`") };
+                shape = vec![experts, 2 * blocks * bytes, rows];
+                (matrix, vec![format!("{matrix}_scales")])
+            }
+            "F8_E4M3" | "I8" => {
+                if dtype == "I8" {
+                    shape[last] *= 2;
+                }
+                let ends = ["_scale_inv", "_scale"].map(|end| format!("{name}{end}"));
+                (name.as_str(), [&ends[..], &[format!("{module}scale")]].concat())
+            }
+            _ => {
+                out.tensors.insert(name.clone(), (dtype.clone(), shape));
+                out.payloads.insert(name.clone(), name.clone());
+                continue;
+            }
+        };
+        let scale = scales.into_iter().find(|scale| stored.contains_key(scale));
+        let scale = scale.unwrap_or_else(|| panic!("`{name}` has no scale"));
+        out.parts.insert(scale, matrix.to_owned());
+        out.payloads.insert(matrix.to_owned(), name.clone());
+        out.tensors.insert(matrix.to_owned(), ("BF16".to_owned(), shape));
+    }
+    for part in out.parts.keys() {
+        out.tensors.remove(part);
+        out.payloads.remove(part);
+    }
+    out
+}

@@ -1,0 +1,578 @@
+//! The published releases at their true size: every layout shows every tensor of theirs, and what
+//! was saved in a layout goes back to the files that it came from.
+//!
+//! `tests/releases/README.md` says where the tables come from. Their checkpoints have holes for data,
+//! so only names, dtypes, shapes, sizes and config.json are compared; `families.rs` compares numbers,
+//! on toys.
+//!
+//! Each test prints the time and the peak memory of its plans. They mean something one at a time:
+//! `cargo test --release --test releases -- --nocapture --test-threads 1`.
+
+#[path = "common/release.rs"]
+mod release;
+#[path = "common/sparse.rs"]
+mod sparse;
+#[path = "common/table.rs"]
+mod table;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::OsStr;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use mount_ckpt::mapping::LayoutName;
+use mount_ckpt::plan::{Body, Origin, Plan, PlanOptions, Quantize, Unmapped};
+use mount_ckpt::read::{Engine, EngineOptions};
+use mount_ckpt::source::Checkpoint;
+use mount_ckpt::view::{Ino, View, ViewOptions};
+use release::{Entry, Folded, Release, Tensors, folded, plan, total_bytes};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::Value;
+use sparse::Sparse;
+
+const LAYOUTS: [LayoutName; 3] = [LayoutName::Native, LayoutName::Transformers, LayoutName::Hf];
+
+/// Lists in a `quantization_config` of what stays plain: those of the releases follow no one rule.
+const IGNORE_LISTS: [&str; 3] = ["ignore", "ignored_layers", "modules_to_not_convert"];
+
+/// A view and the plan behind it.
+struct Shown {
+    engine: Arc<Engine>,
+    checkpoint: Arc<Checkpoint>,
+    config: Value,
+    config_text: Vec<u8>,
+    index: Index,
+    seconds: [f64; 2],
+}
+
+#[derive(Deserialize)]
+struct Index {
+    metadata: Metadata,
+    weight_map: HashMap<String, IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    total_size: u64,
+}
+
+/// The view of a checkpoint, planned as the command line does.
+fn show(dir: &Path, options: &PlanOptions) -> Result<Shown, String> {
+    let start = Instant::now();
+    let (checkpoint, plan) = plan(dir, options)?;
+    let planned = start.elapsed();
+    let options = EngineOptions { cache_bytes: 64 << 20, keep_given: false, threads: 1 };
+    let engine = Arc::new(Engine::new(Arc::clone(&checkpoint), Arc::new(plan), options));
+    let view = View::build(Arc::clone(&engine), Arc::clone(&checkpoint), &ViewOptions::default());
+    let view = view.map_err(|e| e.to_string())?;
+    let seconds = [planned, start.elapsed() - planned].map(|t| t.as_secs_f64());
+    let config_text = file(&view, "config.json");
+    Ok(Shown {
+        config: serde_json::from_slice(&config_text).unwrap(),
+        index: serde_json::from_slice(&file(&view, "model.safetensors.index.json")).unwrap(),
+        config_text,
+        engine,
+        checkpoint,
+        seconds,
+    })
+}
+
+fn file(view: &View, name: &str) -> Vec<u8> {
+    let attr = view.lookup(Ino::ROOT, OsStr::new(name)).unwrap();
+    let mut bytes = vec![0; usize::try_from(attr.size).unwrap()];
+    assert_eq!(view.read(attr.ino, 0, &mut bytes).unwrap(), bytes.len());
+    bytes
+}
+
+impl Shown {
+    fn plan(&self) -> &Plan {
+        self.engine.plan()
+    }
+
+    /// Name, dtype and shape of every tensor of the view, in its order.
+    fn entries(&self) -> Vec<Entry> {
+        let ids = self.plan().directories[0].tensors.iter();
+        let tensors = ids.map(|id| self.plan().tensor(*id));
+        let entry = |t: &mount_ckpt::plan::TensorPlan| {
+            (t.name.to_string(), t.dtype.name().to_owned(), t.shape.dims().to_vec())
+        };
+        tensors.map(entry).collect()
+    }
+
+    fn tensors(&self) -> Tensors {
+        self.entries().into_iter().map(|(name, dtype, shape)| (name, (dtype, shape))).collect()
+    }
+
+    /// Matrices of the source that the view has nothing of.
+    fn lost(&self, matrices: &Folded) -> BTreeSet<String> {
+        let plan = self.plan();
+        let name = |id| &*self.checkpoint.tensor(id).name;
+        let mut served: BTreeSet<&str> = BTreeSet::new();
+        for tensor in &plan.tensors {
+            match &tensor.body {
+                Body::Verbatim(runs) => {
+                    let runs = runs.iter().filter(|run| run.origin == Origin::Source);
+                    served.extend(runs.map(|run| name(run.source)));
+                }
+                Body::Computed(computed) => served
+                    .extend(computed.fragments.iter().map(|f| name(plan.matrix(f.matrix).payload))),
+                Body::Encoded(_) | Body::Literal(_) => {}
+            }
+        }
+        let payloads = matrices.payloads.iter();
+        let lost = payloads.filter(|(_, payload)| !served.contains(payload.as_str()));
+        lost.map(|(matrix, _)| matrix.clone()).collect()
+    }
+
+    /// Tensors that the mapping's rules left out.
+    fn dropped(&self) -> u64 {
+        self.plan().summary.dropped.values().sum()
+    }
+}
+
+/// What differs from what it should be, of a whole test.
+#[derive(Default)]
+struct Failures(Vec<String>);
+
+impl Failures {
+    fn add(&mut self, failure: String) {
+        println!("  FAILS {failure}");
+        self.0.push(failure);
+    }
+
+    fn equal<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, got: &T, expected: &T) {
+        if got != expected {
+            self.add(format!("{what}: expected {expected:?}, got {got:?}"));
+        }
+    }
+
+    /// Notes the first differences between two lists of tensors.
+    fn same(&mut self, what: &str, got: &Tensors, expected: &Tensors) {
+        let only = |a: &Tensors, b: &Tensors| -> Vec<String> {
+            a.keys().filter(|name| !b.contains_key(*name)).cloned().collect()
+        };
+        let differs = expected.iter().filter_map(|(name, tensor)| {
+            let got = got.get(name).filter(|got| *got != tensor)?;
+            Some(format!("`{name}`: expected {tensor:?}, got {got:?}"))
+        });
+        let kinds = [
+            ("missing", only(expected, got)),
+            ("not expected", only(got, expected)),
+            ("different", differs.collect()),
+        ];
+        for (kind, names) in kinds.iter().filter(|(_, names)| !names.is_empty()) {
+            let first = &names[..names.len().min(5)];
+            self.add(format!("{what}: {} {kind}: {first:?}", names.len()));
+        }
+    }
+
+    /// The config.json of a plain view: the release's without its quantization.
+    fn plain_config(&mut self, what: &str, got: &Value, release: &Value) {
+        let (quantization, rest) = split(got);
+        self.equal(&format!("{what}: quantization_config"), &quantization, &Vec::new());
+        self.equal(&format!("{what}: config.json"), &rest, &split(release).1);
+    }
+
+    /// The config.json of a view that is quantized as the release is.
+    fn quantized_config(&mut self, what: &str, got: &Value, release: &Value, to_the_letter: bool) {
+        let ((mut got, rest), (mut expected, expected_rest)) = (split(got), split(release));
+        self.equal(&format!("{what}: config.json"), &rest, &expected_rest);
+        if !to_the_letter {
+            got.iter_mut().chain(&mut expected).for_each(|(_, value)| *value = bare(value));
+        }
+        self.equal(&format!("{what}: quantization_config"), &got, &expected);
+    }
+
+    /// The index of a view names its tensors and says how large they are.
+    fn index(&mut self, what: &str, got: &Index, tensors: &Tensors) {
+        self.equal(&format!("{what}: total_size"), &got.metadata.total_size, &total_bytes(tensors));
+        let named = tensors.keys().filter(|name| got.weight_map.contains_key(*name)).count();
+        let counts = (named, got.weight_map.len());
+        self.equal(&format!("{what}: weight_map"), &counts, &(tensors.len(), tensors.len()));
+    }
+
+    fn finish(self) {
+        assert!(self.0.is_empty(), "{} failures:\n{}", self.0.len(), self.0.join("\n"));
+    }
+}
+
+/// Elements of each dtype.
+fn elements(tensors: &Tensors) -> BTreeMap<&str, u64> {
+    let mut sums = BTreeMap::new();
+    for (dtype, shape) in tensors.values() {
+        *sums.entry(dtype.as_str()).or_default() += shape.iter().product::<u64>();
+    }
+    sums
+}
+
+/// `quantization_config` objects with the key of the object that they stand in, and everything else.
+fn split(config: &Value) -> (Vec<(String, Value)>, Value) {
+    const KEY: &str = "quantization_config";
+    let mut rest = config.clone();
+    let top = rest.as_object_mut().unwrap();
+    let mut found: Vec<(String, Value)> =
+        top.shift_remove(KEY).into_iter().map(|value| (String::new(), value)).collect();
+    for (name, value) in top.iter_mut() {
+        let value = value.as_object_mut().and_then(|object| object.shift_remove(KEY));
+        found.extend(value.map(|value| (name.clone(), value)));
+    }
+    found.retain(|(_, value)| !value.is_null());
+    (found, rest)
+}
+
+/// Without nulls and lists of what stays plain.
+fn bare(value: &Value) -> Value {
+    match value {
+        Value::Object(object) => {
+            let kept = object
+                .iter()
+                .filter(|(key, value)| !value.is_null() && !IGNORE_LISTS.contains(&key.as_str()));
+            kept.map(|(key, value)| (key.clone(), bare(value))).collect()
+        }
+        other => other.clone(),
+    }
+}
+
+/// Peak resident memory in MiB since the last call.
+fn peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    // Another kernel than Linux has no such file, and the numbers are only printed.
+    let _ = fs::write("/proc/self/clear_refs", "5");
+    kib.unwrap_or(0) / 1024
+}
+
+fn to(layout: LayoutName) -> PlanOptions {
+    PlanOptions { to: Some(layout), ..PlanOptions::default() }
+}
+
+/// A release and what of it is expected to be lost.
+struct Case {
+    name: &'static str,
+    /// Parts of the names that the layout `transformers` leaves out: it has no MTP layers.
+    no_transformers: &'static [&'static str],
+    /// Whether the mapping can quantize as the release is, without an original.
+    back_by_mapping: bool,
+    /// Whether the mapping casts every floating-point tensor of the native layout.
+    native_is_bf16: bool,
+}
+
+const fn case(name: &'static str) -> Case {
+    Case { name, no_transformers: &[], back_by_mapping: true, native_is_bf16: false }
+}
+
+impl Case {
+    const fn without(self, parts: &'static [&'static str]) -> Case {
+        Case { no_transformers: parts, ..self }
+    }
+
+    const fn by_original_only(self) -> Case {
+        Case { back_by_mapping: false, ..self }
+    }
+
+    const fn cast_in_native(self) -> Case {
+        Case { native_is_bf16: true, ..self }
+    }
+
+    fn loses(&self, layout: LayoutName, name: &str) -> bool {
+        match layout {
+            LayoutName::Transformers => self.no_transformers.iter().any(|p| name.contains(p)),
+            LayoutName::Native | LayoutName::Hf => false,
+        }
+    }
+
+    fn kept(&self, layout: LayoutName, tensors: &Tensors) -> Tensors {
+        let kept = tensors.iter().filter(|(name, _)| !self.loses(layout, name));
+        kept.map(|(name, tensor)| (name.clone(), tensor.clone())).collect()
+    }
+
+    /// Shows a release in every layout, and what was saved in it goes back.
+    fn check(&self, release: &Release, failures: &mut Failures) {
+        let stored = release.tensors();
+        let sparse = release.write();
+        let tb = total_bytes(&stored) as f64 / 1e12;
+        println!("{}: {} tensors, {tb:.3} TB", self.name, stored.len());
+        let matrices = folded(&stored);
+        let quantized = matrices.tensors != stored;
+        for layout in LAYOUTS {
+            let what = format!("{}, {layout}", self.name);
+            peak();
+            let shown = match show(sparse.path(), &to(layout)) {
+                Ok(shown) => shown,
+                Err(message) => {
+                    failures.add(format!("{what}: {message}"));
+                    continue;
+                }
+            };
+            report(&layout.to_string(), &shown);
+            self.check_view(&what, layout, &shown, &matrices, failures);
+            failures.plain_config(&what, &shown.config, &release.config());
+            if layout != LayoutName::Hf {
+                let files = [("config.json".to_owned(), shown.config_text.clone())];
+                let saved = Sparse::write(&shown.entries(), &files);
+                drop(shown);
+                let original = quantized.then_some(&sparse);
+                self.check_back(layout, &saved, release, original, failures);
+            }
+        }
+    }
+
+    fn check_view(
+        &self,
+        what: &str,
+        layout: LayoutName,
+        shown: &Shown,
+        matrices: &Folded,
+        failures: &mut Failures,
+    ) {
+        let (got, mut expected) = (shown.tensors(), self.kept(layout, &matrices.tensors));
+        let dropped = matrices.tensors.len() - expected.len();
+        failures.equal(&format!("{what}: dropped"), &shown.dropped(), &(dropped as u64));
+        let lost = matrices.tensors.keys().filter(|name| self.loses(layout, name));
+        failures.equal(&format!("{what}: lost"), &shown.lost(matrices), &lost.cloned().collect());
+        if layout == LayoutName::Native && self.native_is_bf16 {
+            let floats = expected.values_mut().filter(|(dtype, _)| dtype == "F32");
+            floats.for_each(|(dtype, _)| *dtype = "BF16".to_owned());
+        }
+        match layout {
+            LayoutName::Hf => failures.same(what, &got, &expected),
+            LayoutName::Native | LayoutName::Transformers => {
+                failures.equal(&format!("{what}: elements"), &elements(&got), &elements(&expected));
+            }
+        }
+        failures.index(what, &shown.index, &got);
+    }
+
+    /// The way back of what was saved in a layout: plain, or quantized as the original is.
+    fn check_back(
+        &self,
+        from: LayoutName,
+        saved: &Sparse,
+        release: &Release,
+        original: Option<&Sparse>,
+        failures: &mut Failures,
+    ) {
+        let expected = self.kept(from, &release.tensors());
+        let quantize = |original| Some(Quantize { original, ..Quantize::default() });
+        let ways = match original {
+            None => vec![("plain", None)],
+            Some(original) => {
+                let original = Arc::new(Checkpoint::open(original.path()).unwrap());
+                let by_original = ("by the original", quantize(Some(original)));
+                vec![("by the mapping", quantize(None)), by_original]
+            }
+        };
+        for (way, quantize) in ways {
+            let what = format!("{}, {from} -> hf {way}", self.name);
+            let by_original = quantize.as_ref().map(|q| q.original.is_some());
+            peak();
+            let shown = show(saved.path(), &PlanOptions { quantize, ..to(LayoutName::Hf) });
+            let needs_original = by_original == Some(false) && !self.back_by_mapping;
+            let shown = match shown {
+                Err(message) if needs_original && message.contains("--scales-from") => continue,
+                Ok(_) if needs_original => {
+                    failures.add(format!("{what}: expected that --scales-from is asked for"));
+                    continue;
+                }
+                Err(message) => {
+                    failures.add(format!("{what}: {message}"));
+                    continue;
+                }
+                Ok(shown) => shown,
+            };
+            report(&format!("{from} -> hf {way}"), &shown);
+            failures.same(&what, &shown.tensors(), &expected);
+            failures.index(&what, &shown.index, &expected);
+            let (config, release) = (&shown.config, release.config());
+            match by_original {
+                None => failures.plain_config(&what, config, &release),
+                Some(letter) => failures.quantized_config(&what, config, &release, letter),
+            }
+        }
+    }
+}
+
+fn report(what: &str, shown: &Shown) {
+    let ([plan, view], peak) = (shown.seconds, peak());
+    println!("  {what}: plan {plan:.2} s, view {view:.2} s, peak {peak} MiB");
+}
+
+fn check(cases: &[Case]) {
+    let mut failures = Failures::default();
+    for case in cases {
+        case.check(&Release::read(case.name), &mut failures);
+    }
+    failures.finish();
+}
+
+#[test]
+fn deepseek_v3_is_shown_and_goes_back() {
+    check(&[
+        case("deepseek-v3").without(&["model.layers.61."]),
+        case("deepseek-v3-bf16-cast").without(&["model.layers.61."]),
+    ]);
+}
+
+#[test]
+fn deepseek_v3_1_is_shown_and_goes_back() {
+    check(&[case("deepseek-v3.1").without(&["model.layers.61."])]);
+}
+
+#[test]
+fn kimi_k2_is_shown_and_goes_back() {
+    check(&[case("kimi-k2-instruct").without(&["rotary_emb.inv_freq"])]);
+}
+
+#[test]
+fn deepseek_v4_flash_is_shown_and_goes_back() {
+    check(&[case("deepseek-v4-flash").without(&["mtp."])]);
+}
+
+#[test]
+fn deepseek_v4_pro_is_shown_and_goes_back() {
+    check(&[case("deepseek-v4-pro").without(&["mtp."])]);
+}
+
+/// A config.json that does not name the dtype of its experts is that of FP4 ones.
+#[test]
+fn deepseek_v4_pro_without_expert_dtype_is_shown_and_goes_back() {
+    check(&[case("deepseek-v4-pro-no-expert-dtype").without(&["mtp."])]);
+}
+
+#[test]
+fn deepseek_v4_flash_0731_is_shown_and_goes_back() {
+    check(&[
+        case("deepseek-v4-flash-0731").without(&["mtp."]),
+        case("deepseek-v4-flash-0731-reap160").without(&["mtp."]),
+    ]);
+}
+
+#[test]
+fn deepseek_v4_base_is_shown_and_goes_back() {
+    check(&[case("deepseek-v4-flash-base").without(&["mtp."])]);
+}
+
+#[test]
+fn glm_4_5_is_shown_and_goes_back() {
+    check(&[
+        case("glm-4.5").without(&["model.layers.92."]),
+        case("glm-4.5-air").without(&["model.layers.46."]),
+        // Pruned to 96 experts by transformers, which dropped the MTP layer.
+        case("glm-4.5-air-reap96"),
+    ]);
+}
+
+#[test]
+fn glm_4_5_fp8_is_shown_and_goes_back_by_its_original() {
+    check(&[
+        case("glm-4.5-fp8").without(&["model.layers.92."]).by_original_only(),
+        case("glm-4.5-air-fp8").without(&["model.layers.46."]).by_original_only(),
+    ]);
+}
+
+/// GLM-4.6 and others leave their MTP layer without embedding and head: they are the model's own.
+#[test]
+fn an_mtp_layer_without_embedding_and_head_is_shown_and_goes_back() {
+    let mut release = Release::read("glm-4.5");
+    let shared = ["model.layers.92.embed_tokens.weight", "model.layers.92.shared_head.head.weight"];
+    let before = release.entries.len();
+    release.entries.retain(|(name, ..)| !shared.contains(&name.as_str()));
+    assert_eq!(release.entries.len(), before - 2);
+    let mut failures = Failures::default();
+    case("glm-4.5").without(&["model.layers.92."]).check(&release, &mut failures);
+    failures.finish();
+}
+
+#[test]
+fn gpt_oss_is_shown_and_goes_back() {
+    check(&[case("gpt-oss-20b"), case("gpt-oss-20b-bf16"), case("gpt-oss-120b")]);
+}
+
+#[test]
+fn kimi_k2_5_is_shown_and_goes_back() {
+    check(&[case("kimi-k2.5").cast_in_native()]);
+}
+
+#[test]
+fn kimi_k2_6_is_shown_and_goes_back() {
+    check(&[case("kimi-k2.6").cast_in_native()]);
+}
+
+#[test]
+fn kimi_k2_thinking_is_shown_and_goes_back() {
+    check(&[case("kimi-k2-thinking")]);
+}
+
+#[test]
+fn mimo_v2_flash_is_shown_and_goes_back() {
+    check(&[case("mimo-v2-flash").without(&["model.mtp."])]);
+}
+
+#[test]
+fn minimax_m2_is_shown_and_goes_back() {
+    check(&[case("minimax-m2.7")]);
+}
+
+#[test]
+fn qwen3_moe_is_shown_and_goes_back() {
+    check(&[case("qwen3-235b-a22b"), case("qwen3-30b-a3b"), case("qwen3-30b-a3b-v5config")]);
+}
+
+#[test]
+fn qwen3_moe_fp8_is_shown_and_goes_back() {
+    check(&[
+        case("qwen3-235b-a22b-fp8"),
+        case("qwen3-235b-a22b-2507-fp8"),
+        case("qwen3-30b-a3b-fp8"),
+    ]);
+}
+
+#[test]
+fn qwen3_vl_moe_is_shown_and_goes_back() {
+    check(&[case("qwen3-vl-30b-a3b"), case("qwen3-vl-30b-a3b-fp8"), case("qwen3-vl-235b-a22b")]);
+}
+
+/// Releases whose quantization has no decoder here, and the ends of its tensors' names.
+const REFUSED: [(&str, &str); 11] = [
+    ("deepseek-v3.1-nvfp4", "weight_scale_2"),
+    ("deepseek-v4-flash-nvfp4", "weight_scale_2"),
+    ("kimi-k2.5-nvfp4", "weight_scale_2"),
+    ("kimi-k2.6-nvfp4", "weight_scale_2"),
+    ("minimax-m2.5-nvfp4", "weight_scale_2"),
+    ("qwen3-235b-a22b-nvfp4", "weight_scale_2"),
+    ("qwen3-30b-a3b-autoround-w4a16", "qzeros"),
+    ("qwen3-30b-a3b-awq", "qzeros"),
+    ("qwen3-30b-a3b-ct-nvfp4a16", "weight_global_scale"),
+    ("qwen3-30b-a3b-ct-w4a16-asym", "weight_zero_point"),
+    ("qwen3-30b-a3b-gptq-int4", "qzeros"),
+];
+
+#[test]
+fn quantizations_without_a_decoder_are_refused_by_name() {
+    let mut failures = Failures::default();
+    for (name, part) in REFUSED {
+        let sparse = Release::read(name).write();
+        let ways = LAYOUTS.map(|layout| (layout, Unmapped::Refuse));
+        let kept = [Unmapped::Keep, Unmapped::Drop].map(|unmapped| (LayoutName::Native, unmapped));
+        for (layout, unmapped) in ways.into_iter().chain(kept) {
+            let what = format!("{name}, {layout}, unmapped: {unmapped:?}");
+            let options = PlanOptions { unmapped, ..to(layout) };
+            match plan(sparse.path(), &options) {
+                Ok(_) => failures.add(format!("{what}: expected a refusal")),
+                Err(message) => {
+                    let heading = "parts of a quantization that is not supported: ";
+                    let named = message.split(heading).nth(1).unwrap_or_default();
+                    let named = named.split("; ").next().unwrap_or_default();
+                    if !named.contains(part) {
+                        failures.add(format!("{what}: `{part}` is not named: {message}"));
+                    }
+                }
+            }
+        }
+    }
+    failures.finish();
+}
