@@ -185,7 +185,8 @@ fn saves_of_training_libraries_come_back_as_published() {
     transformers.arg("make").arg(reference).arg(&saves);
     let mut automodel = Python::Automodel.script("automodel_saves.py").unwrap();
     automodel.arg(reference).arg(&saves);
-    for family in FAMILIES {
+    // Base has the class and the names of Flash.
+    for family in FAMILIES.into_iter().filter(|family| *family != "deepseek-v4-base") {
         let checkpoint = reference.join(family).join("checkpoint");
         let in_memory =
             place.mount(&format!("{family}-in-memory"), &checkpoint, &["--to", "transformers"]);

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use super::matrix::Matrix;
+use super::orphans::Owner;
 use super::problems::{Problem, Problems};
 use super::sources::Grouping;
 use crate::codec::Scheme;
@@ -16,10 +17,12 @@ use crate::source::{Config, SourceId};
 
 /// Ends of names beside a quantized weight that do not change its numbers: biases, and scales of
 /// activations and of the KV cache.
-const APART: [&str; 9] = [
+const APART: [&str; 11] = [
     "bias",
     "input_scale",
     "input_global_scale",
+    "input_zero_point",
+    "input_amax",
     "activation_scale",
     "output_scale",
     "k_scale",
@@ -52,71 +55,81 @@ const PARTS: [&str; 18] = [
 ];
 
 impl Grouping<'_> {
-    /// Refuses tensors without which a matrix cannot be decoded, or its numbers would be wrong.
-    ///
-    /// A rule that takes names by their ends, `self_attn.{r}`, is no rule for such a tensor.
-    pub(super) fn companions(&mut self) {
-        let quantized: HashSet<String> = self.quantized_names();
-        let mut refused = HashSet::new();
-        let unused = |g: &Self, id: SourceId| !g.used[id.index()];
-        let all = || (0..).map(SourceId).take(self.checkpoint.tensors().len());
-        let found: Vec<(SourceId, String)> = all()
-            .filter(|id| unused(self, *id))
-            .filter_map(|id| Some((id, matrix_of(&self.tensor(id).name, &quantized)?)))
-            .filter(|(id, _)| {
-                let name = &self.tensor(*id).name;
-                !self.mapping.layouts().any(|layout| layout.writes_out(name))
-            })
-            .collect();
-        for (id, matrix) in found {
-            let what = format!("of `{matrix}`");
-            self.problems.explain(Problem::Unsupported, &self.tensor(id).name, what);
-            self.refuse(&matrix, [Some(id), self.checkpoint.find(&matrix)]);
-            refused.insert(matrix);
-        }
+    /// Refuses matrices of quantizations without a decoder, before an encoding takes parts of them.
+    pub(super) fn foreign(&mut self) {
+        let claimed =
+            |name: &str| self.mapping.encodings.iter().any(|e| Owner::of(e, name).is_some());
+        let foreign = |name: &str| foreign_matrix(name).filter(|_| !claimed(name));
+        let refused = self.refuse_parts(foreign);
         if refused.is_empty() {
             return;
         }
-        // Scales of activations beside them are no news.
-        let apart: Vec<SourceId> = (0..)
-            .map(SourceId)
-            .take(self.checkpoint.tensors().len())
-            .filter(|id| {
-                let split = self.tensor(*id).name.rsplit_once('.');
-                split.is_some_and(|(module, end)| {
-                    APART.contains(&end) && refused.contains(&format!("{module}.weight"))
-                })
-            })
-            .collect();
-        for id in apart {
-            self.used[id.index()] = true;
+        // What else stands beside them is no news, nor a part of anything.
+        for id in (0..).map(SourceId).take(self.checkpoint.tensors().len()) {
+            let name = &self.tensor(id).name;
+            let beside = modules(name).any(|module| refused.contains(&module));
+            if beside && !self.mapping.layouts().any(|layout| layout.writes_out(name)) {
+                self.used[id.index()] = true;
+            }
         }
+    }
+
+    /// Refuses what stands beside a quantized matrix and is not among its parts: its numbers would be
+    /// wrong without.
+    pub(super) fn companions(&mut self) {
+        let quantized = self.quantized_names();
+        if quantized.is_empty() {
+            return;
+        }
+        self.refuse_parts(|name: &str| {
+            let module = modules(name).find(|module| quantized.contains(module))?;
+            let end = name.strip_prefix(module.trim_end_matches("weight")).unwrap_or(name);
+            (module != name && !APART.contains(&end.trim_start_matches('_'))).then_some(module)
+        });
+    }
+
+    /// Refuses the tensors that `matrix_of` takes for parts of a matrix; gives these matrices.
+    ///
+    /// A rule that takes names by their ends, `self_attn.{r}`, is no rule for such a tensor.
+    fn refuse_parts(&mut self, matrix_of: impl Fn(&str) -> Option<String>) -> HashSet<String> {
+        let all = (0..).map(SourceId).take(self.checkpoint.tensors().len());
+        let part = |id: SourceId| {
+            let name = &self.tensor(id).name;
+            let matrix =
+                Some(name).filter(|_| !self.used[id.index()]).and_then(|n| matrix_of(n))?;
+            let written_out = self.mapping.layouts().any(|layout| layout.writes_out(name));
+            (!written_out).then_some((id, matrix))
+        };
+        let found: Vec<(SourceId, String)> = all.filter_map(part).collect();
+        for (id, matrix) in &found {
+            let what = format!("of `{matrix}`");
+            self.problems.explain(Problem::Unsupported, &self.tensor(*id).name, what);
+            self.refuse(matrix, [Some(*id), self.checkpoint.find(matrix)]);
+        }
+        found.into_iter().map(|(_, matrix)| matrix).collect()
     }
 }
 
-/// The matrix whose numbers a tensor is about: `x.weight` for `x.qweight` and, where it is
-/// quantized, for whatever else stands beside it; `x` for `x_zero_point`.
-fn matrix_of(name: &str, quantized: &HashSet<String>) -> Option<String> {
+/// The matrices that a tensor may stand beside, by its name: `x.weight` for `x.scale`, and `x` for
+/// `x_scale`, the matrix of stacked experts.
+fn modules(name: &str) -> impl Iterator<Item = String> {
+    let weight = name.rsplit_once('.').map(|(module, _)| format!("{module}.weight"));
+    let last = name.rfind('.').map_or(0, |i| i + 1);
+    let starts = name.match_indices('_').filter(move |(i, _)| *i > last);
+    weight.into_iter().chain(starts.map(|(i, _)| name[..i].to_owned()))
+}
+
+/// The matrix that a tensor is a part of, where its name ends as no other does: `x.weight` for
+/// `x.qweight`, `x` for `x_weight_scale_2`.
+fn foreign_matrix(name: &str) -> Option<String> {
     let (module, end) = name.rsplit_once('.')?;
-    if APART.contains(&end) {
-        return None;
+    if PARTS.contains(&end) {
+        let module = module.strip_suffix(".quant_state").unwrap_or(module);
+        let module = module.strip_suffix(".weight").unwrap_or(module);
+        return Some(format!("{module}.weight"));
     }
-    let module = module.strip_suffix(".quant_state").unwrap_or(module);
-    let module = module.strip_suffix(".weight").unwrap_or(module);
-    let weight = format!("{module}.weight");
-    if weight != name && (PARTS.contains(&end) || quantized.contains(&weight)) {
-        return Some(weight);
-    }
-    if let Some(matrix) = PARTS.iter().find_map(|part| name.strip_suffix(part)?.strip_suffix('_')) {
-        return Some(matrix.to_owned());
-    }
-    if quantized.is_empty() {
-        return None;
-    }
-    let mut starts = name.match_indices('_').map(|(i, _)| (&name[..i], &name[i + 1..]));
-    let (matrix, _) =
-        starts.find(|(start, end)| quantized.contains(*start) && !APART.contains(end))?;
-    Some(matrix.to_owned())
+    let of_stacked = |part: &&str| Some(name.strip_suffix(*part)?.strip_suffix('_')?.to_owned());
+    PARTS.iter().filter(|part| part.starts_with("weight_")).find_map(|part| of_stacked(part))
 }
 
 /// Notes what config.json states of a quantization that these matrices are not, or that is not

@@ -92,13 +92,16 @@ impl Completeness<'_> {
     /// checkpoint may lack, such as those of multi-token prediction, have one.
     fn layers(&mut self, layout: &Layout, strangers: bool, problems: &mut Problems) {
         let mut seen: BTreeMap<String, (&NameTemplate, u64, BTreeSet<u64>)> = BTreeMap::new();
+        // The checkpoint's own names are what its owner can look for.
+        let of_source = self.target.is_none() && self.source.is_some();
         for row in &layout.rows {
             let Row::Map(rule) = row else { continue };
             for template in &rule.hf {
+                let shown = if of_source { &rule.to[0] } else { template };
                 let index = template.first_index().filter(|v| rule.stack != Some(*v));
                 let count = index.and_then(|v| rule.vars.required(v));
                 if let (Some(count), Some(first)) = (count, template.up_to_index(0)) {
-                    seen.entry(first).or_insert_with(|| (template, count, BTreeSet::new()));
+                    seen.entry(first).or_insert_with(|| (shown, count, BTreeSet::new()));
                 }
             }
         }

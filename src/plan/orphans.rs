@@ -49,14 +49,14 @@ impl Grouping<'_> {
 }
 
 /// The payload and the matrix that a scale or shape tensor belongs to, by its name.
-struct Owner<'e> {
+pub(super) struct Owner<'e> {
     encoding: &'e Encoding,
     payload: String,
     matrix: String,
 }
 
 impl<'e> Owner<'e> {
-    fn of(encoding: &'e Encoding, part: &str) -> Option<Owner<'e>> {
+    pub(super) fn of(encoding: &'e Encoding, part: &str) -> Option<Owner<'e>> {
         let spellings = encoding.scale.iter().enumerate();
         let scales = spellings.flat_map(|(i, spelled)| spelled.iter().map(move |t| (i, t)));
         let shape = encoding.shape.iter().map(|t| (0, t));

@@ -12,6 +12,8 @@ const LISTED: usize = 5;
 /// A kind of refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Problem {
+    /// A part of a quantization that no decoder here takes into account.
+    Unsupported,
     /// A source tensor that no rule of the mapping takes.
     NoRule,
     /// A layer below the config's number of layers, none of whose tensors is there.
@@ -36,8 +38,6 @@ pub enum Problem {
     ScaleDtype,
     /// A `weight_shape` tensor that cannot hold two extents.
     ShapeTensor,
-    /// A part of a quantization that no decoder here takes into account.
-    Unsupported,
     /// Tensors of a rule whose shapes do not fit together.
     RuleShape,
     /// Tensors of a rule whose dtypes cannot be cast, or differ where they are not cast.

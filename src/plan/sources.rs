@@ -37,6 +37,7 @@ pub fn matrices(
         fused_pairs: 0,
         problems,
     };
+    grouping.foreign();
     for encoding in &mapping.encodings {
         grouping.group(encoding);
     }
