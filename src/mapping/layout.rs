@@ -294,6 +294,18 @@ impl Rule {
         self.stack.and_then(|s| self.vars.bound(s)).unwrap_or(1)
     }
 
+    /// How many pieces the layout's tensors are made of, at one binding: parts times experts, times
+    /// two for each head of a rotary permutation.
+    pub fn piece_count(&self) -> u64 {
+        let parts = u64::try_from(self.hf.len().max(self.to.len())).expect("a rule has few names");
+        let factor = |op: &Op| match op {
+            Op::Stack { count } => *count,
+            Op::Rotary { heads, .. } => heads.saturating_mul(2),
+            Op::Transpose | Op::Concat { .. } | Op::Interleave { .. } | Op::Split { .. } => 1,
+        };
+        self.ops.iter().map(factor).fold(parts, u64::saturating_mul)
+    }
+
     /// Checkpoint name of a part, at an index of the stacked variable.
     pub fn part_name(
         &self,

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use super::group::{self, Group, Groups};
 use super::matrix::Matrix;
-use super::problems::{Problem, Problems};
+use super::problems::{MOST_PIECES, Problem, Problems};
 use super::wholes::Whole;
 use super::{Fragment, MatrixId};
 use crate::mapping::{Assembled, Bindings, Layout, Resolved, Rule, Taken};
@@ -146,12 +146,17 @@ fn taken_apart(
     if let Some(j) = empty_part(rule, &shapes) {
         return refuse(j, format!("expected elements, got {:?}", shapes[j]));
     }
-    let assembled = rule.part_shape(&shapes).and_then(|shape| {
-        let tensors = rule.assemble(&vec![shape.clone(); rule.hf.len()])?;
-        Ok((shape, tensors))
-    });
-    let (shape, tensors) = match assembled {
-        Ok(assembled) => assembled,
+    let shape = match rule.part_shape(&shapes) {
+        Ok(shape) => shape,
+        Err(error) => return refuse(0, error.to_string()),
+    };
+    if rule.piece_count() > MOST_PIECES {
+        let what = format!("expected at most {MOST_PIECES}, got {}", rule.piece_count());
+        problems.explain(Problem::TooManyPieces, sources[0].name, what);
+        return None;
+    }
+    let tensors = match rule.assemble(&vec![shape.clone(); rule.hf.len()]) {
+        Ok(tensors) => tensors,
         Err(error) => return refuse(0, error.to_string()),
     };
     if let Some(expected) = rule.hf_shape.as_ref().filter(|e| **e != shape) {

@@ -148,6 +148,9 @@ pub enum ScaleReading {
     Automodel,
 }
 
+/// Most shards of a fused pair: as many as a model has K/V heads.
+const MOST_SHARDS: u64 = 1 << 12;
+
 /// Bands of a pair of matrices that were quantized as shards of their fused rows, first the
 /// bands of the first matrix.
 ///
@@ -168,7 +171,8 @@ pub fn fused_bands<S: Copy>(
             rows[i].is_multiple_of(t) && t * (rows[i] / t).div_ceil(block) == scale_rows[i]
         })
     };
-    let shards = (1..=rows[0].min(rows[1])).find(|&t| explains(t))?;
+    let most = rows[0].min(rows[1]).min(scale_rows[0]).min(MOST_SHARDS);
+    let shards = (1..=most).find(|&t| explains(t))?;
     // One shard is a plain grid on each tensor: nothing was fused.
     if shards == 1 {
         let plain = |i: usize| vec![Band { rows: 0..rows[i], scale: scales[i], row: 0, skip: 0 }];

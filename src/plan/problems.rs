@@ -9,6 +9,10 @@ use crate::source::ConfigError;
 /// Names that a message lists before it only counts.
 const LISTED: usize = 5;
 
+/// Most pieces of one tensor: experts times the matrices of each. The largest published have 1,800;
+/// a sparse file of some KiB can hold a tensor of any number of rows.
+pub const MOST_PIECES: u64 = 1 << 16;
+
 /// A kind of refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Problem {
@@ -44,6 +48,8 @@ pub enum Problem {
     RuleDtype,
     /// Two source tensors that land on one name.
     SameName,
+    /// A tensor that would be made of more pieces than any model's.
+    TooManyPieces,
     /// A tensor too large for 64-bit arithmetic, or cut within a byte.
     Size,
     /// A tensor that an expert-parallel cut does not divide.
@@ -95,6 +101,8 @@ impl Problem {
             (Problem::RuleDtype, false) => "tensors whose dtypes do not fit their rules",
             (Problem::SameName, true) => "name that two tensors land on",
             (Problem::SameName, false) => "names that two tensors land on",
+            (Problem::TooManyPieces, true) => "tensor of more pieces than any model's",
+            (Problem::TooManyPieces, false) => "tensors of more pieces than any model's",
             (Problem::Size, true) => "tensor of an impossible size",
             (Problem::Size, false) => "tensors of impossible sizes",
             (Problem::Indivisible, true) => "tensor that the expert-parallel cut does not divide",

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use super::matrix::{Band, Matrix, MatrixScales, ScaleReading, fused_bands};
 use super::orphans::one_of;
-use super::problems::{PlanError, Problem, Problems};
+use super::problems::{MOST_PIECES, PlanError, Problem, Problems};
 use crate::codec::{ScaleGrid, Scheme};
 use crate::mapping::{Bindings, Encoding, NameTemplate, Resolved};
 use crate::source::{Checkpoint, SourceId, SourceTensor};
@@ -118,14 +118,17 @@ impl<'a> Grouping<'a> {
         };
         let tensor = self.tensor(payload);
         let scheme = encoding.scheme;
-        if self.used[payload.index()] || !scheme.takes_payload(tensor.dtype) {
-            return Part::Absent;
-        }
         let matrix = name(&encoding.matrix[i]);
+        if self.used[payload.index()] || !scheme.takes_payload(tensor.dtype) {
+            let refused = self.used[payload.index()] && self.problems.is_refused(&matrix);
+            return if refused { Part::Refused } else { Part::Absent };
+        }
         let mut spellings = encoding.scale[i].iter().map(name);
         let scale = encoding.scale[i].iter().find_map(|t| self.checkpoint.find(&name(t)));
         let shape = scheme.matrix_shape(tensor.dtype, &tensor.shape);
-        let Some(shape) = shape.filter(|s| s.elements().is_some_and(|n| n > 0)) else {
+        let is_matrix =
+            |s: &Shape| s.elements().is_some_and(|n| n > 0) && planes_of(s) <= MOST_PIECES;
+        let Some(shape) = shape.filter(is_matrix) else {
             // Bytes of a payload's dtype can be something else, unless their scale is there.
             if scale.is_none() && !is_only_a_payload(encoding, tensor) {
                 return Part::Absent;
@@ -351,6 +354,11 @@ impl<'a> Grouping<'a> {
             self.found.push(Matrix::plain(name, id, dtype, shape));
         }
     }
+}
+
+/// Matrices of this shape's last two axes: experts, where they are stacked.
+fn planes_of(shape: &Shape) -> u64 {
+    shape.dims().iter().rev().skip(2).fold(1, |n, extent| n.saturating_mul(*extent))
 }
 
 /// Shape of the scales of a matrix in blocks of its rows and columns.
