@@ -266,6 +266,10 @@ impl Case {
 const EXPERTS: &str = "mlp.experts.";
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn deepseek_v3_without_a_tensor_is_refused() {
     let lists: &[(&str, &[Kind])] =
         &[("model.layers.", &[&[30, 31, 32, 33, 34], &[0, 1, 2], &[61]])];
@@ -283,6 +287,10 @@ fn deepseek_v3_without_a_tensor_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn deepseek_v4_flash_without_a_tensor_is_refused() {
     // With an indexer, with a compressor alone, with neither, with an indexer and routed by token id.
     const KINDS: &[Kind] = &[&[20, 22, 24, 26, 28], &[21, 23, 25, 27, 29], &[0, 1], &[2]];
@@ -300,6 +308,10 @@ fn deepseek_v4_flash_without_a_tensor_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn glm_4_5_without_a_tensor_is_refused() {
     let lists: &[(&str, &[Kind])] =
         &[("model.layers.", &[&[40, 41, 42, 43, 44], &[0, 1, 2], &[92]])];
@@ -317,6 +329,10 @@ fn glm_4_5_without_a_tensor_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn gpt_oss_20b_without_a_tensor_is_refused() {
     let lists: &[(&str, &[Kind])] = &[("model.layers.", &[&[10, 11, 12, 13, 14]])];
     Case {
@@ -333,6 +349,10 @@ fn gpt_oss_20b_without_a_tensor_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn kimi_k2_5_without_a_tensor_is_refused() {
     Case {
         name: "kimi-k2.5",
@@ -354,6 +374,10 @@ fn kimi_k2_5_without_a_tensor_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn mimo_v2_flash_without_a_tensor_is_refused() {
     let lists: &[(&str, &[Kind])] = &[
         ("model.layers.", &[&[6, 7, 8, 9, 10], &[11, 17, 23, 29, 35], &[0]]),
@@ -373,6 +397,10 @@ fn mimo_v2_flash_without_a_tensor_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn minimax_m2_7_without_a_tensor_is_refused() {
     let lists: &[(&str, &[Kind])] = &[("model.layers.", &[&[30, 31, 32, 33, 34]])];
     Case {
@@ -389,6 +417,10 @@ fn minimax_m2_7_without_a_tensor_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn qwen3_235b_without_a_tensor_is_refused() {
     let lists: &[(&str, &[Kind])] = &[("model.layers.", &[&[30, 31, 32, 33, 34]])];
     Case {
@@ -405,6 +437,10 @@ fn qwen3_235b_without_a_tensor_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "true sizes: cargo test --release --test incomplete_releases"
+)]
 fn qwen3_vl_30b_without_a_tensor_is_refused() {
     let lists: &[(&str, &[Kind])] = &[
         ("model.language_model.layers.", &[&[30, 31, 32, 33, 34]]),

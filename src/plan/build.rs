@@ -141,6 +141,7 @@ impl Plan {
             dtype: options.dtype,
             fused: (grouped.fused_pairs > 0 || options.scale_reading == ScaleReading::Automodel)
                 .then_some((options.scale_reading, grouped.fused_pairs)),
+            quantized: &quantized,
             dropped,
             unmapped,
             lacking,

@@ -6,7 +6,7 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use super::matrix::ScaleReading;
-use super::{Body, Computed, Directory, Facet, Origin, Plan, TensorPlan, Unmapped};
+use super::{Body, Computed, Directory, Facet, Origin, Plan, Quantized, TensorPlan, Unmapped};
 use crate::mapping::{LayoutName, Resolved};
 use crate::source::{Checkpoint, printable};
 use crate::tensor::Float;
@@ -32,6 +32,8 @@ pub struct Summary {
     pub ranks: u64,
     /// How scales of fused shards are read, and the pairs that it concerns.
     pub fused_scales: Option<(ScaleReading, u64)>,
+    /// Schemes and blocks that matrices are encoded in, in words.
+    pub encoded: BTreeSet<String>,
     /// Tensors left out by the mapping's rules, by reason.
     pub dropped: BTreeMap<String, u64>,
     /// Tensors that no rule names, kept or dropped.
@@ -49,6 +51,7 @@ pub struct SummaryParts<'a> {
     pub to: LayoutName,
     pub dtype: Float,
     pub fused: Option<(ScaleReading, u64)>,
+    pub quantized: &'a [Quantized],
     pub dropped: BTreeMap<String, u64>,
     pub unmapped: Option<(Unmapped, u64)>,
     pub lacking: Vec<String>,
@@ -83,7 +86,12 @@ impl Summary {
             };
             (what, n)
         });
+        let encoded = |q: &Quantized| {
+            let [rows, cols] = q.block;
+            format!("{} {rows}x{cols}", q.scheme.name())
+        };
         Summary {
+            encoded: parts.quantized.iter().map(encoded).collect(),
             model: parts.mapping.name.clone(),
             from: parts.from,
             to: parts.to,
@@ -119,6 +127,9 @@ impl fmt::Display for Summary {
                 }
                 ScaleReading::Automodel => write!(f, "; K/V scales read as Automodel does")?,
             }
+        }
+        for scheme in &self.encoded {
+            write!(f, "; quantized as {scheme}")?;
         }
         for (reason, n) in &self.dropped {
             write!(f, "; {n} tensors left out: {reason}")?;

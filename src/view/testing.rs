@@ -93,6 +93,7 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
             verbatim: (7, 0),
             ranks: 1,
             fused_scales: None,
+            encoded: Default::default(),
             dropped: BTreeMap::new(),
             unmapped: None,
             lacking: Vec::new(),
