@@ -97,7 +97,8 @@ fn parts_that_are_missing_are_named_with_what_needs_them() {
         (
             MIMO,
             |t| t.drop_all("layers.0."),
-            "1 missing layer: `model.layers.0` (by config.json there are 3)",
+            "2 missing layers: `model.layers.0` (by config.json there are 3), `model.mtp.layers.0` \
+             (others follow)",
         ),
         (
             FLASH,

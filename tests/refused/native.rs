@@ -73,7 +73,8 @@ fn the_native_layout_is_refused_in_the_same_words() {
         (
             MIMO,
             |t| t.drop_all("layers.0."),
-            "1 missing layer: `model.layers.0` (by config.json there are 3)",
+            "2 missing layers: `model.layers.0` (by config.json there are 3), `model.mtp.layers.0` \
+             (others follow)",
         ),
         (
             FLASH,
