@@ -129,7 +129,7 @@ fn foreign_matrix(name: &str) -> Option<String> {
         return Some(format!("{module}.weight"));
     }
     let of_stacked = |part: &&str| Some(name.strip_suffix(*part)?.strip_suffix('_')?.to_owned());
-    PARTS.iter().filter(|part| part.starts_with("weight_")).find_map(|part| of_stacked(part))
+    PARTS.iter().filter(|part| part.starts_with("weight_")).find_map(of_stacked)
 }
 
 /// Notes what config.json states of a quantization that these matrices are not, or that is not

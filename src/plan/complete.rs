@@ -181,8 +181,8 @@ impl Completeness<'_> {
             };
             // Where some experts are there, the rule that groups them misses the others.
             let some_experts = set.iter().any(|name| name.is_indexed() && has(name));
-            for name in set.iter().filter(|name| !has(name) && !(name.is_indexed() && some_experts))
-            {
+            let is_said = |name: &Name| has(name) || name.is_indexed() && some_experts;
+            for name in set.iter().filter(|name| !is_said(name)) {
                 let names = name.names().map(|n| scope.map_or(n.clone(), |s| s.join(*layer, &n)));
                 self.missing(name.count(), names, problems, || match scope {
                     None => "of the model".to_owned(),

@@ -176,8 +176,8 @@ fn quoted(constant: &str) -> String {
 
 /// The text with Python's constants as strings, those within strings left alone.
 fn with_quoted_constants(raw: &[u8]) -> Cow<'_, [u8]> {
-    let is_there = |constant: &&str| raw.windows(constant.len()).any(|w| w == constant.as_bytes());
-    if !CONSTANTS.iter().any(|c| is_there(&c)) {
+    let is_there = |constant: &str| raw.windows(constant.len()).any(|w| w == constant.as_bytes());
+    if !CONSTANTS.iter().any(|c| is_there(c)) {
         return Cow::Borrowed(raw);
     }
     let mut out = Vec::with_capacity(raw.len());
