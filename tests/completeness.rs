@@ -46,30 +46,6 @@ fn folded(name: &str) -> String {
 const MAY_LACK: &[(&str, &[&str])] = &[
     ("deepseek-v3", &["model.layers.N.embed_tokens.", "model.layers.N.shared_head.head."]),
     ("glm4-moe", &["model.layers.N.embed_tokens.", "model.layers.N.shared_head.head."]),
-    ("mimo-v2-flash", &["model.mtp.layers.N.self_attn.attention_sink_bias"]),
-    (
-        "kimi-k25-vl",
-        &[
-            "projector.proj.0.bias",
-            "projector.proj.2.bias",
-            "projector.linear_1.bias",
-            "projector.linear_2.bias",
-            "projector.in_proj.bias",
-            "projector.out_proj.bias",
-            "projector.pre_norm.bias",
-            "final_layernorm.bias",
-            "patch_embed.proj.bias",
-        ],
-    ),
-    (
-        "qwen3-vl-moe",
-        &[
-            "visual.merger.linear_fc1.bias",
-            "visual.merger.linear_fc2.bias",
-            "visual.merger.norm.bias",
-            "visual.patch_embed.proj.bias",
-        ],
-    ),
 ];
 
 /// A norm, an embedding, a head, a projection, a router, shared experts or a layer's whole MLP were

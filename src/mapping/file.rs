@@ -400,8 +400,10 @@ fn resolved_row(
         ));
     }
     let extent = |key: &String| ConfigKey::parse(key)?.resolve(config);
-    let hf_shape =
-        raw.hf_shape.as_ref().map(|keys| keys.iter().map(extent).collect()).transpose()?;
+    let extents = |keys: &Option<Vec<String>>| {
+        keys.as_ref().map(|keys| keys.iter().map(extent).collect()).transpose()
+    };
+    let (hf_shape, piece_shape) = (extents(&raw.hf_shape)?, extents(&raw.piece_shape)?);
     let hf_dtype = match &raw.hf_dtype {
         Some(name) => {
             Some(DType::parse(name).ok_or_else(|| fail("`hf-dtype` is no dtype of safetensors"))?)
@@ -416,6 +418,7 @@ fn resolved_row(
         stack,
         hf_shape,
         hf_dtype,
+        piece_shape,
         reads: raw.reads.map(|side| match side {
             RawSide::Hf => Side::Hf,
             RawSide::To => Side::To,

@@ -224,6 +224,8 @@ pub struct Rule {
     pub stack: Option<Var>,
     /// Extents of every part, where the mapping states them.
     pub hf_shape: Option<Vec<u64>>,
+    /// Extents of a tensor that is put together from pieces, where the mapping states them.
+    pub piece_shape: Option<Vec<u64>>,
     /// Dtype of the parts in published checkpoints, where the mapping states it.
     pub hf_dtype: Option<DType>,
     /// The side whose names are only read, where another rule writes them: a second spelling.

@@ -118,6 +118,7 @@ pub(super) struct RawRow {
     pub(super) expert_axis: bool,
     pub(super) hf_shape: Option<Vec<String>>,
     pub(super) hf_dtype: Option<String>,
+    pub(super) piece_shape: Option<Vec<String>>,
     pub(super) reads: Option<RawSide>,
     pub(super) drop: Option<String>,
     pub(super) unless: Option<String>,
@@ -140,6 +141,7 @@ impl RawRow {
             || self.reads.is_some()
             || self.hf_shape.is_some()
             || self.hf_dtype.is_some()
+            || self.piece_shape.is_some()
     }
 }
 

@@ -13,7 +13,7 @@ use super::problems::{PlanError, Problem, Problems};
 use super::quantize::{self, Facets, Original};
 use super::show::{Summary, SummaryParts};
 use super::stated::stated;
-use super::wholes::{Whole, wholes};
+use super::wholes::{Whole, check_extents, wholes};
 use super::{Plan, sources};
 use crate::mapping::{LayoutName, Resolved};
 use crate::source::Checkpoint;
@@ -38,6 +38,7 @@ impl Plan {
             LayoutName::Native | LayoutName::Transformers => LayoutName::Hf,
         });
         let (source, target) = (mapping.layout(from)?, mapping.layout(to)?);
+        check_extents(&wholes, mapping, source, &mut problems);
 
         let original = options.quantize.as_ref().and_then(|q| q.original.as_deref());
         let original = match original {

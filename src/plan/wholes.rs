@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use super::matrix::Matrix;
 use super::problems::{Problem, Problems};
 use super::{Fragment, MatrixId, cover};
+use crate::mapping::{Layout, Resolved, Taken};
 use crate::source::Checkpoint;
 use crate::tensor::{BoxMap, Shape};
 
@@ -16,6 +17,8 @@ pub struct Whole<'a> {
     pub name: &'a str,
     /// Name of the tensor that holds its elements or their codes.
     pub stored: &'a str,
+    /// Whether its shards say that they hold pieces.
+    pub in_pieces: bool,
     /// Extents of the tensor.
     pub shape: Vec<u64>,
     /// Target: the tensor. Source: the matrix.
@@ -43,7 +46,8 @@ pub fn wholes<'a>(
         let stored = checkpoint.tensor(matrix.payload);
         let (at, stored) = (stored.piece_at.as_deref(), &*stored.name);
         let Some(at) = at.filter(|at| at.len() == dims.len() && matrix.scales.is_none()) else {
-            wholes.push(Whole { name: &matrix.name, stored, shape: dims, parts: vec![(id, map)] });
+            let (name, parts) = (&*matrix.name, vec![(id, map)]);
+            wholes.push(Whole { name, stored, in_pieces: false, shape: dims, parts });
             continue;
         };
         for (axis, start) in map.target.iter_mut().zip(at) {
@@ -60,7 +64,8 @@ pub fn wholes<'a>(
             None => {
                 pieces.insert(&matrix.name, wholes.len());
                 let shape = ends.collect();
-                wholes.push(Whole { name: &matrix.name, stored, shape, parts: vec![(id, map)] });
+                let (name, parts) = (&*matrix.name, vec![(id, map)]);
+                wholes.push(Whole { name, stored, in_pieces: true, shape, parts });
             }
         }
     }
@@ -82,5 +87,29 @@ fn check(whole: &Whole<'_>, matrices: &[Matrix], problems: &mut Problems) {
         let what = format!("expected all of {:?}, got {n} that leave gaps or overlap", whole.shape);
         problems.explain(Problem::Pieces, whole.name, what);
         problems.refuse_matrix(whole.name.to_owned());
+    }
+}
+
+/// Notes tensors in pieces whose extents are not those that the mapping states.
+///
+/// Nothing in the shards says how large the whole is, so the last pieces of all tensors can be
+/// missing with the file of a process.
+pub fn check_extents(
+    wholes: &[Whole<'_>],
+    mapping: &Resolved,
+    source: Option<&Layout>,
+    problems: &mut Problems,
+) {
+    for whole in wholes.iter().filter(|w| w.in_pieces) {
+        let taken = match source {
+            Some(layout) => layout.take_to(whole.name),
+            None => mapping.layouts().find_map(|layout| layout.take_hf(whole.name)),
+        };
+        let Some(Taken::Map { rule, .. }) = taken else { continue };
+        if let Some(expected) = rule.piece_shape.as_ref().filter(|e| **e != whole.shape) {
+            let got = &whole.shape;
+            let what = format!("expected {expected:?}, got {got:?}: is a process's shard missing?");
+            problems.explain(Problem::Pieces, whole.name, what);
+        }
     }
 }
