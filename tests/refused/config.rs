@@ -1,5 +1,6 @@
 //! A config.json that the files do not bear out.
 
+use mount_ckpt::plan::PlanOptions;
 use serde_json::json;
 
 use crate::common::toy::Toy;
@@ -213,4 +214,39 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         ),
     ];
     refused(Toy::golden, cases);
+}
+
+/// Some KiB on the disk: a sparse shard, and a config.json with as many experts as it has rows. The
+/// plan took over 9 GB and the process was ended.
+#[test]
+fn a_tensor_of_more_experts_than_any_models_is_refused() {
+    const EXPERTS: u64 = 20_000_000;
+    let dir = tempfile::tempdir().unwrap();
+    let config = json!({
+        "model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": EXPERTS,
+        "hidden_size": 1, "moe_intermediate_size": 1,
+    });
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let experts = "model.layers.0.mlp.experts";
+    let (gate_and_up, down) = (4 * EXPERTS, 6 * EXPERTS);
+    let header = json!({
+        format!("{experts}.gate_and_up_projs"):
+            {"dtype": "BF16", "shape": [EXPERTS, 1, 2], "data_offsets": [0, gate_and_up]},
+        format!("{experts}.down_projs"):
+            {"dtype": "BF16", "shape": [EXPERTS, 1, 1], "data_offsets": [gate_and_up, down]},
+    })
+    .to_string();
+    let path = dir.path().join("model.safetensors");
+    let length = u64::try_from(header.len()).unwrap();
+    std::fs::write(&path, [&length.to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(8 + length + down).unwrap();
+
+    let options = PlanOptions::default();
+    let message = crate::common::plan("qwen3-moe", dir.path(), &options).unwrap_err().to_string();
+    let expected = "2 tensors of more pieces than any model's: \
+                    `model.layers.0.mlp.experts.gate_and_up_projs` (expected at most 65536, got \
+                    40000000), `model.layers.0.mlp.experts.down_projs` (expected at most 65536, \
+                    got 20000000)";
+    assert!(message.ends_with(expected), "{message}");
 }
