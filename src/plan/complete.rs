@@ -52,35 +52,39 @@ impl Completeness<'_> {
         if strangers {
             return;
         }
-        self.note_absent();
         let (mapping, logical) = (self.mapping, self.logical);
-        let mut known: Vec<(&Scope, Layers<'_>)> = Vec::new();
-        let mut layers_of = |scope| match known.iter().position(|(s, _)| *s == scope) {
-            Some(i) => known[i].1.clone(),
-            None => {
-                known.push((scope, layers_of(logical, scope)));
-                known[known.len() - 1].1.clone()
+        let of_requirements = mapping.requirements.iter().filter_map(|r| r.scope.as_ref());
+        let mut scopes: Vec<(&Scope, Layers<'_>)> = Vec::new();
+        for scope in of_requirements.chain(mapping.siblings.iter().map(|s| &s.scope)) {
+            if !scopes.iter().any(|(known, _)| *known == scope) {
+                scopes.push((scope, layers_of(logical, scope)));
             }
+        }
+        self.note_absent(&scopes);
+        let layers = |scope: &Scope| {
+            let found = scopes.iter().find(|(known, _)| *known == scope);
+            &found.expect("every scope was looked at").1
         };
         let whole = BTreeMap::from([(0, logical.keys().map(String::as_str).collect())]);
         for requirement in &mapping.requirements {
-            let layers = requirement.scope.as_ref().map(&mut layers_of);
-            self.required(requirement, layers.as_ref().unwrap_or(&whole), problems);
+            let layers = requirement.scope.as_ref().map_or(&whole, layers);
+            self.required(requirement, layers, problems);
         }
         for siblings in &mapping.siblings {
-            let layers = layers_of(&siblings.scope);
-            self.siblings(&siblings.scope, &layers, &siblings.may_lack, problems);
+            self.siblings(&siblings.scope, layers(&siblings.scope), &siblings.may_lack, problems);
         }
     }
 
     /// Notes layers that a checkpoint may lack, and lacks although config.json names them.
-    fn note_absent(&mut self) {
-        let scopes = self.mapping.requirements.iter().filter_map(|r| r.scope.as_ref());
-        for scope in scopes.filter(|s| s.count().is_some_and(|n| n > 0)) {
+    fn note_absent(&mut self, scopes: &[(&Scope, Layers<'_>)]) {
+        let absent = |(scope, layers): &&(&Scope, Layers<'_>)| {
+            scope.count().is_some_and(|n| n > 0) && layers.is_empty()
+        };
+        for (scope, _) in scopes.iter().filter(absent) {
             let first = scope.join(0, "x");
-            let kept =
-                self.target.is_none_or(|l| !matches!(l.take_hf(&first), Some(Taken::Drop { .. })));
-            if kept && layers_of(self.logical, scope).is_empty() {
+            let dropped =
+                |layout: &Layout| matches!(layout.take_hf(&first), Some(Taken::Drop { .. }));
+            if !self.target.is_some_and(dropped) {
                 self.absent.insert(scope.layer(0));
             }
         }
