@@ -45,6 +45,20 @@ struct Case {
     may_lack: &'static [&'static str],
 }
 
+/// A release whose layers have the same prefixes, experts and MLP in both layouts, and lack nothing.
+const fn alike(lists: &'static [(&'static str, &'static [Kind])]) -> Case {
+    Case {
+        name: "",
+        lists,
+        experts: EXPERTS,
+        mlp: "mlp.",
+        native_lists: lists,
+        native_experts: EXPERTS,
+        native_mlp: "mlp.",
+        may_lack: &[],
+    }
+}
+
 /// A checkpoint directory, and which of its matrices each stored tensor belongs to.
 struct Whole {
     sparse: Sparse,
@@ -271,17 +285,12 @@ const EXPERTS: &str = "mlp.experts.";
     ignore = "true sizes: cargo test --release --test incomplete_releases"
 )]
 fn deepseek_v3_without_a_tensor_is_refused() {
-    let lists: &[(&str, &[Kind])] =
+    let lists: &'static [(&str, &[Kind])] =
         &[("model.layers.", &[&[30, 31, 32, 33, 34], &[0, 1, 2], &[61]])];
     Case {
         name: "deepseek-v3",
-        lists,
-        experts: EXPERTS,
-        mlp: "mlp.",
-        native_lists: lists,
-        native_experts: EXPERTS,
-        native_mlp: "mlp.",
         may_lack: &["embed_tokens.weight", "shared_head.head.weight"],
+        ..alike(lists)
     }
     .check();
 }
@@ -313,17 +322,12 @@ fn deepseek_v4_flash_without_a_tensor_is_refused() {
     ignore = "true sizes: cargo test --release --test incomplete_releases"
 )]
 fn glm_4_5_without_a_tensor_is_refused() {
-    let lists: &[(&str, &[Kind])] =
+    let lists: &'static [(&str, &[Kind])] =
         &[("model.layers.", &[&[40, 41, 42, 43, 44], &[0, 1, 2], &[92]])];
     Case {
         name: "glm-4.5",
-        lists,
-        experts: EXPERTS,
-        mlp: "mlp.",
-        native_lists: lists,
-        native_experts: EXPERTS,
-        native_mlp: "mlp.",
         may_lack: &["embed_tokens.weight", "shared_head.head.weight"],
+        ..alike(lists)
     }
     .check();
 }
@@ -334,18 +338,8 @@ fn glm_4_5_without_a_tensor_is_refused() {
     ignore = "true sizes: cargo test --release --test incomplete_releases"
 )]
 fn gpt_oss_20b_without_a_tensor_is_refused() {
-    let lists: &[(&str, &[Kind])] = &[("model.layers.", &[&[10, 11, 12, 13, 14]])];
-    Case {
-        name: "gpt-oss-20b",
-        lists,
-        experts: EXPERTS,
-        mlp: "mlp.",
-        native_lists: lists,
-        native_experts: EXPERTS,
-        native_mlp: "mlp.",
-        may_lack: &[],
-    }
-    .check();
+    let lists: &'static [(&str, &[Kind])] = &[("model.layers.", &[&[10, 11, 12, 13, 14]])];
+    Case { name: "gpt-oss-20b", ..alike(lists) }.check();
 }
 
 #[test]
@@ -379,21 +373,11 @@ fn kimi_k2_5_without_a_tensor_is_refused() {
     ignore = "true sizes: cargo test --release --test incomplete_releases"
 )]
 fn mimo_v2_flash_without_a_tensor_is_refused() {
-    let lists: &[(&str, &[Kind])] = &[
+    let lists: &'static [(&str, &[Kind])] = &[
         ("model.layers.", &[&[6, 7, 8, 9, 10], &[11, 17, 23, 29, 35], &[0]]),
         ("model.mtp.layers.", &[&[1, 2]]),
     ];
-    Case {
-        name: "mimo-v2-flash",
-        lists,
-        experts: EXPERTS,
-        mlp: "mlp.",
-        native_lists: lists,
-        native_experts: EXPERTS,
-        native_mlp: "mlp.",
-        may_lack: &[],
-    }
-    .check();
+    Case { name: "mimo-v2-flash", ..alike(lists) }.check();
 }
 
 #[test]
@@ -402,7 +386,7 @@ fn mimo_v2_flash_without_a_tensor_is_refused() {
     ignore = "true sizes: cargo test --release --test incomplete_releases"
 )]
 fn minimax_m2_7_without_a_tensor_is_refused() {
-    let lists: &[(&str, &[Kind])] = &[("model.layers.", &[&[30, 31, 32, 33, 34]])];
+    let lists: &'static [(&str, &[Kind])] = &[("model.layers.", &[&[30, 31, 32, 33, 34]])];
     Case {
         name: "minimax-m2.7",
         lists,
@@ -422,18 +406,8 @@ fn minimax_m2_7_without_a_tensor_is_refused() {
     ignore = "true sizes: cargo test --release --test incomplete_releases"
 )]
 fn qwen3_235b_without_a_tensor_is_refused() {
-    let lists: &[(&str, &[Kind])] = &[("model.layers.", &[&[30, 31, 32, 33, 34]])];
-    Case {
-        name: "qwen3-235b-a22b",
-        lists,
-        experts: EXPERTS,
-        mlp: "mlp.",
-        native_lists: lists,
-        native_experts: EXPERTS,
-        native_mlp: "mlp.",
-        may_lack: &[],
-    }
-    .check();
+    let lists: &'static [(&str, &[Kind])] = &[("model.layers.", &[&[30, 31, 32, 33, 34]])];
+    Case { name: "qwen3-235b-a22b", ..alike(lists) }.check();
 }
 
 #[test]
@@ -442,20 +416,10 @@ fn qwen3_235b_without_a_tensor_is_refused() {
     ignore = "true sizes: cargo test --release --test incomplete_releases"
 )]
 fn qwen3_vl_30b_without_a_tensor_is_refused() {
-    let lists: &[(&str, &[Kind])] = &[
+    let lists: &'static [(&str, &[Kind])] = &[
         ("model.language_model.layers.", &[&[30, 31, 32, 33, 34]]),
         ("model.visual.blocks.", &[&[10, 11, 12, 13, 14]]),
         ("model.visual.deepstack_merger_list.", &[&[0, 1, 2]]),
     ];
-    Case {
-        name: "qwen3-vl-30b-a3b",
-        lists,
-        experts: EXPERTS,
-        mlp: "mlp.",
-        native_lists: lists,
-        native_experts: EXPERTS,
-        native_mlp: "mlp.",
-        may_lack: &[],
-    }
-    .check();
+    Case { name: "qwen3-vl-30b-a3b", ..alike(lists) }.check();
 }

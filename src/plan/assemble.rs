@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use super::group::{self, Group, Groups};
 use super::matrix::Matrix;
-use super::problems::{MOST_PIECES, Problem, Problems};
+use super::problems::{Problem, Problems};
 use super::wholes::Whole;
 use super::{Fragment, MatrixId};
 use crate::mapping::{Assembled, Bindings, Layout, Resolved, Rule, Taken};
@@ -139,31 +139,31 @@ fn taken_apart(
     problems: &mut Problems,
 ) -> Option<(Vec<u64>, Vec<Assembled>)> {
     let shapes: Vec<Vec<u64>> = sources.iter().map(|w| w.shape.clone()).collect();
-    let mut refuse = |j: usize, what: String| {
+    let refuse = |problems: &mut Problems, j: usize, what: String| {
         problems.explain(Problem::RuleShape, sources[j].name, what);
         None
     };
     if let Some(j) = empty_part(rule, &shapes) {
-        return refuse(j, format!("expected elements, got {:?}", shapes[j]));
+        return refuse(problems, j, format!("expected elements, got {:?}", shapes[j]));
     }
     let shape = match rule.part_shape(&shapes) {
         Ok(shape) => shape,
-        Err(error) => return refuse(0, error.to_string()),
+        Err(error) => return refuse(problems, 0, error.to_string()),
     };
-    if rule.piece_count() > MOST_PIECES {
-        let what = format!("expected at most {MOST_PIECES}, got {}", rule.piece_count());
-        problems.explain(Problem::TooManyPieces, sources[0].name, what);
+    if !has_few_pieces(rule, sources[0].name, problems) {
         return None;
     }
     let tensors = match rule.assemble(&vec![shape.clone(); rule.hf.len()]) {
         Ok(tensors) => tensors,
-        Err(error) => return refuse(0, error.to_string()),
+        Err(error) => return refuse(problems, 0, error.to_string()),
     };
     if let Some(expected) = rule.hf_shape.as_ref().filter(|e| **e != shape) {
-        return refuse(0, format!("expected parts of {expected:?}, got {shape:?}"));
+        return refuse(problems, 0, format!("expected parts of {expected:?}, got {shape:?}"));
     }
     match (0..sources.len()).find(|&j| tensors[j].shape != shapes[j]) {
-        Some(j) => refuse(j, format!("expected {:?}, got {:?}", tensors[j].shape, shapes[j])),
+        Some(j) => {
+            refuse(problems, j, format!("expected {:?}, got {:?}", tensors[j].shape, shapes[j]))
+        }
         None => Some((shape, tensors)),
     }
 }
@@ -231,6 +231,20 @@ pub fn to_published(
 
 pub(super) fn fragments_of(parts: Vec<(MatrixId, BoxMap)>) -> Vec<Fragment> {
     coalesce(parts).into_iter().map(|(matrix, map)| Fragment { map, matrix }).collect()
+}
+
+/// Most pieces of one tensor: experts times the matrices of each. The largest published have 1,800;
+/// a sparse file of some KiB can hold a tensor of any number of rows.
+pub(super) const MOST_PIECES: u64 = 1 << 16;
+
+/// Whether a tensor of the rule has no more pieces than any model's; notes it where it has.
+pub(super) fn has_few_pieces(rule: &Rule, tensor: &str, problems: &mut Problems) -> bool {
+    let count = rule.piece_count();
+    if count > MOST_PIECES {
+        let what = format!("expected at most {MOST_PIECES}, got {count}");
+        problems.explain(Problem::TooManyPieces, tensor, what);
+    }
+    count <= MOST_PIECES
 }
 
 /// The first of these shapes without elements, where the rule's operations move elements.

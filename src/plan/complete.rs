@@ -30,7 +30,7 @@ pub struct Completeness<'a> {
     pub allowed: &'a [Regex],
     /// What is missing and may be, in the order in which it was found.
     pub lacking: Vec<String>,
-    /// Layers of multi-token prediction that config.json names and the checkpoint has not.
+    /// Layers that config.json names and that a checkpoint may lack, as this one does.
     pub absent: BTreeSet<String>,
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::assemble::{Logical, Target, empty_part, fragments_of};
-use super::problems::{MOST_PIECES, Problem, Problems};
+use super::assemble::{Logical, Target, empty_part, fragments_of, has_few_pieces};
+use super::problems::{Problem, Problems};
 use crate::mapping::{Assembled, Bindings, Layout, Row, Rule, Side};
 
 /// Missing parts that are looked at one by one: a config.json can ask for any number of them.
@@ -34,9 +34,7 @@ impl<'a> Group<'a> {
             return Vec::new();
         }
         let Some(shapes) = self.shapes(bindings, problems) else { return Vec::new() };
-        if rule.piece_count() > MOST_PIECES {
-            let what = format!("expected at most {MOST_PIECES}, got {}", rule.piece_count());
-            problems.explain(Problem::TooManyPieces, &target_name(0), what);
+        if !has_few_pieces(rule, &target_name(0), problems) {
             return Vec::new();
         }
         let assembled = match rule.assemble(&shapes) {

@@ -9,10 +9,6 @@ use crate::source::ConfigError;
 /// Names that a message lists before it only counts.
 const LISTED: usize = 5;
 
-/// Most pieces of one tensor: experts times the matrices of each. The largest published have 1,800;
-/// a sparse file of some KiB can hold a tensor of any number of rows.
-pub const MOST_PIECES: u64 = 1 << 16;
-
 /// A kind of refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Problem {

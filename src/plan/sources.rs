@@ -3,9 +3,10 @@
 
 use std::collections::HashSet;
 
+use super::assemble::MOST_PIECES;
 use super::matrix::{Band, Matrix, MatrixScales, ScaleReading, fused_bands};
 use super::orphans::one_of;
-use super::problems::{MOST_PIECES, PlanError, Problem, Problems};
+use super::problems::{PlanError, Problem, Problems};
 use crate::codec::{ScaleGrid, Scheme};
 use crate::mapping::{Bindings, Encoding, NameTemplate, Resolved};
 use crate::source::{Checkpoint, SourceId, SourceTensor};

@@ -1,7 +1,7 @@
 //! Tensors of the checkpoint as wholes: one matrix each, or the pieces of one tensor that processes
 //! of a training run wrote to shards of their own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use super::matrix::Matrix;
 use super::problems::{Problem, Problems};
@@ -40,6 +40,9 @@ pub fn wholes<'a>(
 ) -> Vec<Whole<'a>> {
     let mut wholes: Vec<Whole<'a>> = Vec::with_capacity(matrices.len());
     let mut pieces: BTreeMap<&str, usize> = BTreeMap::new();
+    let is_quantized =
+        |m: &&Matrix| m.scales.is_some() && checkpoint.tensor(m.payload).piece_at.is_some();
+    let quantized: HashSet<&str> = matrices.iter().filter(is_quantized).map(|m| &*m.name).collect();
     for (id, matrix) in (0..).map(MatrixId).zip(matrices) {
         let mut map = matrix.logical_map();
         let dims = matrix.logical_dims();
@@ -50,6 +53,10 @@ pub fn wholes<'a>(
             wholes.push(Whole { name, stored, in_pieces: false, shape: dims, parts });
             continue;
         };
+        if quantized.contains(&*matrix.name) {
+            problems.explain(Problem::Pieces, &matrix.name, "pieces of a quantized matrix");
+            continue;
+        }
         for (axis, start) in map.target.iter_mut().zip(at) {
             axis.start += start;
         }

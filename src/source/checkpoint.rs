@@ -24,8 +24,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use super::config::Config;
-use super::error::{Misplaced, ShardError, ShardFailure, SourceError, StoredTwice};
-use super::files::{HostFile, host_files};
+use super::error::{Misplaced, ShardError, ShardFailure, SourceError, StoredTwice, counted};
+use super::files::{CONFIG, HostFile, SAVED, host_files};
 use super::hub::partial_downloads;
 use super::index::{INDEX, Index};
 use super::several::Several;
@@ -40,9 +40,6 @@ const MAX_INDEX_BYTES: u64 = 1 << 30;
 
 /// Largest config.json that is read, in bytes.
 const MAX_CONFIG_BYTES: u64 = 64 << 20;
-
-/// Where NeMo Automodel puts config.json beside the shards that its processes write.
-const SAVED_CONFIG: &str = ".hf_metadata/config.json";
 
 /// Position of a tensor in [`Checkpoint::tensors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -106,15 +103,17 @@ impl Checkpoint {
     /// Whatever keeps the directory from being a whole and unambiguous checkpoint.
     pub fn open(dir: &Path) -> Result<Checkpoint, SourceError> {
         let dir = directory(dir)?;
-        let saved = dir.join(SAVED_CONFIG);
-        let own = dir.join("config.json");
-        let (path, raw) = match read_whole(&own, MAX_CONFIG_BYTES)? {
-            Some(raw) => (own, raw),
-            None => match read_whole(&saved, MAX_CONFIG_BYTES)? {
-                Some(raw) => (saved, raw),
-                None => return Err(SourceError::NoConfig { within: save_below(&dir), dir }),
-            },
+        // Where config.json and the files that go with it are.
+        let mut beside = dir.clone();
+        let mut raw = read_whole(&dir.join(CONFIG), MAX_CONFIG_BYTES)?;
+        if raw.is_none() {
+            beside = dir.join(SAVED);
+            raw = read_whole(&beside.join(CONFIG), MAX_CONFIG_BYTES)?;
+        }
+        let Some(raw) = raw else {
+            return Err(SourceError::NoConfig { within: save_below(&dir), dir });
         };
+        let path = beside.join(CONFIG);
         let config = Config::parse(raw).map_err(|source| SourceError::Json { path, source })?;
 
         let path = dir.join(INDEX);
@@ -127,9 +126,9 @@ impl Checkpoint {
         let (shards, stored) = open_shards(&dir, &names, index.is_some())?;
         let tensors = match &index {
             Some(index) => listed(&path, index, &shards, stored)?,
-            None => only_once(&dir, &shards, stored)?,
+            None => without_index(&dir, &shards, stored)?,
         };
-        let host_files = host_files(&dir)?;
+        let host_files = host_files(&beside)?;
         Ok(Checkpoint { dir, config, shards, tensors, host_files })
     }
 
@@ -185,7 +184,7 @@ impl Checkpoint {
 fn save_below(dir: &Path) -> Option<PathBuf> {
     let places = ["consolidated", "model/consolidated", "model"];
     let is_one =
-        |place: &PathBuf| place.join("config.json").is_file() || place.join(SAVED_CONFIG).is_file();
+        |place: &PathBuf| place.join(CONFIG).is_file() || place.join(SAVED).join(CONFIG).is_file();
     places.iter().map(|place| dir.join(place)).find(is_one)
 }
 
@@ -310,8 +309,8 @@ fn open_shards(
     Ok((shards, tensors))
 }
 
-/// The shards that are there and whole by their names, `model-{n}-of-00004.safetensors`, although
-/// an index names others: how many, where there is one such series.
+/// A shard of a series that is complete by its names, `model-{n}-of-00004.safetensors`, although an
+/// index names others.
 fn whole_series(dir: &Path, listed: &[String]) -> Option<String> {
     let there: BTreeSet<String> = fs::read_dir(dir)
         .ok()?
@@ -325,7 +324,7 @@ fn whole_series(dir: &Path, listed: &[String]) -> Option<String> {
 }
 
 /// The tensors as they are, where those of one name are pieces of one tensor.
-fn only_once(
+fn without_index(
     dir: &Path,
     shards: &[Shard],
     tensors: Vec<SourceTensor>,
@@ -411,8 +410,8 @@ fn listed(
         return Err(SourceError::MissingTensors { index: path.to_owned(), tensors: missing });
     }
     if !unlisted.is_empty() {
-        let n = unlisted.count;
-        tracing::warn!("`{}` does not list {n} tensors, ignored: {unlisted}", path.display());
+        let n = counted(unlisted.count, "tensor");
+        tracing::warn!("`{}` does not list {n}, ignored: {unlisted}", path.display());
     }
     Ok(tensors)
 }

@@ -374,7 +374,7 @@ impl fmt::Display for Paths<'_> {
 }
 
 /// A number of things, in words.
-fn counted(n: usize, thing: &str) -> String {
+pub(super) fn counted(n: usize, thing: &str) -> String {
     format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }
 

@@ -19,7 +19,10 @@ use super::error::SourceError;
 const MAX_DEPTH: usize = 16;
 
 /// Where NeMo Automodel puts config.json, the tokenizer and its own notes (`fqn_to_*.json`).
-const SAVED: &str = ".hf_metadata";
+pub const SAVED: &str = ".hf_metadata";
+
+/// The settings of a model.
+pub const CONFIG: &str = "config.json";
 
 /// A file that a view passes through unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,17 +37,13 @@ pub struct HostFile {
     pub modified: SystemTime,
 }
 
-/// The host files of a checkpoint directory, sorted by name.
+/// The host files of a directory with a config.json, sorted by name.
 pub fn host_files(dir: &Path) -> Result<Vec<HostFile>, SourceError> {
     let mut files = Vec::new();
-    let saved = dir.join(SAVED);
-    let is_save = saved.is_dir() && !dir.join("config.json").exists();
-    let dir = if is_save { &*saved } else { dir };
     walk(dir, Path::new(""), MAX_DEPTH, &mut files)
         .map_err(|source| SourceError::Read { path: dir.to_owned(), source })?;
-    if is_save {
-        let own = |file: &HostFile| file.name.to_string_lossy().starts_with("fqn_to_");
-        files.retain(|file| !own(file));
+    if dir.ends_with(SAVED) {
+        files.retain(|file| !file.name.to_string_lossy().starts_with("fqn_to_"));
     }
     files.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(files)
@@ -86,7 +85,7 @@ const QUANTIZATION_FILES: [&str; 5] = [
 /// Whether a view has its own in the place of this file, or must not have it.
 fn is_rebuilt(name: &Path) -> bool {
     let file = name.file_name().unwrap_or_default().as_encoded_bytes();
-    name == Path::new("config.json")
+    name == Path::new(CONFIG)
         || QUANTIZATION_FILES.iter().any(|quantization| name == Path::new(quantization))
         || file.ends_with(b".safetensors")
         || file.ends_with(b".safetensors.index.json")
