@@ -20,15 +20,11 @@ use anyhow::{Context as _, Result, ensure};
 use checkpoint::{
     EXPERTS, HIDDEN, INTERMEDIATE, K_DIM, KV_HEADS, LAYERS, SLIDING, TOKENIZER, V_DIM, Written,
 };
-use fuser::SessionACL;
 use half::bf16;
-use mount_ckpt::daemon::{DaemonError, mountpoint};
-use mount_ckpt::fuse::{self, Filesystem, MountOptions, Mounted};
-use mount_ckpt::mapping::Mapping;
-use mount_ckpt::plan::{Plan, PlanOptions};
-use mount_ckpt::read::{Engine, EngineOptions};
-use mount_ckpt::source::Checkpoint;
-use mount_ckpt::view::{View, ViewOptions};
+use mount_ckpt::{
+    Checkpoint, Engine, EngineOptions, Mapping, MountOptions, Mounted, Plan, PlanOptions, View,
+    ViewOptions,
+};
 use safetensors::{Dtype, SafeTensors};
 
 fn main() -> ExitCode {
@@ -42,8 +38,6 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    // Says what is missing where this machine or this user cannot mount.
-    mountpoint::check_machine(mountpoint::Needs { others: false, auto_unmount: false })?;
     let temporary = tempfile::tempdir().context("no temporary directory")?;
     let (source, at) = (temporary.path().join("checkpoint"), temporary.path().join("mnt"));
     fs::create_dir(&source)?;
@@ -77,28 +71,18 @@ fn run() -> Result<()> {
 fn mount(source: &Path, at: &Path) -> Result<Mounted> {
     // Reads config.json, the index and the header of every shard; no tensor yet.
     let checkpoint = Arc::new(Checkpoint::open(source)?);
-    // `--model auto`: the mapping for config.json's `model_type`, and its integers put in.
-    let config = checkpoint.config();
-    let types: Vec<String> = config.model_types().into_iter().map(ToOwned::to_owned).collect();
-    let mapping = Mapping::for_model_types(&types)?.resolve(&|key| config.get(key).cloned())?;
+    // The mapping for config.json's `model_type`, as with `--model auto`.
+    let mapping = Mapping::for_model_types(&checkpoint.config().model_types())?;
     // Where every tensor of the view comes from. What can be refused is refused here.
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default())?);
     println!("\n{}", plan.summary);
-    // What computes tensors as they are read, and the files that show them.
-    let cache = EngineOptions { cache_bytes: 64 << 20, keep_given: false, threads: 2 };
-    let engine = Arc::new(Engine::new(Arc::clone(&checkpoint), plan, cache));
+    // Computes tensors as they are read.
+    let options = EngineOptions { cache_bytes: 64 << 20, threads: 2, ..EngineOptions::default() };
+    let engine = Arc::new(Engine::new(checkpoint, plan, options));
+    // Lays them out in files.
     let shards = ViewOptions { shard_size: 4_000_000, ..ViewOptions::default() };
-    let view = Arc::new(View::build(engine, checkpoint, &shards)?);
-    let options = MountOptions {
-        threads: 2,
-        read_ahead: 4 << 20,
-        direct_io: false,
-        acl: SessionACL::Owner,
-        fs_name: source.display().to_string(),
-        extra: Vec::new(),
-    };
-    let mounted = fuse::mount(Filesystem::new(view, options.direct_io), at, &options);
-    Ok(mounted.map_err(|why| DaemonError::Mount { at: at.to_owned(), why })?)
+    let view = Arc::new(View::new(engine, &shards)?);
+    Ok(mount_ckpt::mount(view, at, &MountOptions::default())?)
 }
 
 /// Prints a directory as `ls -l` does, without owners and times.

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    mount_ckpt::cli::main(std::env::args_os())
+    mount_ckpt::run_command(std::env::args_os())
 }

@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 
 use common::toy::{Mounted, Toy};
 use common::{Tensor, golden, tensors_of, tensors_of_engine};
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{PlanOptions, TensorId};
+use mount_ckpt::{LayoutName, PlanOptions, TensorId};
 use safetensors::Dtype;
 use serde_json::json;
 

@@ -6,12 +6,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{Tensor, Zeros, assert_same, engine, golden, tensors_of, tensors_of_engine};
+use common::{
+    Tensor, Zeros, assert_same, config_of_view, engine, golden, tensors_of, tensors_of_engine,
+};
 use half::{bf16, f16};
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{PlanOptions, Quantize, ScaleReading};
-use mount_ckpt::source::Checkpoint;
-use mount_ckpt::tensor::Float;
+use mount_ckpt::{Checkpoint, Float, LayoutName, PlanOptions, Quantize};
 
 type Tensors = BTreeMap<String, Tensor>;
 
@@ -353,20 +352,21 @@ fn config_says_what_the_view_is() {
         }
         std::fs::write(native.join("config.json"), config.to_string()).unwrap();
         for from in [None, Some(checkpoint.as_path())] {
-            let engine = engine(model, &native, &quantized(from));
+            let view = config_of_view(engine(model, &native, &quantized(from)));
             let at_top = original.get("quantization_config");
             let nested = original.get("text_config").and_then(|t| t.get("quantization_config"));
-            let new = engine.plan().stated.quantization.as_ref();
+            let text_config = view.get("text_config").and_then(|t| t.get("quantization_config"));
+            let new = view.get("quantization_config").or(text_config);
             let Some(old) = at_top.or(nested) else {
                 // The release of this toy is plain, and its sister is FP8.
-                let method = new.map(|new| new.value["quant_method"].clone());
+                let method = new.map(|new| new["quant_method"].clone());
                 assert_eq!(folder, "qwen3-vl-moe");
                 assert_eq!(method, from.is_none().then(|| "fp8".into()));
                 continue;
             };
             let new = new.unwrap();
-            assert_eq!(new.within.is_some(), at_top.is_none(), "{folder}");
-            let (mut new, mut old) = (new.value.clone(), old.clone());
+            assert_eq!(text_config.is_some(), at_top.is_none(), "{folder}");
+            let (mut new, mut old) = (new.clone(), old.clone());
             if from.is_none() {
                 // TOML has no null, and the list is what this view leaves plain.
                 for value in [&mut new, &mut old] {
@@ -538,14 +538,14 @@ fn scales_of_the_largest_magnitude_show_in_the_codes() {
     let source = dir.path().join("native");
     write(&source, &config_of(&checkpoint), &native);
     let back = written("mimo-v2-flash", &source, &quantized(None), dir.path().join("back"));
-    let audit_of = |scale_reading| {
-        let options = PlanOptions { scale_reading, ..PlanOptions::default() };
-        let engine = engine("mimo-v2-flash", &back, &options);
-        mount_ckpt::read::audit(engine.checkpoint(), engine.plan()).unwrap()
+    let blocks = |reading| {
+        let verdict = common::verified(&back, &["--kv-scales", reading]);
+        let count = |key| verdict["fp8_blocks"][key].as_u64().unwrap();
+        (count("blocks"), count("with_largest"))
     };
-    let fused = audit_of(ScaleReading::Fused);
-    assert!(fused.blocks > 80, "{fused:?}");
-    assert_eq!(fused.with_largest, fused.blocks);
-    let plain = audit_of(ScaleReading::Automodel);
-    assert!(plain.with_largest < plain.blocks, "{plain:?}");
+    let (all, with_largest) = blocks("fused");
+    assert!(all > 80, "{all}");
+    assert_eq!(with_largest, all);
+    let (all, with_largest) = blocks("automodel");
+    assert!(with_largest < all, "{with_largest} of {all}");
 }

@@ -4,8 +4,7 @@
 mod common;
 
 use common::toy::Toy;
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{PlanOptions, Unmapped};
+use mount_ckpt::{LayoutName, PlanOptions, Unmapped};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 

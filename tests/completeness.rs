@@ -8,8 +8,7 @@ use std::path::Path;
 
 use common::toy::{Toy, shard_name};
 use common::{FAMILIES, plan};
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{PlanOptions, Unmapped};
+use mount_ckpt::{LayoutName, PlanOptions, Unmapped};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 

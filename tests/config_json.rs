@@ -4,7 +4,7 @@ mod common;
 
 use common::toy::Toy;
 use common::{FAMILIES, config_of, exported, tensors_of_dir};
-use mount_ckpt::mapping::LayoutName;
+use mount_ckpt::LayoutName;
 use serde_json::json;
 
 fn written(toy: &Toy) -> tempfile::TempDir {

@@ -92,7 +92,7 @@ fn a_tensor_that_the_index_does_not_list_is_not_there() {
     map.remove("model.norm.weight").unwrap();
     set_index(dir.path(), &listed);
     let message = exported(dir.path(), &["--to", "hf"]).unwrap_err();
-    let why = "1 missing tensor that the model needs (--allow-missing to go on): \
+    let why = "1 missing tensor that the model needs: \
                `model.norm.weight`";
     assert!(message.contains(why), "{message}");
 }

@@ -7,13 +7,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{
-    Tensor, Zeros, assert_same, engine, golden, plan, tensors_of, tensors_of_engine,
-    write_checkpoint,
+    Tensor, Zeros, assert_same, config_of_view, engine, golden, plan, tensors_of,
+    tensors_of_engine, write_checkpoint,
 };
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{ExpertParallel, ExpertShard, PlanOptions, Quantize, Unmapped};
-use mount_ckpt::source::Checkpoint;
-use mount_ckpt::tensor::Float;
+use mount_ckpt::{
+    Checkpoint, ExpertParallel, ExpertShard, Float, LayoutName, PlanOptions, Quantize, Unmapped,
+};
 use serde_json::{Value, json};
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -73,7 +72,7 @@ fn names_beside_the_table_are_refused() {
         for layout in [LayoutName::Native, LayoutName::Transformers, LayoutName::Hf] {
             let message = plan(model, dir.path(), &to(layout)).unwrap_err().to_string();
             let expected = format!(
-                "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+                "1 tensor that no rule of the mapping takes: \
                  `{name}`"
             );
             assert_eq!(message, expected, "{model} {layout}");
@@ -235,8 +234,8 @@ fn grouped_directory_loses_the_quantization_of_its_config() {
     let (config, _) = published("deepseek-v3");
     let tensors = tensors_of(&golden("deepseek-v3").join("native.safetensors"));
     let dir = directory(&config, &tensors);
-    let plan = plan("deepseek-v3", dir.path(), &PlanOptions::default()).unwrap();
-    assert_eq!(plan.stated.quantization, None);
+    let engine = engine("deepseek-v3", dir.path(), &PlanOptions::default());
+    assert_eq!(config_of_view(engine).get("quantization_config"), None);
 }
 
 #[test]
@@ -255,8 +254,7 @@ fn native_directory_is_quantized_as_its_release_is() {
         let engine = engine(model, dir.path(), &options);
         let got = tensors_of_engine(&engine);
         assert_eq!(listing(&got), listing(&tensors), "{model}");
-        let config = engine.plan().stated.quantization.as_ref().unwrap();
-        assert_eq!((&config.value, &config.within), (&quantization, &None), "{model}");
+        assert_eq!(config_of_view(engine)["quantization_config"], quantization, "{model}");
         // Read as a checkpoint, it is what it was, but for what eight or four bits cannot hold.
         let mut config = published(model).0;
         config["quantization_config"] = quantization;
@@ -270,8 +268,8 @@ fn native_directory_is_quantized_as_its_release_is() {
     let message = plan("glm4-moe", dir.path(), &options).unwrap_err().to_string();
     assert_eq!(
         message,
-        "the mapping `glm4-moe` does not say which tensors of this checkpoint are quantized; take \
-         them from a checkpoint with --scales-from"
+        "the mapping `glm4-moe` does not say which tensors of this checkpoint are quantized: take \
+         it from the original checkpoint"
     );
 }
 

@@ -15,8 +15,7 @@ mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::PlanOptions;
+use mount_ckpt::{LayoutName, PlanOptions};
 use release::{Entry, Release, folded, plan};
 use sparse::Sparse;
 
@@ -85,7 +84,7 @@ impl Whole {
         let (_, plan) = plan(published.sparse.path(), &to(LayoutName::Native)).unwrap();
         let ids = plan.directories[0].tensors.iter();
         let tensors = ids.map(|id| plan.tensor(*id));
-        let entry = |t: &mount_ckpt::plan::TensorPlan| {
+        let entry = |t: &mount_ckpt::TensorPlan| {
             (t.name.to_string(), t.dtype.name().to_owned(), t.shape.dims().to_vec())
         };
         let entries: Vec<Entry> = tensors.map(entry).collect();

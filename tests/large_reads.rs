@@ -10,10 +10,7 @@ use std::sync::Arc;
 use std::thread;
 
 use common::{Tensor, write_checkpoint};
-use mount_ckpt::mapping::Mapping;
-use mount_ckpt::plan::{Plan, PlanOptions, TensorId};
-use mount_ckpt::read::{Engine, EngineOptions};
-use mount_ckpt::source::Checkpoint;
+use mount_ckpt::{Checkpoint, Engine, EngineOptions, Mapping, Plan, PlanOptions, TensorId};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -134,7 +131,6 @@ fn write(family: &Family, size: Size, dir: &Path) {
 fn engine(family: &Family, dir: &Path, options: EngineOptions) -> Engine {
     let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
     let mapping = Mapping::named(family.model).unwrap();
-    let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned()).unwrap();
     // Experts alone.
     let allow_missing = vec![regex::Regex::new("").unwrap()];
     let plan_options = PlanOptions { allow_missing, ..PlanOptions::default() };
@@ -181,8 +177,8 @@ fn large_reads_give_what_small_ones_give() {
     for family in families(MANY) {
         let dir = tempfile::tempdir().unwrap();
         write(&family, MANY, dir.path());
-        let options = |cache_bytes, keep_given, threads| {
-            engine(&family, dir.path(), EngineOptions { cache_bytes, keep_given, threads })
+        let options = |cache_bytes, direct_io, threads| {
+            engine(&family, dir.path(), EngineOptions { cache_bytes, direct_io, threads })
         };
         let small = options(64 << 20, true, 0);
         for (id, tensor) in (0..).map(TensorId).zip(&small.plan().tensors) {
@@ -215,8 +211,8 @@ fn leading_columns_and_the_rest_make_a_whole() {
     for family in families(LARGE) {
         let dir = tempfile::tempdir().unwrap();
         write(&family, LARGE, dir.path());
-        let options = |cache_bytes, keep_given, threads| {
-            engine(&family, dir.path(), EngineOptions { cache_bytes, keep_given, threads })
+        let options = |cache_bytes, direct_io, threads| {
+            engine(&family, dir.path(), EngineOptions { cache_bytes, direct_io, threads })
         };
         let id = stacked(&options(0, true, 0), "gate");
         // Too little memory for rows to be kept at all.
@@ -236,7 +232,7 @@ fn leading_columns_and_the_rest_make_a_whole() {
 
 /// The stacked tensor with `part` in its name.
 fn stacked(engine: &Engine, part: &str) -> TensorId {
-    let named = |t: &mount_ckpt::plan::TensorPlan| t.name.contains(part) && t.shape.rank() == 3;
+    let named = |t: &mount_ckpt::TensorPlan| t.name.contains(part) && t.shape.rank() == 3;
     let i = engine.plan().tensors.iter().position(named).unwrap();
     TensorId(u32::try_from(i).unwrap())
 }
@@ -246,7 +242,7 @@ fn a_reader_that_goes_forward_reads_every_stored_byte_about_once() {
     for family in families(MANY) {
         let dir = tempfile::tempdir().unwrap();
         write(&family, MANY, dir.path());
-        let options = EngineOptions { cache_bytes: 256 << 20, keep_given: false, threads: 0 };
+        let options = EngineOptions { cache_bytes: 256 << 20, direct_io: false, threads: 0 };
         let engine = engine(&family, dir.path(), options);
         for (id, _) in (0..).map(TensorId).zip(&engine.plan().tensors) {
             read(&engine, id, 0, 1 << 20, Order::Forward);

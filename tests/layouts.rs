@@ -8,9 +8,7 @@ use std::path::Path;
 
 use common::write_checkpoint;
 use common::{Tensor, Zeros, assert_same, engine, golden, tensors_of, tensors_of_engine};
-use mount_ckpt::mapping::{LayoutName, Mapping, shipped};
-use mount_ckpt::plan::PlanOptions;
-use mount_ckpt::source::Checkpoint;
+use mount_ckpt::{Checkpoint, LayoutName, Mapping, PlanOptions, models};
 
 /// Golden folder and shipped mapping.
 const CHECKPOINTS: [(&str, &str); 10] = [
@@ -98,12 +96,11 @@ fn decoded(published: &Tensors) -> Listing {
 fn every_mapping_has_a_golden_checkpoint() {
     let with_one = |name: &str| CHECKPOINTS.iter().any(|(_, model)| *model == name);
     let without: Vec<_> =
-        shipped().into_iter().map(|m| m.name).filter(|name| !with_one(name)).collect();
+        models().into_iter().map(|m| m.name).filter(|name| !with_one(name)).collect();
     assert!(without.is_empty(), "{without:?}");
     for (folder, model) in CHECKPOINTS {
         let checkpoint = Checkpoint::open(&golden(folder).join("checkpoint")).unwrap();
-        let types: Vec<_> =
-            checkpoint.config().model_types().into_iter().map(str::to_owned).collect();
+        let types = checkpoint.config().model_types();
         assert_eq!(Mapping::for_model_types(&types).unwrap().list().name, model, "{folder}");
     }
 }

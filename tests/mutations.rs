@@ -4,8 +4,7 @@
 mod common;
 
 use common::toy::Toy;
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{ExpertParallel, PlanOptions, Quantize, TensorId};
+use mount_ckpt::{ExpertParallel, LayoutName, PlanOptions, Quantize, TensorId};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 use proptest::test_runner::RngSeed;

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Zeros, assert_same, engine, golden, tensors_of, tensors_of_engine};
-use mount_ckpt::plan::{PlanOptions, ScaleReading};
+use mount_ckpt::{PlanOptions, ScaleReading};
 
 fn native_is_golden(folder: &str, model: &str, file: &str, options: &PlanOptions, zeros: Zeros) {
     let engine = engine(model, &golden(folder).join("checkpoint"), options);

@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 
 use common::toy::{Toy, ToyTensor};
 use common::{FAMILIES, Tensor, tensors_of_engine};
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::PlanOptions;
+use mount_ckpt::{LayoutName, PlanOptions};
 use safetensors::Dtype;
 
 const LAYOUTS: [LayoutName; 3] = [LayoutName::Hf, LayoutName::Native, LayoutName::Transformers];

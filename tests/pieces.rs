@@ -6,8 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use common::{Tensor, Zeros, assert_same, dtype_of, golden, tensors_of, tensors_of_engine};
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::PlanOptions;
+use mount_ckpt::{LayoutName, PlanOptions};
 use safetensors::tensor::TensorView;
 
 type Tensors = BTreeMap<String, Tensor>;

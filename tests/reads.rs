@@ -5,10 +5,9 @@ mod common;
 use std::sync::Arc;
 
 use common::golden;
-use mount_ckpt::mapping::{LayoutName, Mapping};
-use mount_ckpt::plan::{Plan, PlanOptions, Quantize, TensorId};
-use mount_ckpt::read::{Engine, EngineOptions};
-use mount_ckpt::source::Checkpoint;
+use mount_ckpt::{
+    Checkpoint, Engine, EngineOptions, LayoutName, Mapping, Plan, PlanOptions, Quantize, TensorId,
+};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
@@ -25,7 +24,6 @@ const VIEWS: [(&str, &str, bool); 6] = [
 fn engine((folder, model, quantized): (&str, &str, bool), cache: EngineOptions) -> Engine {
     let checkpoint = Arc::new(Checkpoint::open(&golden(folder).join("checkpoint")).unwrap());
     let mapping = Mapping::named(model).unwrap();
-    let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned()).unwrap();
     let options = PlanOptions {
         to: quantized.then_some(LayoutName::Hf),
         quantize: quantized.then(Quantize::default),
@@ -51,15 +49,15 @@ proptest! {
         cuts in proptest::collection::vec(any::<Index>(), 0..12),
         backwards in any::<bool>(),
         cache_bytes in select(&[0u64, 100_000, 1 << 30][..]),
-        keep_given in any::<bool>(),
+        direct_io in any::<bool>(),
     ) {
-        let kept = EngineOptions { cache_bytes: 1 << 30, keep_given: true, threads: 2 };
+        let kept = EngineOptions { cache_bytes: 1 << 30, direct_io: true, threads: 2 };
         let once = engine(view, kept);
         let n = once.plan().tensors.len();
         let id = TensorId(u32::try_from(tensor.index(n)).unwrap());
         let expected = whole(&once, id);
 
-        let split = engine(view, EngineOptions { cache_bytes, keep_given, threads: 2 });
+        let split = engine(view, EngineOptions { cache_bytes, direct_io, threads: 2 });
         let mut edges: Vec<usize> = cuts.iter().map(|i| i.index(expected.len() + 1)).collect();
         edges.extend([0, expected.len()]);
         edges.sort_unstable();
@@ -78,7 +76,7 @@ proptest! {
 
 #[test]
 fn a_read_behind_the_end_is_refused() {
-    let engine = engine(VIEWS[0], EngineOptions { cache_bytes: 0, keep_given: false, threads: 2 });
+    let engine = engine(VIEWS[0], EngineOptions { cache_bytes: 0, direct_io: false, threads: 2 });
     let bytes = engine.plan().tensor(TensorId(0)).bytes();
     let error = engine.read(TensorId(0), bytes - 1, &mut [0; 2]).unwrap_err().to_string();
     assert!(error.contains(&format!("cannot read 2 bytes at {}", bytes - 1)), "{error}");

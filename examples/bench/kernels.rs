@@ -4,9 +4,10 @@
 use std::hint::black_box;
 
 use anyhow::Result;
-use mount_ckpt::codec::{Code, Level, Orientation, Scales, Tile, copy2d_at, decode_at, encode_at};
-use mount_ckpt::read::Buffer;
-use mount_ckpt::tensor::Float;
+use mount_ckpt::Float;
+use mount_ckpt::bench::{
+    Buffer, Code, Level, Orientation, Scales, Tile, copy2d_at, decode_at, encode_at,
+};
 
 use super::table::{Row, Value, compare};
 

@@ -10,14 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use mount_ckpt::cli;
-use mount_ckpt::daemon::unmount::{Unmount, unmount};
-use mount_ckpt::fuse::MountOptions;
-use mount_ckpt::mapping::Mapping;
-use mount_ckpt::plan::{Plan, PlanOptions};
-use mount_ckpt::read::{Engine, EngineOptions};
-use mount_ckpt::source::Checkpoint;
-use mount_ckpt::view::{View, ViewOptions};
+use mount_ckpt::{
+    Checkpoint, Engine, EngineOptions, Mapping, MountOptions, Plan, PlanOptions, View, ViewOptions,
+};
 
 use super::null;
 
@@ -106,9 +101,8 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        if let Err(error) = unmount(&self.at, Unmount::Lazy) {
-            eprintln!("{error}");
-        }
+        let command = ["mount-ckpt", "umount", "--lazy"].map(OsString::from);
+        mount_ckpt::run_command(command.into_iter().chain([self.at.clone().into()]));
         // A session ends with its mount; whoever does not is ended.
         for _ in 0..5000 {
             if !matches!(self.child.try_wait(), Ok(None)) {
@@ -126,7 +120,7 @@ pub fn serve(arguments: &[OsString]) -> ExitCode {
     let [server, rest @ ..] = arguments else { return ExitCode::FAILURE };
     if server == "view" {
         let command = ["mount-ckpt", "-f", "--log-level", "error"].map(OsString::from);
-        return cli::main(command.into_iter().chain(rest.iter().cloned()));
+        return mount_ckpt::run_command(command.into_iter().chain(rest.iter().cloned()));
     }
     match serve_null(rest) {
         Ok(()) => ExitCode::SUCCESS,
@@ -140,22 +134,14 @@ pub fn serve(arguments: &[OsString]) -> ExitCode {
 fn serve_null(arguments: &[OsString]) -> Result<()> {
     let [options @ .., source, at] = arguments else { bail!("no directories") };
     let checkpoint = Arc::new(Checkpoint::open(Path::new(source))?);
-    let config = checkpoint.config();
-    let types: Vec<String> = config.model_types().into_iter().map(ToOwned::to_owned).collect();
-    let mapping = Mapping::for_model_types(&types)?.resolve(&|key| config.get(key).cloned())?;
+    let mapping = Mapping::for_model_types(&checkpoint.config().model_types())?;
     let allow_missing = vec![regex::Regex::new("")?];
     let plan_options = PlanOptions { allow_missing, ..PlanOptions::default() };
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &plan_options)?);
-    let cache = EngineOptions { cache_bytes: 0, keep_given: false, threads: 2 };
-    let engine = Arc::new(Engine::new(Arc::clone(&checkpoint), plan, cache));
-    let view = Arc::new(View::build(engine, checkpoint, &ViewOptions::default())?);
-    let options = MountOptions {
-        threads: thread::available_parallelism()?.get(),
-        read_ahead: 4 << 20,
-        direct_io: options.iter().any(|o| o == "--direct-io"),
-        acl: fuser::SessionACL::Owner,
-        fs_name: "null".to_owned(),
-        extra: Vec::new(),
-    };
+    let cache = EngineOptions { cache_bytes: 0, ..EngineOptions::default() };
+    let engine = Arc::new(Engine::new(checkpoint, plan, cache));
+    let view = Arc::new(View::new(engine, &ViewOptions::default())?);
+    let direct_io = options.iter().any(|o| o == "--direct-io");
+    let options = MountOptions { direct_io, ..MountOptions::default() };
     null::serve(view, Path::new(at), &options)
 }

@@ -1,6 +1,7 @@
 //! The baseline: a mount of the same view under the same settings that answers every read of a
 //! computed file from one buffer. What is left is the kernel's own cost.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
@@ -11,8 +12,8 @@ use fuser::{
     FileHandle, INodeNo, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
 };
-use mount_ckpt::fuse::{self, Filesystem, MountOptions, Mountable};
-use mount_ckpt::view::{Content, Ino, View};
+use mount_ckpt::bench::{Filesystem, Mountable, mount_filesystem};
+use mount_ckpt::{Ino, Kind, MountOptions, View};
 use sd_notify::NotifyState;
 
 /// More than any request.
@@ -20,6 +21,8 @@ const BUFFER: usize = 32 << 20;
 
 struct Null {
     view: Arc<View>,
+    /// The shards of the root, whose bytes are computed.
+    shards: HashSet<Ino>,
     real: Filesystem,
     buffer: Vec<u8>,
 }
@@ -27,13 +30,30 @@ struct Null {
 /// Mounts the null file system of `view` at `at` and serves it until it is unmounted.
 pub fn serve(view: Arc<View>, at: &Path, options: &MountOptions) -> Result<()> {
     let real = Filesystem::new(Arc::clone(&view), options.direct_io);
-    let null = Null { view, real, buffer: vec![1; BUFFER] };
-    let mounted = fuse::mount(null, at, options)?;
+    let shards = shards(&view)?;
+    let null = Null { view, shards, real, buffer: vec![1; BUFFER] };
+    let mounted = mount_filesystem(null, at, options)?;
     sd_notify::notify(&[NotifyState::Ready])?;
     Ok(mounted.wait()?)
 }
 
-impl Mountable for Null {}
+/// The safetensors files in the root of a view.
+fn shards(view: &View) -> Result<HashSet<Ino>> {
+    let mut shards = HashSet::new();
+    for n in 0.. {
+        let Some(entry) = view.entry(Ino::ROOT, n)? else { break };
+        if entry.kind == Kind::File && entry.name.ends_with(".safetensors") {
+            shards.insert(entry.ino);
+        }
+    }
+    Ok(shards)
+}
+
+impl Mountable for Null {
+    fn source(&self) -> String {
+        "null".to_owned()
+    }
+}
 
 impl fuser::Filesystem for Null {
     fn init(&mut self, request: &Request, config: &mut KernelConfig) -> io::Result<()> {
@@ -63,7 +83,7 @@ impl fuser::Filesystem for Null {
         owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let computed = matches!(self.view.content(Ino(ino.0)), Ok(Content::Computed));
+        let computed = self.shards.contains(&Ino(ino.0));
         match self.view.attr(Ino(ino.0)) {
             Ok(attr) if computed => {
                 let n = u64::from(size).min(attr.size.saturating_sub(offset));

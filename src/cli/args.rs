@@ -1,13 +1,17 @@
 //! What a person may type, as typed. [`super::resolve`] turns it into values that are checked.
 
 use super::choices::{
-    FloatChoice, KvScalesChoice, LayoutChoice, LogFormat, LogLevel, QuantizeChoice,
-    ScaleFloatChoice, UnmappedChoice,
+    DTYPES, KV_SCALES, LAYOUTS, LOG_FORMATS, LOG_LEVELS, QUANTIZE, SCALE_DTYPES, UNMAPPED, one_of,
 };
 use super::size::Size;
-use clap::{Args, Parser, Subcommand};
+use crate::mapping::LayoutName;
+use crate::plan::{ScaleReading, Unmapped};
+use crate::tensor::Float;
+use clap::{ArgAction, Args, Parser, Subcommand, value_parser};
+use regex::Regex;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use tracing::Level;
 
 /// Mount a Hugging Face checkpoint in another layout
 ///
@@ -28,7 +32,7 @@ use std::path::PathBuf;
     after_help = "Sizes: 512MiB, 5GB, plain bytes. Exit codes: 0; 2 for a usage error; 1 for \
                   anything refused or failed."
 )]
-pub struct Cli {
+pub(super) struct Cli {
     /// Something other than mounting.
     #[command(subcommand)]
     pub command: Option<Command>,
@@ -39,7 +43,7 @@ pub struct Cli {
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(super) enum Command {
     /// Show what is there, what the view would be and what it costs; mounts nothing
     Inspect(InspectArgs),
     /// Make every check that a mount makes, then read and check the data
@@ -67,7 +71,7 @@ pub enum Command {
 
 /// Options of the default command.
 #[derive(Debug, Args)]
-pub struct MountArgs {
+pub(super) struct MountArgs {
     /// Checkpoint: a directory, a hub cache entry or snapshot, or org/name in the local hub cache
     ///
     /// `org/name` is looked up in HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub. Nothing is
@@ -107,85 +111,86 @@ pub struct MountArgs {
 /// Options that say what the view is.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "View")]
-pub struct ViewArgs {
+pub(super) struct ViewArgs {
     /// Mapping to use, as `mount-ckpt models` lists them; `auto` reads config.json
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub model: String,
     /// A mapping of your own (TOML)
     ///
     /// For a model that no built-in mapping knows. Used in place of --model.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
     pub mapping: Option<PathBuf>,
     /// Layout of the view [default: native from an hf checkpoint, hf from a native one]
-    #[arg(long, value_name = "LAYOUT")]
-    pub to: Option<LayoutChoice>,
+    #[arg(long, value_name = "LAYOUT", value_parser = one_of(LAYOUTS))]
+    pub to: Option<LayoutName>,
     /// What quantized and grouped tensors become
     ///
     /// Tensors that are neither keep their dtype: router gates, for one, are F32.
-    #[arg(long, value_name = "T", default_value_t = FloatChoice::Bf16)]
-    pub dtype: FloatChoice,
+    #[arg(long, value_name = "T", value_parser = one_of(DTYPES), default_value = "bf16")]
+    pub dtype: Float,
     /// With --to hf: what the weights are stored as
     ///
     /// `checkpoint` is the model's own scheme (FP8, FP4, INT4 with their scales), for the tensors
     /// that the model's published checkpoints hold in it.
-    #[arg(long, value_name = "Q", default_value_t = QuantizeChoice::None)]
-    pub quantize: QuantizeChoice,
+    #[arg(long, value_name = "Q", value_parser = one_of(QUANTIZE), default_value = "none",
+        action = ArgAction::Set)]
+    pub quantize: bool,
     /// With --quantize checkpoint: take the scales from this checkpoint
     ///
     /// A weight that did not change then gets the very bytes back that it has there.
     #[arg(long, value_name = "DIR")]
     pub scales_from: Option<PathBuf>,
     /// With --quantize checkpoint: dtype of INT4 scales
-    #[arg(long, value_name = "T", default_value_t = ScaleFloatChoice::Bf16)]
-    pub scale_dtype: ScaleFloatChoice,
+    #[arg(long, value_name = "T", value_parser = one_of(SCALE_DTYPES), default_value = "bf16")]
+    pub scale_dtype: Float,
     /// MiMo: which scale rows serve which rows of K and V
     ///
     /// `fused` is how the checkpoint was quantized. `automodel` is how NeMo Automodel 0.7.0 reads
     /// it, for comparing with a run that did.
-    #[arg(long, value_name = "R", default_value_t = KvScalesChoice::Fused)]
-    pub kv_scales: KvScalesChoice,
+    #[arg(long, value_name = "R", value_parser = one_of(KV_SCALES), default_value = "fused")]
+    pub kv_scales: ScaleReading,
     /// Expert-parallel ranks: one directory for each
     ///
     /// Directories ep-0000-of-000N and so on hold the experts of one rank and all other tensors.
-    #[arg(long, value_name = "N")]
-    pub ep_size: Option<u32>,
+    #[arg(long, value_name = "N", value_parser = ranks())]
+    pub ep_size: Option<u64>,
     /// With --ep-size: this rank's view alone, at the root
-    #[arg(long, value_name = "R")]
-    pub ep_rank: Option<u32>,
+    #[arg(long, value_name = "R", requires = "ep_size")]
+    pub ep_rank: Option<u64>,
     /// Ranks that share axis 1 of the grouped tensors; has to divide it
-    #[arg(long, value_name = "N")]
-    pub ep_shard_size: Option<u32>,
+    #[arg(long, value_name = "N", value_parser = ranks(), requires = "ep_shard_rank")]
+    pub ep_shard_size: Option<u64>,
     /// With --ep-shard-size: the rank whose part of axis 1 is shown
-    #[arg(long, value_name = "R")]
-    pub ep_shard_rank: Option<u32>,
+    #[arg(long, value_name = "R", requires = "ep_shard_size")]
+    pub ep_shard_rank: Option<u64>,
     /// Keep only tensors whose name in the view matches; repeatable
     ///
     /// A regular expression, matched from the start of the name.
-    #[arg(long, value_name = "RE")]
-    pub include: Vec<String>,
+    #[arg(long, value_name = "RE", value_parser = parse_pattern)]
+    pub include: Vec<Regex>,
     /// Leave out tensors whose name in the view matches; repeatable, beats --include
     ///
     /// A regular expression, matched from the start of the name.
-    #[arg(long, value_name = "RE")]
-    pub exclude: Vec<String>,
+    #[arg(long, value_name = "RE", value_parser = parse_pattern)]
+    pub exclude: Vec<Regex>,
     /// Source tensors that no rule names
-    #[arg(long, value_name = "A", default_value_t = UnmappedChoice::Refuse)]
-    pub unmapped: UnmappedChoice,
+    #[arg(long, value_name = "A", value_parser = one_of(UNMAPPED), default_value = "refuse")]
+    pub unmapped: Unmapped,
     /// Tensors and layers that the model needs and that may be missing; repeatable
     ///
     /// A regular expression, matched from the start of the name. The mount's summary names what is
     /// missing.
-    #[arg(long, value_name = "RE")]
-    pub allow_missing: Vec<String>,
+    #[arg(long, value_name = "RE", value_parser = parse_pattern)]
+    pub allow_missing: Vec<Regex>,
     /// Largest synthetic shard; a larger tensor has one of its own
-    #[arg(long, value_name = "SIZE", default_value_t = Size(5_000_000_000))]
+    #[arg(long, value_name = "SIZE", default_value_t = Size(5_000_000_000), value_parser = parse_shard_size)]
     pub shard_size: Size,
 }
 
 /// Options that say how the view is computed.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Resources")]
-pub struct EngineArgs {
+pub(super) struct EngineArgs {
     /// Memory for decoded chunks, those in flight included [default: 1GiB, or a quarter of memory]
     ///
     /// Serves requests smaller than a chunk and readers that bypass the page cache; what has been
@@ -205,7 +210,7 @@ pub struct EngineArgs {
 /// Options that say how the kernel sees the mount.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Mount")]
-pub struct KernelArgs {
+pub(super) struct KernelArgs {
     /// Kernel read-ahead of the mount; needs root, else it is 128KiB
     ///
     /// Bytes that the kernel asks for ahead of a sequential reader, and the largest request of a
@@ -246,22 +251,23 @@ pub struct KernelArgs {
 /// Options that say what is logged.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Log")]
-pub struct LogArgs {
+pub(super) struct LogArgs {
     /// Least weight of a line in the log [default: info for a mount, else warn]
-    #[arg(long, value_name = "LEVEL")]
-    pub log_level: Option<LogLevel>,
+    #[arg(long, value_name = "LEVEL", value_parser = one_of(LOG_LEVELS))]
+    pub log_level: Option<Level>,
     /// Append the log to this file [default: stderr in the foreground, else the journal]
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
     /// Form of a line in the log
-    #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
+    #[arg(long, value_name = "FORMAT", value_parser = one_of(LOG_FORMATS), default_value = "text",
+        action = ArgAction::Set)]
+    pub log_format: bool,
 }
 
 /// Options of `inspect`.
 #[derive(Debug, Args)]
 #[command(args_override_self = true)]
-pub struct InspectArgs {
+pub(super) struct InspectArgs {
     /// Checkpoint: a directory, a hub cache entry or snapshot, or org/name in the local hub cache
     #[arg(value_name = "SRC")]
     pub src: PathBuf,
@@ -279,7 +285,7 @@ pub struct InspectArgs {
 /// Options of `verify`.
 #[derive(Debug, Args)]
 #[command(args_override_self = true)]
-pub struct VerifyArgs {
+pub(super) struct VerifyArgs {
     /// Checkpoint: a directory, a hub cache entry or snapshot, or org/name in the local hub cache
     #[arg(value_name = "SRC")]
     pub src: PathBuf,
@@ -300,7 +306,7 @@ pub struct VerifyArgs {
 /// Options of `export`.
 #[derive(Debug, Args)]
 #[command(args_override_self = true)]
-pub struct ExportArgs {
+pub(super) struct ExportArgs {
     /// Checkpoint: a directory, a hub cache entry or snapshot, or org/name in the local hub cache
     #[arg(value_name = "SRC")]
     pub src: PathBuf,
@@ -320,7 +326,7 @@ pub struct ExportArgs {
 
 /// Options of `status`.
 #[derive(Debug, Args)]
-pub struct StatusArgs {
+pub(super) struct StatusArgs {
     /// Mount point; without it, every mount is listed
     #[arg(value_name = "MNT")]
     pub at: Option<PathBuf>,
@@ -331,7 +337,7 @@ pub struct StatusArgs {
 
 /// Options of `umount`.
 #[derive(Debug, Args)]
-pub struct UmountArgs {
+pub(super) struct UmountArgs {
     /// Mount points
     #[arg(value_name = "MNT", required = true)]
     pub at: Vec<PathBuf>,
@@ -345,7 +351,7 @@ pub struct UmountArgs {
 
 /// Options of `models`.
 #[derive(Debug, Args)]
-pub struct ModelsArgs {
+pub(super) struct ModelsArgs {
     /// Machine-readable
     #[arg(long)]
     pub json: bool,
@@ -353,7 +359,7 @@ pub struct ModelsArgs {
 
 /// Options of `completions`.
 #[derive(Debug, Args)]
-pub struct CompletionsArgs {
+pub(super) struct CompletionsArgs {
     /// Shell to write for
     #[arg(value_name = "SHELL")]
     pub shell: clap_complete::Shell,
@@ -361,10 +367,31 @@ pub struct CompletionsArgs {
 
 /// Options of `man`.
 #[derive(Debug, Args)]
-pub struct ManArgs {
+pub(super) struct ManArgs {
     /// Write a page for each command into this directory instead
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
+}
+
+/// A number of ranks.
+fn ranks() -> impl clap::builder::TypedValueParser<Value = u64> {
+    value_parser!(u64).range(1..=u64::from(u32::MAX))
+}
+
+fn parse_shard_size(text: &str) -> Result<Size, String> {
+    match text.parse() {
+        Ok(Size(0)) => Err("expected at least 1 byte".to_owned()),
+        size => size.map_err(|error| error.to_string()),
+    }
+}
+
+/// A regular expression; what is wrong with it in one line.
+fn parse_pattern(text: &str) -> Result<Regex, String> {
+    Regex::new(text).map_err(|error| {
+        let why = error.to_string();
+        let why = why.lines().last().unwrap_or_default();
+        why.strip_prefix("error: ").unwrap_or(why).to_owned()
+    })
 }
 
 fn parse_mode(text: &str) -> Result<u16, String> {

@@ -1,109 +1,86 @@
-//! The closed sets of words that options take.
+//! The words that options take, each with the value that it stands for.
 
-use clap::ValueEnum;
-use std::fmt;
+use crate::mapping::LayoutName;
+use crate::plan::{ScaleReading, Unmapped};
+use crate::tensor::Float;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use tracing::Level;
 
-macro_rules! print_as_typed {
-    ($($choice:ty),*) => {$(
-        impl fmt::Display for $choice {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                // No variant is skipped, so each has its word.
-                self.to_possible_value().map_or(Ok(()), |word| f.write_str(word.get_name()))
-            }
-        }
-    )*};
+/// A word, its value, and a line of help.
+type Choice<T> = (&'static str, T, &'static str);
+
+/// A parser that takes one of `choices`.
+pub(super) fn one_of<T>(choices: &'static [Choice<T>]) -> impl TypedValueParser<Value = T>
+where
+    T: Copy + Send + Sync + 'static,
+{
+    let words = choices.iter().map(|(word, _, help)| PossibleValue::new(*word).help(*help));
+    PossibleValuesParser::new(words).map(|typed| {
+        let choice = choices.iter().find(|(word, ..)| *word == typed);
+        choice.expect("clap accepts the words of the list only").1
+    })
 }
 
-print_as_typed!(
-    LayoutChoice,
-    FloatChoice,
-    ScaleFloatChoice,
-    QuantizeChoice,
-    KvScalesChoice,
-    UnmappedChoice,
-    LogFormat
-);
+/// `--to`: names and grouping of the view's tensors.
+pub(super) const LAYOUTS: &[Choice<LayoutName>] = &[
+    ("native", LayoutName::Native, "NeMo Automodel's: grouped experts, [in, out]"),
+    (
+        "transformers",
+        LayoutName::Transformers,
+        "transformers v5's in memory: grouped experts, [out, in]",
+    ),
+    ("hf", LayoutName::Hf, "As published, most often one tensor for each expert and projection"),
+];
 
-/// `--to`: how the view names and groups its tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LayoutChoice {
-    /// As training in NeMo Automodel has it: grouped experts, `[in, out]`
-    Native,
-    /// As transformers v5 has it in memory: grouped experts, `[out, in]`
-    Transformers,
-    /// As published: one tensor for each expert and projection
-    Hf,
-}
+/// `--dtype`: dtype of quantized and grouped tensors.
+pub(super) const DTYPES: &[Choice<Float>] = &[
+    ("bf16", Float::BF16, "Brain float, 16 bits"),
+    ("f16", Float::F16, "IEEE half, 16 bits; values above 65504 become infinite"),
+    ("f32", Float::F32, "IEEE single, 32 bits: exact, twice the size"),
+];
 
-/// `--dtype`: what quantized and grouped tensors become.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum FloatChoice {
-    /// Brain float, 16 bits
-    Bf16,
-    /// IEEE half, 16 bits; values above 65504 become infinite
-    F16,
-    /// IEEE single, 32 bits: exact, twice the size
-    F32,
-}
+/// `--scale-dtype`: dtype of the scales of INT4 weights.
+pub(super) const SCALE_DTYPES: &[Choice<Float>] = &[
+    ("bf16", Float::BF16, "As in published checkpoints"),
+    ("f16", Float::F16, "As NeMo Automodel writes them"),
+];
 
-/// `--scale-dtype`: what the scales of INT4 weights are stored as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ScaleFloatChoice {
-    /// As in published checkpoints
-    Bf16,
-    /// As NeMo Automodel writes them
-    F16,
-}
-
-/// `--quantize`: what the weights of an hf view are stored as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum QuantizeChoice {
-    /// Plain floats
-    None,
-    /// The model's own scheme: FP8, FP4 or INT4, with scales
-    Checkpoint,
-}
+/// `--quantize`: whether the weights of an hf view are quantized.
+pub(super) const QUANTIZE: &[Choice<bool>] = &[
+    ("none", false, "Plain floats"),
+    ("checkpoint", true, "The model's own scheme: FP8, FP4 or INT4, with scales"),
+];
 
 /// `--kv-scales`: which scale rows serve the K and V rows of MiMo.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum KvScalesChoice {
-    /// K and V rows of a shard share one block grid, as they were quantized
-    Fused,
-    /// A plain grid, as NeMo Automodel 0.7.0 reads split K and V
-    Automodel,
-}
+pub(super) const KV_SCALES: &[Choice<ScaleReading>] = &[
+    (
+        "fused",
+        ScaleReading::Fused,
+        "K and V rows of a shard share one block grid, as they were quantized",
+    ),
+    (
+        "automodel",
+        ScaleReading::Automodel,
+        "A plain grid, as NeMo Automodel 0.7.0 reads split K and V",
+    ),
+];
 
-/// `--unmapped`: what becomes of source tensors that no rule names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum UnmappedChoice {
-    /// An error that names them
-    Refuse,
-    /// Their own name, their own bytes
-    Keep,
-    /// Left out of the view
-    Drop,
-}
+/// `--unmapped`: what happens to source tensors that no rule names.
+pub(super) const UNMAPPED: &[Choice<Unmapped>] = &[
+    ("refuse", Unmapped::Refuse, "An error that names them"),
+    ("keep", Unmapped::Keep, "Shown under their own names, byte for byte"),
+    ("drop", Unmapped::Drop, "Left out of the view"),
+];
 
-/// `--log-format`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// One line for people
-    Text,
-    /// One JSON object a line
-    Json,
-}
+/// `--log-format`: whether a line is a JSON object.
+pub(super) const LOG_FORMATS: &[Choice<bool>] =
+    &[("text", false, "One line for people"), ("json", true, "One JSON object a line")];
 
-/// `--log-level`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogLevel {
-    /// What went wrong
-    Error,
-    /// And what looks wrong
-    Warn,
-    /// And mount, summary, unmount
-    Info,
-    /// And what the kernel and the planner agreed on
-    Debug,
-    /// And every request
-    Trace,
-}
+/// `--log-level`: the least severe events that are logged.
+pub(super) const LOG_LEVELS: &[Choice<Level>] = &[
+    ("error", Level::ERROR, "Failures"),
+    ("warn", Level::WARN, "And what looks wrong"),
+    ("info", Level::INFO, "And mount, summary, unmount"),
+    ("debug", Level::DEBUG, "And what the kernel and the planner agreed on"),
+    ("trace", Level::TRACE, "And every request"),
+];

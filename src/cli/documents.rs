@@ -1,8 +1,8 @@
 //! `models`, `completions` and `man`: what the program says about itself.
 
 use super::args::{Cli, CompletionsArgs, ManArgs, ModelsArgs};
-use super::open;
 use super::output;
+use crate::mapping;
 use anyhow::Context as _;
 use clap::CommandFactory;
 
@@ -10,8 +10,8 @@ use clap::CommandFactory;
 ///
 /// # Errors
 /// Where stdout cannot be written.
-pub fn models(args: &ModelsArgs) -> anyhow::Result<()> {
-    let models = open::models();
+pub(super) fn models(args: &ModelsArgs) -> anyhow::Result<()> {
+    let models = mapping::shipped();
     if args.json {
         return output::print_json(&models);
     }
@@ -27,7 +27,7 @@ pub fn models(args: &ModelsArgs) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Where stdout cannot be written.
-pub fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
+pub(super) fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "mount-ckpt", &mut script);
     output::print(&String::from_utf8_lossy(&script))
@@ -37,7 +37,7 @@ pub fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Where it cannot be written.
-pub fn man(args: &ManArgs) -> anyhow::Result<()> {
+pub(super) fn man(args: &ManArgs) -> anyhow::Result<()> {
     let command = Cli::command();
     if let Some(dir) = &args.dir {
         let written =

@@ -5,13 +5,14 @@
 //! interrupted goes on only as the same one.
 
 use super::args::ExportArgs;
-use super::open::{self, Owner, ViewFile};
+use super::open;
 use super::output;
 use super::pieces::for_each_piece;
 use super::progress::{Progress, rate};
-use super::request::{EngineOptions, PlanOptions};
+use super::request::ViewRequest;
 use super::size::Size;
-use crate::view::View;
+use crate::read::{Engine, EngineOptions};
+use crate::view::{Ino, Kind, View};
 use anyhow::{Context as _, bail, ensure};
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -19,16 +20,30 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// File in the directory that says which view it holds. Hidden, so that no loader takes it up.
 const MARKER: &str = ".mount-ckpt-export.json";
+
+/// A file of a view, to be copied.
+#[derive(Clone, Debug)]
+struct ViewFile {
+    /// Path below the root of the view.
+    path: PathBuf,
+    ino: Ino,
+    bytes: u64,
+}
 
 /// Writes a view to a directory.
 ///
 /// # Errors
 /// Where there is no such view, the directory cannot be had, is inside the checkpoint, holds
 /// something else or has too little room, or a byte cannot be read or written.
-pub fn run(args: &ExportArgs, plan: &PlanOptions, engine: &EngineOptions) -> anyhow::Result<()> {
+pub(super) fn run(
+    args: &ExportArgs,
+    view: &ViewRequest,
+    options: EngineOptions,
+) -> anyhow::Result<()> {
     let source = open::locate(&args.src)?;
     let out = absolute(&args.out)?;
     ensure!(
@@ -37,20 +52,17 @@ pub fn run(args: &ExportArgs, plan: &PlanOptions, engine: &EngineOptions) -> any
         out.display(),
         source.display()
     );
-    let planned = open::plan(&source, plan)?;
-    let summary = planned.plan.summary.to_string();
-    let plan_json = planned.plan.to_json();
-    // Owners and modes are those of whoever writes the files.
-    let owner = Owner { uid: 0, gid: 0, file_mode: 0o444, dir_mode: 0o555 };
-    let view = open::view(planned.engine(engine, false), plan, &owner)?;
-    let files = in_writing_order(open::files(&view)?);
-    let marker = marker(&source, &plan_json, &files)?;
+    let (checkpoint, plan) = open::plan(view)?;
+    let engine = Arc::new(Engine::new(checkpoint, Arc::clone(&plan), options));
+    let view = View::new(engine, &view.files)?;
+    let files = in_writing_order(files(&view)?);
+    let marker = marker(&source, &plan.to_json(), &files)?;
     claim(&out, &marker)?;
     let missing = missing(&out, &files)?;
     let progress = Progress::new("export", missing.iter().map(|file| file.bytes).sum());
     check_room(&out, &missing)?;
     for file in &missing {
-        write(&view, file, &out, engine.threads, &progress)
+        write(&view, file, &out, options.threads, &progress)
             .map_err(|error| explain(error, &out, &missing))?;
     }
     let written = Size(progress.done()).rounded();
@@ -58,9 +70,10 @@ pub fn run(args: &ExportArgs, plan: &PlanOptions, engine: &EngineOptions) -> any
     let kept = files.len() - missing.len();
     drop(progress);
     output::print(&format!(
-        "exported `{}` to `{}`: {summary}; files written: {} ({written} at {rate}), kept: {kept}\n",
+        "exported `{}` to `{}`: {}; files written: {} ({written} at {rate}), kept: {kept}\n",
         source.display(),
         out.display(),
+        plan.summary,
         missing.len()
     ))
 }
@@ -73,6 +86,45 @@ fn absolute(out: &Path) -> anyhow::Result<PathBuf> {
     let rest = out.strip_prefix(there).expect("an ancestor is a prefix");
     // Joined one by one, since joining nothing would add a slash.
     Ok(rest.iter().fold(there.canonicalize().with_context(shown)?, |path, name| path.join(name)))
+}
+
+/// Directory of what is about the mount and not of the checkpoint.
+const STATUS_DIRECTORY: &str = ".mount-ckpt";
+
+/// Every file of a view but those about the mount itself, directory after directory.
+fn files(view: &View) -> anyhow::Result<Vec<ViewFile>> {
+    let mut files = Vec::new();
+    let mut directories = vec![(PathBuf::new(), Ino::ROOT)];
+    while let Some((path, ino)) = directories.pop() {
+        // The first two entries are the directory itself and the one above it.
+        for n in 2.. {
+            let Some(entry) = view.entry(ino, n)? else { break };
+            if path.as_os_str().is_empty() && entry.name == STATUS_DIRECTORY {
+                continue;
+            }
+            let path = path.join(&*entry.name);
+            match entry.kind {
+                Kind::Directory => directories.push((path, entry.ino)),
+                Kind::File => {
+                    let bytes = view.attr(entry.ino)?.size;
+                    files.push(ViewFile { path, ino: entry.ino, bytes });
+                }
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Fills `out` with the bytes of a file from `at` on.
+fn read_file(view: &View, file: &ViewFile, mut at: u64, mut out: &mut [u8]) -> anyhow::Result<()> {
+    while !out.is_empty() {
+        let shown = || format!("`{}` of the view", file.path.display());
+        let read = view.read(file.ino, at, out).with_context(shown)?;
+        anyhow::ensure!(read > 0, "{}: expected {} more bytes, got none", shown(), out.len());
+        out = &mut out[read..];
+        at += u64::try_from(read).expect("a read is below 2^64 bytes");
+    }
+    Ok(())
 }
 
 /// Shards first, then what is small, the index at the very end.
@@ -233,7 +285,7 @@ fn write(
     }
     let target = File::create(&partial).with_context(writing)?;
     for_each_piece(file.bytes, threads, |at, piece| {
-        open::read_file(view, file, at, piece)?;
+        read_file(view, file, at, piece)?;
         target.write_all_at(piece, at).with_context(writing)?;
         progress.add(u64::try_from(piece.len()).expect("a piece is below 2^64 bytes"));
         Ok(())
@@ -246,7 +298,6 @@ fn write(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::Ino;
 
     fn file(path: &str, bytes: u64) -> ViewFile {
         ViewFile { path: path.into(), ino: Ino(2), bytes }

@@ -3,17 +3,17 @@
 use super::args::InspectArgs;
 use super::open;
 use super::output;
-use super::request::PlanOptions;
+use super::request::ViewRequest;
 
 /// Prints the plan of a view; mounts nothing and reads no data.
 ///
 /// # Errors
 /// Where there is no checkpoint or no such view of it.
-pub fn run(args: &InspectArgs, plan: &PlanOptions) -> anyhow::Result<()> {
-    let planned = open::locate_and_plan(&args.src, plan)?;
+pub(super) fn run(args: &InspectArgs, view: &ViewRequest) -> anyhow::Result<()> {
+    let (_, plan) = open::plan(view)?;
     if args.json {
-        output::print_json(&planned.plan.to_json())
+        output::print_json(&plan.to_json())
     } else {
-        output::print(&format!("{}\n", planned.plan))
+        output::print(&format!("{}\n", plan))
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 /// Bytes this process may use, `None` where the system does not say.
-pub fn limit() -> Option<u64> {
+pub(super) fn limit() -> Option<u64> {
     limit_below(Path::new("/"))
 }
 

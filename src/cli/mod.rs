@@ -4,33 +4,33 @@
 //! [`open`] is the one place that meets the rooms which do the work. Exit codes: 0; 2 for a usage
 //! error; 1 for anything refused or failed, with one message on stderr.
 
-pub mod args;
-pub mod choices;
+mod args;
+mod choices;
 mod documents;
 mod export;
 mod inspect;
 mod memory;
 mod mount;
-pub mod mount_words;
-pub mod open;
+mod mount_words;
+mod open;
 mod output;
 mod pieces;
 mod progress;
-pub mod request;
-pub mod resolve;
-pub mod size;
+mod request;
+mod resolve;
+mod size;
 mod status;
 mod verify;
 
 use self::args::{Cli, Command};
-use self::choices::LogLevel;
 use self::resolve::UsageError;
-use crate::daemon::log;
+use crate::mount::log;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
+use tracing::Level;
 
 /// Why a command ends without having done what it was asked for.
 enum Failure {
@@ -83,19 +83,19 @@ fn run(argv: &[OsString]) -> Result<(), Failure> {
     };
     match command {
         Command::Inspect(args) => {
-            let plan = resolve::plan(&args.view)?;
+            let view = resolve::view(&args.src, &args.view)?;
             start_log(&args.log)?;
-            inspect::run(&args, &plan)?;
+            inspect::run(&args, &view)?;
         }
         Command::Verify(args) => {
-            let plan = resolve::plan(&args.view)?;
+            let view = resolve::view(&args.src, &args.view)?;
             start_log(&args.log)?;
-            verify::run(&args, &plan, &resolve::engine(&args.engine))?;
+            verify::run(&args, &view, resolve::engine(&args.engine))?;
         }
         Command::Export(args) => {
-            let plan = resolve::plan(&args.view)?;
+            let view = resolve::view(&args.src, &args.view)?;
             start_log(&args.log)?;
-            export::run(&args, &plan, &resolve::engine(&args.engine))?;
+            export::run(&args, &view, resolve::engine(&args.engine))?;
         }
         Command::Status(args) => status::run(&args)?,
         Command::Umount(args) => status::unmount_all(&args)?,
@@ -120,5 +120,5 @@ fn refuse_late_subcommand(args: &args::MountArgs) -> Result<(), clap::Error> {
 
 /// Commands that end soon log what looks wrong, and to stderr.
 fn start_log(args: &args::LogArgs) -> anyhow::Result<()> {
-    Ok(log::init(&resolve::log(args, LogLevel::Warn), false)?)
+    Ok(log::init(&resolve::log(args, Level::WARN), false)?)
 }

@@ -1,25 +1,27 @@
 //! The default command: checks, then the mount in the foreground or in the background.
 
-use super::open::{self, Owner};
+use super::open;
 use super::output;
 use super::request::MountRequest;
-use crate::daemon::background::{self, Report};
-use crate::daemon::mountpoint::{self, Needs};
-use crate::daemon::signals::Signals;
-use crate::daemon::{self, log};
-use fuser::{MountOption, SessionACL};
+use crate::mount::background::{self, Report};
+use crate::mount::mountpoint::{self, Needs};
+use crate::mount::signals::Signals;
+use crate::mount::{log, serve};
+use crate::read::Engine;
+use crate::view::View;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Mounts; returns once the mount answers, or with `-f` once it has ended.
 ///
 /// # Errors
 /// Where there is no checkpoint, no such view of it, or no way to mount it.
-pub fn run(request: &MountRequest) -> anyhow::Result<()> {
+pub(super) fn run(request: &MountRequest) -> anyhow::Result<()> {
     if request.foreground {
-        return serve(request, None);
+        return run_to_the_end(request, None);
     }
     match Report::take() {
-        Some(report) => serve(request, Some(report)),
+        Some(report) => run_to_the_end(request, Some(report)),
         None => {
             // What is refused here is refused without a second process.
             check(request)?;
@@ -31,16 +33,13 @@ pub fn run(request: &MountRequest) -> anyhow::Result<()> {
 
 /// The checkpoint's directory and the mount point, both absolute.
 fn check(request: &MountRequest) -> anyhow::Result<(PathBuf, PathBuf)> {
-    let source = open::locate(&request.src)?;
+    let source = open::locate(&request.view.src)?;
     let at = mountpoint::check(&request.at, &source, request.nonempty)?;
-    mountpoint::check_machine(Needs {
-        others: request.kernel.acl != SessionACL::Owner,
-        auto_unmount: request.kernel.extra.contains(&MountOption::AutoUnmount),
-    })?;
+    mountpoint::check_machine(Needs::of(&request.mount))?;
     Ok((source, at))
 }
 
-fn serve(request: &MountRequest, report: Option<Report>) -> anyhow::Result<()> {
+fn run_to_the_end(request: &MountRequest, report: Option<Report>) -> anyhow::Result<()> {
     let mut report = report;
     let served = try_serve(request, &mut report);
     match (served, report) {
@@ -60,27 +59,15 @@ fn try_serve(request: &MountRequest, report: &mut Option<Report>) -> anyhow::Res
     let signals = Signals::listen(background)?;
     let claim = mountpoint::claim(&request.at)?;
     let (source, at) = check(request)?;
-    let planned = open::plan(&source, &request.plan)?;
-    let line =
-        format!("mounted `{}` at `{}`: {}", source.display(), at.display(), planned.plan.summary);
-    let kernel = &request.kernel;
-    let owner = Owner {
-        uid: kernel.uid,
-        gid: kernel.gid,
-        file_mode: kernel.file_mode,
-        dir_mode: kernel.dir_mode,
-    };
-    let view = open::view(
-        planned.engine(&request.engine, request.kernel.direct_io),
-        &request.plan,
-        &owner,
-    )?;
-    let options = open::mount_options(&source, kernel, &request.engine);
+    let (checkpoint, plan) = open::plan(&request.view)?;
+    let line = format!("mounted `{}` at `{}`: {}", source.display(), at.display(), plan.summary);
+    let engine = Arc::new(Engine::new(checkpoint, plan, request.engine));
+    let view = Arc::new(View::new(engine, &request.view.files)?);
     let ready = || {
         claim.release();
         report.take().map_or(Ok(()), |report| report.ready(&line))
     };
-    let served = daemon::mount_and_wait(view, &at, &options, &signals, &line, ready);
+    let served = serve::mount_and_wait(view, &at, &request.mount, &signals, &line, ready);
     if let (Err(error), true, None) = (&served, background, &report) {
         // The waiting process has returned, so the log is all there is.
         tracing::error!("{error}");

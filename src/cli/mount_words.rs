@@ -6,7 +6,7 @@ use fuser::MountOption;
 
 /// What the words of all `-o` come to.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct MountWords {
+pub(super) struct MountWords {
     /// Long options, as `--name` or `--name=value`.
     pub long: Vec<String>,
     /// What goes to the kernel.
@@ -19,7 +19,7 @@ pub struct MountWords {
 
 /// A word that cannot be honoured. Prints as a usage error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum WordError {
+pub(super) enum WordError {
     /// Not a word of mount(8) and not a long option.
     #[error(
         "`-o` has no option `{0}`: it takes the words of mount(8) and every long option of --help"
@@ -43,7 +43,7 @@ impl MountWords {
     ///
     /// # Errors
     /// At the first word that is unknown, or known and refused.
-    pub fn parse(options: &[String]) -> Result<MountWords, WordError> {
+    pub(super) fn parse(options: &[String]) -> Result<MountWords, WordError> {
         let command = Cli::command();
         let named = |name: &str| command.get_arguments().find(|a| a.get_long() == Some(name));
         let mut words = MountWords::default();

@@ -1,8 +1,12 @@
 //! What goes to stdout and stderr.
 
 use std::borrow::Cow;
+use std::error::Error;
 use std::io::{self, ErrorKind, Write};
 
+use crate::mapping::MappingError;
+use crate::mount::mountpoint::MountPointError;
+use crate::plan::{PlanError, Problem};
 use crate::source::printable;
 
 /// Prints to stdout, control characters but for line ends and tabs escaped. A reader that has seen
@@ -10,7 +14,7 @@ use crate::source::printable;
 ///
 /// # Errors
 /// Where stdout is a full disk, for one.
-pub fn print(text: &str) -> anyhow::Result<()> {
+pub(super) fn print(text: &str) -> anyhow::Result<()> {
     let is_odd = |c: char| c.is_control() && c != '\n' && c != '\t';
     let escaped = |c: char| if is_odd(c) { c.escape_default().to_string() } else { c.into() };
     let text: Cow<'_, str> = match text.contains(is_odd) {
@@ -30,17 +34,17 @@ pub fn print(text: &str) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As [`print`].
-pub fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     print(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
 /// The one message of a command that failed.
-pub fn complain(error: &anyhow::Error) {
+pub(super) fn complain(error: &anyhow::Error) {
     let _ = writeln!(io::stderr(), "mount-ckpt: {}", printable(&in_words(error)));
 }
 
 /// An error and its causes on one line. A cause that the text ends with already is not said twice.
-pub fn in_words(error: &anyhow::Error) -> String {
+pub(super) fn in_words(error: &anyhow::Error) -> String {
     let mut words = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if !words.ends_with(&cause) {
@@ -49,7 +53,35 @@ pub fn in_words(error: &anyhow::Error) -> String {
             words.push_str(&cause);
         }
     }
+    let hints = error.chain().flat_map(hints).collect::<Vec<_>>();
+    if !hints.is_empty() {
+        words.push_str(&format!(" ({})", hints.join("; ")));
+    }
     words
+}
+
+/// The options that help against an error: the rooms that refuse do not know what options are called.
+fn hints(error: &(dyn Error + 'static)) -> Vec<&'static str> {
+    let (unmapped, missing) =
+        ("tensors without a rule: --unmapped keep|drop", "missing tensors: --allow-missing RE");
+    match error.downcast_ref() {
+        Some(PlanError::Refused(problems)) => {
+            let table = [(Problem::NoRule, unmapped), (Problem::Incomplete, missing)];
+            return table.iter().filter(|(p, _)| problems.has(*p)).map(|(_, hint)| *hint).collect();
+        }
+        Some(PlanError::UnknownQuantization { .. }) => return vec!["--scales-from DIR"],
+        Some(PlanError::Empty) => return vec!["filters: --include, --exclude"],
+        _ => {}
+    }
+    if let Some(MappingError::UnknownModelType { .. }) = error.downcast_ref() {
+        return vec!["name one with --model, or write one and give it with --mapping FILE"];
+    }
+    match error.downcast_ref() {
+        Some(MountPointError::AllowOther(_)) => {
+            vec!["or leave out --allow-other, --allow-root and --auto-unmount"]
+        }
+        _ => vec![],
+    }
 }
 
 #[cfg(test)]

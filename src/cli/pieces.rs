@@ -4,14 +4,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Bytes of a piece: a few chunks, so that a thread stays on one for a while.
-pub const PIECE: u64 = 8 << 20;
+pub(super) const PIECE: u64 = 8 << 20;
 
 /// Calls `work(at, buffer)` for every piece of `bytes` bytes, on `threads` threads, each with a
 /// buffer of its own of the piece's length.
 ///
 /// # Errors
 /// The first error of `work`; pieces that nobody has begun are left then.
-pub fn for_each_piece(
+pub(super) fn for_each_piece(
     bytes: u64,
     threads: usize,
     work: impl Fn(u64, &mut [u8]) -> anyhow::Result<()> + Sync,

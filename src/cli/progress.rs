@@ -11,7 +11,7 @@ const PACE: Duration = Duration::from_millis(200);
 
 /// Bytes done of bytes to do, shared by the threads that do them.
 #[derive(Debug)]
-pub struct Progress {
+pub(super) struct Progress {
     what: &'static str,
     total: u64,
     done: AtomicU64,
@@ -22,14 +22,14 @@ pub struct Progress {
 
 impl Progress {
     /// Of `total` bytes, none done.
-    pub fn new(what: &'static str, total: u64) -> Progress {
+    pub(super) fn new(what: &'static str, total: u64) -> Progress {
         let start = Instant::now();
         let drawn = io::stderr().is_terminal().then(|| Mutex::new(start));
         Progress { what, total, done: AtomicU64::new(0), start, drawn }
     }
 
     /// `bytes` more are done.
-    pub fn add(&self, bytes: u64) {
+    pub(super) fn add(&self, bytes: u64) {
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         // One thread draws; the others have work to do.
         let Some(Ok(mut drawn)) = self.drawn.as_ref().map(Mutex::try_lock) else { return };
@@ -41,12 +41,12 @@ impl Progress {
     }
 
     /// Bytes done so far.
-    pub fn done(&self) -> u64 {
+    pub(super) fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 
     /// Time since the start.
-    pub fn elapsed(&self) -> Duration {
+    pub(super) fn elapsed(&self) -> Duration {
         self.start.elapsed()
     }
 }
@@ -60,7 +60,7 @@ impl Drop for Progress {
 }
 
 /// Bytes a second, for reading.
-pub fn rate(bytes: u64, time: Duration) -> String {
+pub(super) fn rate(bytes: u64, time: Duration) -> String {
     let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1);
     let rate = u128::from(bytes) * 1000 / u128::from(millis);
     format!("{}/s", Size(u64::try_from(rate).unwrap_or(u64::MAX)).rounded())

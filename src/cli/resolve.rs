@@ -1,27 +1,25 @@
-//! From what was typed to values that are checked: defaults filled in, options that belong together
-//! seen together, regular expressions compiled.
+//! Turns parsed arguments into a [`super::request`]: fills in defaults, and refuses options that do
+//! not go together where clap does not do it already.
 
 use super::args::{Cli, EngineArgs, KernelArgs, LogArgs, MountArgs, ViewArgs};
-use super::choices::{LayoutChoice, LogFormat, LogLevel, QuantizeChoice};
 use super::memory;
 use super::mount_words::{MountWords, WordError};
-use super::request::{
-    EngineOptions, ExpertParallel, ExpertShard, KernelOptions, MappingChoice, MountRequest,
-    PlanOptions, Quantize,
-};
-use super::size::Size;
-use crate::daemon::log::LogOptions;
+use super::request::{MappingChoice, MountRequest, ViewRequest};
+use crate::mapping::LayoutName;
+use crate::mount::MountOptions;
+use crate::mount::log::LogOptions;
+use crate::plan::{ExpertParallel, ExpertShard, PlanOptions, Quantize};
+use crate::read::EngineOptions;
+use crate::view::ViewOptions;
 use clap::{CommandFactory, FromArgMatches};
 use fuser::{MountOption, SessionACL};
-use regex::Regex;
 use std::ffi::OsString;
+use std::path::Path;
+use tracing::Level;
 
-/// Options that do not go together, or a value that cannot be. Exit code 2.
+/// Options that do not go together. Exit code 2.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum UsageError {
-    /// Fits no other.
-    #[error("{0}")]
-    Word(#[from] WordError),
+pub(super) enum UsageError {
     /// An option that means nothing without another.
     #[error("`{option}` needs `{needs}`")]
     Needs {
@@ -30,31 +28,15 @@ pub enum UsageError {
         /// What it needs beside it.
         needs: &'static str,
     },
-    /// A count of 0.
-    #[error("`{0}` has to be at least 1")]
-    Zero(&'static str),
     /// A rank that is not below its size.
     #[error("`{option}` has to be below {size}, got {rank}")]
     Rank {
         /// The option that was given.
         option: &'static str,
         /// The number of ranks.
-        size: u32,
+        size: u64,
         /// The rank that was given.
-        rank: u32,
-    },
-    /// `--model` beside `--mapping`.
-    #[error("`--model` and `--mapping` both name a mapping: give one of them")]
-    TwoMappings,
-    /// A regular expression that is none.
-    #[error("`{option} {pattern}` is not a regular expression: {why}")]
-    Pattern {
-        /// The option that was given.
-        option: &'static str,
-        /// Its value.
-        pattern: String,
-        /// What the parser said, on one line.
-        why: String,
+        rank: u64,
     },
 }
 
@@ -64,7 +46,7 @@ pub enum UsageError {
 ///
 /// # Errors
 /// Where a word of `-o` is unknown, or clap refuses what it is worth.
-pub fn with_mount_words(
+pub(super) fn with_mount_words(
     argv: &[OsString],
     args: MountArgs,
 ) -> Result<(MountArgs, MountWords), clap::Error> {
@@ -87,123 +69,91 @@ pub fn with_mount_words(
 ///
 /// # Errors
 /// Where options do not go together.
-pub fn mount(args: MountArgs, words: MountWords) -> Result<MountRequest, UsageError> {
-    let plan = plan(&args.view)?;
+pub(super) fn mount(args: MountArgs, words: MountWords) -> Result<MountRequest, UsageError> {
+    let kernel = &args.kernel;
+    // clap requires both.
+    let (src, at) = (args.src.unwrap_or_default(), args.at.unwrap_or_default());
+    let mut view = view(&src, &args.view)?;
+    view.files.uid = kernel.uid.unwrap_or(view.files.uid);
+    view.files.gid = kernel.gid.unwrap_or(view.files.gid);
+    (view.files.file_mode, view.files.dir_mode) = (kernel.file_mode, kernel.dir_mode);
+    let mut engine = engine(&args.engine);
+    engine.direct_io = kernel.direct_io;
     Ok(MountRequest {
-        // clap has seen to both.
-        src: args.src.unwrap_or_default(),
-        at: args.at.unwrap_or_default(),
+        at,
         nonempty: words.nonempty,
         foreground: args.foreground,
-        plan,
-        engine: engine(&args.engine),
-        kernel: kernel(&args.kernel, words),
-        log: log(&args.log, LogLevel::Info),
+        view,
+        engine,
+        mount: mount_options(kernel, words, engine.threads),
+        log: log(&args.log, Level::INFO),
     })
 }
 
-/// What the view is.
+/// A view of the checkpoint that `src` names.
 ///
 /// # Errors
 /// Where options do not go together.
-pub fn plan(args: &ViewArgs) -> Result<PlanOptions, UsageError> {
+pub(super) fn view(src: &Path, args: &ViewArgs) -> Result<ViewRequest, UsageError> {
     let mapping = match (&args.mapping, args.model.as_str()) {
+        (Some(file), _) => MappingChoice::File(file.clone()),
         (None, "auto") => MappingChoice::Auto,
         (None, name) => MappingChoice::Named(name.to_owned()),
-        (Some(file), "auto") => MappingChoice::File(file.clone()),
-        (Some(_), _) => return Err(UsageError::TwoMappings),
     };
-    let quantize = match args.quantize {
-        QuantizeChoice::None if args.scales_from.is_some() => {
-            let needs = "--quantize checkpoint";
-            return Err(UsageError::Needs { option: "--scales-from", needs });
-        }
-        QuantizeChoice::None => None,
-        QuantizeChoice::Checkpoint if args.to.is_some_and(|to| to != LayoutChoice::Hf) => {
-            return Err(UsageError::Needs { option: "--quantize checkpoint", needs: "--to hf" });
-        }
-        QuantizeChoice::Checkpoint => {
-            let scales_from = args.scales_from.clone();
-            Some(Quantize { scales_from, scale_dtype: args.scale_dtype })
-        }
-    };
-    let expert_parallel = expert_parallel(args.ep_size, args.ep_rank)?;
-    let expert_shard = expert_shard(args.ep_shard_size, args.ep_shard_rank)?;
-    if args.shard_size == Size(0) {
-        return Err(UsageError::Zero("--shard-size"));
+    let needs = |option, needs| Err(UsageError::Needs { option, needs });
+    if args.scales_from.is_some() && !args.quantize {
+        return needs("--scales-from", "--quantize checkpoint");
     }
-    Ok(PlanOptions {
+    if args.quantize && args.to.is_some_and(|to| to != LayoutName::Hf) {
+        return needs("--quantize checkpoint", "--to hf");
+    }
+    let below = |option, rank: Option<u64>, size: Option<u64>| match (rank, size) {
+        (Some(rank), Some(size)) if rank >= size => Err(UsageError::Rank { option, size, rank }),
+        _ => Ok(()),
+    };
+    below("--ep-rank", args.ep_rank, args.ep_size)?;
+    below("--ep-shard-rank", args.ep_shard_rank, args.ep_shard_size)?;
+    let ranks = args.ep_size.map(|size| ExpertParallel { size, rank: args.ep_rank });
+    let shard = args.ep_shard_size.zip(args.ep_shard_rank);
+    Ok(ViewRequest {
+        src: src.to_owned(),
         mapping,
-        to: args.to,
-        dtype: args.dtype,
-        quantize,
-        kv_scales: args.kv_scales,
-        expert_parallel,
-        expert_shard,
-        include: patterns("--include", &args.include)?,
-        exclude: patterns("--exclude", &args.exclude)?,
-        allow_missing: patterns("--allow-missing", &args.allow_missing)?,
-        unmapped: args.unmapped,
-        shard_size: args.shard_size.0,
+        plan: PlanOptions {
+            to: args.to,
+            dtype: args.dtype,
+            scale_reading: args.kv_scales,
+            unmapped: args.unmapped,
+            allow_missing: args.allow_missing.clone(),
+            include: args.include.clone(),
+            exclude: args.exclude.clone(),
+            expert_parallel: ranks,
+            expert_shard: shard.map(|(size, rank)| ExpertShard { size, rank }),
+            quantize: args
+                .quantize
+                .then_some(Quantize { original: None, scale_dtype: Some(args.scale_dtype) }),
+        },
+        scales_from: args.scales_from.clone(),
+        files: ViewOptions { shard_size: args.shard_size.0, ..ViewOptions::default() },
     })
 }
 
-fn expert_parallel(
-    size: Option<u32>,
-    rank: Option<u32>,
-) -> Result<Option<ExpertParallel>, UsageError> {
-    match (size, rank) {
-        (None, None) => Ok(None),
-        (None, Some(_)) => Err(UsageError::Needs { option: "--ep-rank", needs: "--ep-size" }),
-        (Some(0), _) => Err(UsageError::Zero("--ep-size")),
-        (Some(size), Some(rank)) if rank >= size => {
-            Err(UsageError::Rank { option: "--ep-rank", size, rank })
-        }
-        (Some(size), rank) => Ok(Some(ExpertParallel { size, rank })),
-    }
-}
-
-fn expert_shard(size: Option<u32>, rank: Option<u32>) -> Result<Option<ExpertShard>, UsageError> {
-    let (size_option, rank_option) = ("--ep-shard-size", "--ep-shard-rank");
-    match (size, rank) {
-        (None, None) => Ok(None),
-        (None, Some(_)) => Err(UsageError::Needs { option: rank_option, needs: size_option }),
-        (Some(_), None) => Err(UsageError::Needs { option: size_option, needs: rank_option }),
-        (Some(0), _) => Err(UsageError::Zero(size_option)),
-        (Some(size), Some(rank)) if rank >= size => {
-            Err(UsageError::Rank { option: rank_option, size, rank })
-        }
-        (Some(size), Some(rank)) => Ok(Some(ExpertShard { size, rank })),
-    }
-}
-
-fn patterns(option: &'static str, patterns: &[String]) -> Result<Vec<Regex>, UsageError> {
-    let compile = |pattern: &String| {
-        // Alone first: a pattern that only parses inside the group would not mean what it says.
-        Regex::new(pattern).and_then(|_| Regex::new(&format!("^(?:{pattern})"))).map_err(|error| {
-            let why = error.to_string();
-            let why = why.lines().last().unwrap_or_default();
-            let why = why.strip_prefix("error: ").unwrap_or(why).to_owned();
-            UsageError::Pattern { option, pattern: pattern.clone(), why }
-        })
-    };
-    patterns.iter().map(compile).collect()
-}
-
 /// How the view is computed.
-pub fn engine(args: &EngineArgs) -> EngineOptions {
-    let cache_size = args.cache_size.map_or_else(|| default_cache(memory::limit()), |size| size.0);
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    EngineOptions { cache_size, threads: args.threads.map_or_else(cores, usize::from) }
+pub(super) fn engine(args: &EngineArgs) -> EngineOptions {
+    let default = EngineOptions::default();
+    let cache_bytes = args.cache_size.map(|size| size.0);
+    EngineOptions {
+        cache_bytes: cache_bytes.unwrap_or_else(|| cache_within(memory::limit(), &default)),
+        threads: args.threads.map_or(default.threads, usize::from),
+        ..default
+    }
 }
 
-/// 1 GiB, or a quarter of the memory where that is less.
-fn default_cache(memory: Option<u64>) -> u64 {
-    const MOST: u64 = 1 << 30;
-    memory.map_or(MOST, |memory| MOST.min(memory / 4))
+/// The default cache, or a quarter of the memory where that is less.
+fn cache_within(memory: Option<u64>, default: &EngineOptions) -> u64 {
+    memory.map_or(default.cache_bytes, |memory| default.cache_bytes.min(memory / 4))
 }
 
-fn kernel(args: &KernelArgs, words: MountWords) -> KernelOptions {
+fn mount_options(args: &KernelArgs, words: MountWords, threads: usize) -> MountOptions {
     let acl = match (args.allow_other, args.allow_root || args.auto_unmount) {
         (true, _) => SessionACL::All,
         (false, true) => SessionACL::RootAndOwner,
@@ -213,37 +163,29 @@ fn kernel(args: &KernelArgs, words: MountWords) -> KernelOptions {
     if args.auto_unmount {
         extra.push(MountOption::AutoUnmount);
     }
-    KernelOptions {
+    MountOptions {
+        threads,
         read_ahead: args.read_ahead.0,
         direct_io: args.direct_io,
         acl,
-        uid: args.uid.unwrap_or_else(|| nix::unistd::geteuid().as_raw()),
-        gid: args.gid.unwrap_or_else(|| nix::unistd::getegid().as_raw()),
-        file_mode: args.file_mode,
-        dir_mode: args.dir_mode,
         fs_name: words.fs_name,
         extra,
     }
 }
 
-/// What is logged, `level` and above where nothing is said.
-pub fn log(args: &LogArgs, level: LogLevel) -> LogOptions {
-    let level = match args.log_level.unwrap_or(level) {
-        LogLevel::Error => tracing::Level::ERROR,
-        LogLevel::Warn => tracing::Level::WARN,
-        LogLevel::Info => tracing::Level::INFO,
-        LogLevel::Debug => tracing::Level::DEBUG,
-        LogLevel::Trace => tracing::Level::TRACE,
-    };
-    let json = args.log_format == LogFormat::Json;
-    LogOptions { level, file: args.log_file.clone(), json }
+/// What is logged: at `default` and above, unless `--log-level` says otherwise.
+pub(super) fn log(args: &LogArgs, default: Level) -> LogOptions {
+    let level = args.log_level.unwrap_or(default);
+    LogOptions { level, file: args.log_file.clone(), json: args.log_format }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::choices::{FloatChoice, KvScalesChoice, ScaleFloatChoice, UnmappedChoice};
+    use crate::plan::{ScaleReading, Unmapped};
+    use crate::tensor::Float;
     use clap::Parser;
+    use regex::Regex;
     use std::path::PathBuf;
 
     fn request(line: &str) -> Result<MountRequest, String> {
@@ -257,24 +199,26 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_manual() {
         let request = request("src mnt --cache-size 1GiB --threads 3").unwrap();
-        let MountRequest { plan, engine, kernel, log, .. } = &request;
-        assert_eq!((request.src.to_str(), request.at.to_str()), (Some("src"), Some("mnt")));
+        let MountRequest { view, engine, mount, log, .. } = &request;
+        assert_eq!((view.src.to_str(), request.at.to_str()), (Some("src"), Some("mnt")));
         assert!(!request.foreground && !request.nonempty);
-        assert_eq!(plan.mapping, MappingChoice::Auto);
-        assert_eq!((plan.to, plan.dtype), (None, FloatChoice::Bf16));
-        assert_eq!((&plan.quantize, plan.kv_scales), (&None, KvScalesChoice::Fused));
-        assert_eq!((plan.expert_parallel, plan.expert_shard), (None, None));
-        assert_eq!((plan.include.len(), plan.exclude.len()), (0, 0));
-        assert_eq!((plan.unmapped, plan.shard_size), (UnmappedChoice::Refuse, 5_000_000_000));
-        assert_eq!(engine, &EngineOptions { cache_size: 1 << 30, threads: 3 });
-        assert_eq!((kernel.read_ahead, kernel.direct_io), (4 << 20, false));
-        assert_eq!((kernel.acl, kernel.extra.len()), (SessionACL::Owner, 0));
-        assert_eq!((kernel.file_mode, kernel.dir_mode), (0o444, 0o555));
-        assert_eq!((log.level, log.json), (tracing::Level::INFO, false));
+        assert_eq!(view.mapping, MappingChoice::Auto);
+        assert_eq!((view.plan.to, view.plan.dtype), (None, Float::BF16));
+        assert!(view.plan.quantize.is_none() && view.scales_from.is_none());
+        assert_eq!(view.plan.scale_reading, ScaleReading::Fused);
+        assert_eq!((view.plan.expert_parallel, view.plan.expert_shard), (None, None));
+        assert_eq!((view.plan.include.len(), view.plan.exclude.len()), (0, 0));
+        assert_eq!((view.plan.unmapped, view.files.shard_size), (Unmapped::Refuse, 5_000_000_000));
+        assert_eq!((engine.cache_bytes, engine.threads, engine.direct_io), (1 << 30, 3, false));
+        assert_eq!((mount.threads, mount.read_ahead, mount.direct_io), (3, 4 << 20, false));
+        assert_eq!((mount.acl, mount.extra.len()), (SessionACL::Owner, 0));
+        assert_eq!((view.files.file_mode, view.files.dir_mode), (0o444, 0o555));
+        assert_eq!((log.level, log.json), (Level::INFO, false));
     }
 
     #[test]
     fn a_quarter_of_little_memory_is_the_cache() {
+        let default = EngineOptions { cache_bytes: 1 << 30, ..EngineOptions::default() };
         let table = [
             (None, 1 << 30),
             (Some(64 << 30), 1 << 30),
@@ -283,7 +227,7 @@ mod tests {
             (Some(0), 0),
         ];
         for (memory, cache) in table {
-            assert_eq!(default_cache(memory), cache, "{memory:?}");
+            assert_eq!(cache_within(memory, &default), cache, "{memory:?}");
         }
     }
 
@@ -298,22 +242,22 @@ mod tests {
             .collect::<Vec<_>>()
             .join(" ");
         let request = request(&line).unwrap();
-        let MountRequest { plan, kernel, log, .. } = &request;
+        let MountRequest { view, engine, mount, log, .. } = &request;
         assert!(request.foreground);
-        assert_eq!(plan.mapping, MappingChoice::Named("m".to_owned()));
-        assert_eq!((plan.to, plan.dtype), (Some(LayoutChoice::Hf), FloatChoice::F16));
-        let scales_from = Some(PathBuf::from("s"));
-        let quantize = Quantize { scales_from, scale_dtype: ScaleFloatChoice::F16 };
-        assert_eq!(plan.quantize, Some(quantize));
-        assert_eq!(plan.kv_scales, KvScalesChoice::Automodel);
-        assert_eq!(plan.expert_parallel, Some(ExpertParallel { size: 8, rank: Some(7) }));
-        assert_eq!(plan.expert_shard, Some(ExpertShard { size: 2, rank: 1 }));
-        assert_eq!((plan.include.len(), plan.exclude.len()), (2, 1));
-        assert_eq!((plan.unmapped, plan.shard_size), (UnmappedChoice::Keep, 1 << 20));
-        assert_eq!((kernel.read_ahead, kernel.direct_io), (0, true));
-        assert_eq!((kernel.acl, kernel.uid, kernel.gid), (SessionACL::All, 5, 6));
-        assert_eq!((kernel.file_mode, kernel.dir_mode), (0o640, 0o750));
-        assert_eq!((log.level, log.json), (tracing::Level::TRACE, true));
+        assert_eq!(view.mapping, MappingChoice::Named("m".to_owned()));
+        assert_eq!((view.plan.to, view.plan.dtype), (Some(LayoutName::Hf), Float::F16));
+        assert_eq!(view.scales_from, Some(PathBuf::from("s")));
+        let quantize = view.plan.quantize.as_ref().unwrap();
+        assert_eq!((quantize.original.is_none(), quantize.scale_dtype), (true, Some(Float::F16)));
+        assert_eq!(view.plan.scale_reading, ScaleReading::Automodel);
+        assert_eq!(view.plan.expert_parallel, Some(ExpertParallel { size: 8, rank: Some(7) }));
+        assert_eq!(view.plan.expert_shard, Some(ExpertShard { size: 2, rank: 1 }));
+        assert_eq!((view.plan.include.len(), view.plan.exclude.len()), (2, 1));
+        assert_eq!((view.plan.unmapped, view.files.shard_size), (Unmapped::Keep, 1 << 20));
+        assert_eq!((mount.read_ahead, mount.direct_io, engine.direct_io), (0, true, true));
+        assert_eq!((mount.acl, view.files.uid, view.files.gid), (SessionACL::All, 5, 6));
+        assert_eq!((view.files.file_mode, view.files.dir_mode), (0o640, 0o750));
+        assert_eq!((log.level, log.json), (Level::TRACE, true));
         assert_eq!(log.file, Some(PathBuf::from("l")));
     }
 
@@ -322,12 +266,12 @@ mod tests {
         let request =
             request("-o to=hf,dtype=f32,include=a --dtype f16 src mnt -o include=b,nonempty");
         let request = request.unwrap();
-        assert_eq!(request.plan.to, Some(LayoutChoice::Hf));
-        assert_eq!(request.plan.dtype, FloatChoice::F16, "the command line beats -o");
-        let include: Vec<_> = request.plan.include.iter().map(Regex::as_str).collect();
-        assert_eq!(include, ["^(?:a)", "^(?:b)"]);
+        assert_eq!(request.view.plan.to, Some(LayoutName::Hf));
+        assert_eq!(request.view.plan.dtype, Float::F16, "the command line beats -o");
+        let include: Vec<_> = request.view.plan.include.iter().map(Regex::as_str).collect();
+        assert_eq!(include, ["a", "b"]);
         assert!(request.nonempty);
-        assert_eq!((request.src.to_str(), request.at.to_str()), (Some("src"), Some("mnt")));
+        assert_eq!((request.view.src.to_str(), request.at.to_str()), (Some("src"), Some("mnt")));
     }
 
     #[test]
@@ -342,7 +286,7 @@ mod tests {
             ("src mnt -o noexec", SessionACL::Owner, vec![MountOption::NoExec]),
         ];
         for (line, acl, extra) in table {
-            let kernel = request(line).unwrap().kernel;
+            let kernel = request(line).unwrap().mount;
             assert_eq!((kernel.acl, kernel.extra), (acl, extra), "{line}");
         }
     }
@@ -350,20 +294,23 @@ mod tests {
     #[test]
     fn what_does_not_go_together_is_refused() {
         let table = [
-            ("src mnt --ep-rank 1", "`--ep-rank` needs `--ep-size`"),
-            ("src mnt --ep-size 0", "`--ep-size` has to be at least 1"),
+            ("src mnt --ep-rank 1", "required arguments were not provided:\n  --ep-size <N>"),
+            ("src mnt --ep-size 0", "'0' for '--ep-size <N>': 0 is not in 1.."),
             ("src mnt --ep-size 8 --ep-rank 8", "`--ep-rank` has to be below 8, got 8"),
-            ("src mnt --ep-shard-size 2", "`--ep-shard-size` needs `--ep-shard-rank`"),
-            ("src mnt --ep-shard-rank 2", "`--ep-shard-rank` needs `--ep-shard-size`"),
+            ("src mnt --ep-shard-size 2", "not provided:\n  --ep-shard-rank <R>"),
+            ("src mnt --ep-shard-rank 2", "not provided:\n  --ep-shard-size <N>"),
             ("src mnt --scales-from x", "`--scales-from` needs `--quantize checkpoint`"),
             (
                 "src mnt --quantize checkpoint --to native",
                 "`--quantize checkpoint` needs `--to hf`",
             ),
-            ("src mnt --model m --mapping f", "both name a mapping"),
-            ("src mnt --shard-size 0", "`--shard-size` has to be at least 1"),
-            ("src mnt --include (", "`--include (` is not a regular expression: unclosed group"),
-            ("src mnt --exclude a)(b", "is not a regular expression"),
+            (
+                "src mnt --model m --mapping f",
+                "'--model <NAME>' cannot be used with '--mapping <FILE>'",
+            ),
+            ("src mnt --shard-size 0", "'--shard-size <SIZE>': expected at least 1 byte"),
+            ("src mnt --include (", "'(' for '--include <RE>': unclosed group"),
+            ("src mnt --exclude a)(b", "'a)(b' for '--exclude <RE>': unopened group"),
             ("src mnt --shard-size 5XB", "expected one of the units"),
             ("src mnt --file-mode 888", "expected octal permission bits"),
             ("src mnt --to hg", "possible values: native, transformers, hf"),

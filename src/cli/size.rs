@@ -9,11 +9,11 @@ use std::str::FromStr;
 /// as `ls` and `mount` have it, `K`, `M`, `G`, `T` are powers of 1024; `KB`, `MB`, `GB`, `TB` are
 /// powers of 1000. Printed so that it parses back to the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Size(pub u64);
+pub(super) struct Size(pub u64);
 
 /// A text that is no size.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SizeError {
+pub(super) enum SizeError {
     /// No number in front, or more than a number.
     #[error("expected a number and a unit such as `512MiB` or `5GB`, got `{0}`")]
     Number(String),
@@ -34,7 +34,7 @@ const DECIMAL: [(&str, u64); 4] =
 
 impl Size {
     /// Rounded for reading, in binary units: `1.5 GiB`.
-    pub fn rounded(self) -> String {
+    pub(super) fn rounded(self) -> String {
         // Rounding to two digits is what makes the loss of a float harmless here.
         let bytes = self.0 as f64;
         match BINARY.iter().find(|(_, unit)| self.0 >= *unit) {

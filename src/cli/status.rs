@@ -2,9 +2,9 @@
 
 use super::args::{StatusArgs, UmountArgs};
 use super::output;
-use crate::daemon::mountinfo::{self, MountEntry};
-use crate::daemon::mountpoint::{is_alive, place};
-use crate::daemon::unmount::{Unmount, UnmountError, unmount};
+use crate::mount::mountinfo::{self, MountEntry};
+use crate::mount::mountpoint::{is_alive, place};
+use crate::mount::unmount::{Unmount, UnmountError, unmount};
 use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::Value;
@@ -26,7 +26,7 @@ struct MountRow {
 ///
 /// # Errors
 /// Where the one that is named is not there, not ours or dead.
-pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
     let table = mountinfo::read().context("cannot read the mount table")?;
     match &args.at {
         None => list(&table, args.json),
@@ -115,7 +115,7 @@ fn settled(mut unmount: impl FnMut() -> Result<(), UnmountError>) -> Result<(), 
 ///
 /// # Errors
 /// Where one of them stays.
-pub fn unmount_all(args: &UmountArgs) -> anyhow::Result<()> {
+pub(super) fn unmount_all(args: &UmountArgs) -> anyhow::Result<()> {
     let how = if args.lazy { Unmount::Lazy } else { Unmount::Now };
     let mut failures = Vec::new();
     for at in &args.at {

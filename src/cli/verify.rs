@@ -1,14 +1,17 @@
 //! `verify`: every check that a mount makes, then all the data, read through the engine.
 
 use super::args::VerifyArgs;
-use super::open::{self, ViewTensor};
+use super::open;
 use super::output;
 use super::pieces::for_each_piece;
 use super::progress::{Progress, rate};
-use super::request::{EngineOptions, PlanOptions};
+use super::request::ViewRequest;
 use super::size::Size;
-use crate::read::{BlockAudit, Engine, audit};
+use crate::plan::{TensorId, TensorPlan};
+use crate::read::{BlockAudit, Engine, EngineOptions, audit};
+use anyhow::Context as _;
 use serde::Serialize;
+use std::sync::Arc;
 
 /// How many failures are told one by one.
 const TOLD: usize = 5;
@@ -29,15 +32,18 @@ struct Verdict {
 ///
 /// # Errors
 /// Where there is no checkpoint, no such view of it, or its data cannot be read.
-pub fn run(args: &VerifyArgs, plan: &PlanOptions, engine: &EngineOptions) -> anyhow::Result<()> {
-    let planned = open::locate_and_plan(&args.src, plan)?;
-    let source = planned.checkpoint.dir().display().to_string();
-    let summary = planned.plan.summary.to_string();
-    let threads = engine.threads;
-    let (engine, checkpoint) = planned.engine(engine, false);
-    let mut verdict = read_all(&engine, &open::tensors(&engine), threads);
+pub(super) fn run(
+    args: &VerifyArgs,
+    view: &ViewRequest,
+    options: EngineOptions,
+) -> anyhow::Result<()> {
+    let (checkpoint, plan) = open::plan(view)?;
+    let source = checkpoint.dir().display().to_string();
+    let summary = plan.summary.to_string();
+    let engine = Engine::new(Arc::clone(&checkpoint), Arc::clone(&plan), options);
+    let mut verdict = read_all(&engine, options.threads);
     if verdict.ok {
-        verdict.fp8_blocks = Some(audit(&checkpoint, engine.plan())?).filter(|a| a.blocks > 0);
+        verdict.fp8_blocks = Some(audit(&checkpoint, &plan)?).filter(|a| a.blocks > 0);
     }
     if args.json {
         output::print_json(&verdict)?;
@@ -72,12 +78,14 @@ fn told(verdict: &Verdict) -> String {
 }
 
 /// Reads every tensor to its end, those after a failure too.
-fn read_all(engine: &Engine, tensors: &[ViewTensor], threads: usize) -> Verdict {
-    let progress = Progress::new("verify", tensors.iter().map(|tensor| tensor.bytes).sum());
+fn read_all(engine: &Engine, threads: usize) -> Verdict {
+    let tensors = &engine.plan().tensors;
+    let progress = Progress::new("verify", tensors.iter().map(TensorPlan::bytes).sum());
     let mut failures = Vec::new();
-    for tensor in tensors {
-        let read = for_each_piece(tensor.bytes, threads, |at, piece| {
-            open::read_tensor(engine, tensor, at, piece)?;
+    for (tensor, id) in tensors.iter().zip(0..) {
+        let read = for_each_piece(tensor.bytes(), threads, |at, piece| {
+            let read = engine.read(TensorId(id), at, piece);
+            read.with_context(|| format!("tensor `{}`", tensor.name))?;
             progress.add(u64::try_from(piece.len()).expect("a piece is below 2^64 bytes"));
             Ok(())
         });

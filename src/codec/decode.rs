@@ -29,7 +29,7 @@ const FEW_ROWS: usize = 8;
 ///
 /// # Panics
 /// Where the tile's bytes, its scales or `out` do not hold the box.
-pub fn decode(
+pub(crate) fn decode(
     tile: &Tile<'_>,
     to: Float,
     orientation: Orientation,

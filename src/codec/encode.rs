@@ -14,7 +14,7 @@ use crate::tensor::Float;
 ///
 /// # Panics
 /// Where `values` does not hold the box.
-pub fn block_amax(values: &[f32], stride: usize, rows: usize, cols: usize) -> f32 {
+pub(crate) fn block_amax(values: &[f32], stride: usize, rows: usize, cols: usize) -> f32 {
     let mut amax = 0;
     for row in 0..rows {
         for x in &values[row * stride..][..cols] {
@@ -26,7 +26,7 @@ pub fn block_amax(values: &[f32], stride: usize, rows: usize, cols: usize) -> f3
 }
 
 /// Scale of an FP8 block: `amax / 448`, and 1 where that is 0.
-pub fn fp8_scale(amax: f32) -> f32 {
+pub(crate) fn fp8_scale(amax: f32) -> f32 {
     let scale = amax / fp8::MAX;
     if scale == 0.0 { 1.0 } else { scale }
 }
@@ -38,7 +38,7 @@ pub fn fp8_scale(amax: f32) -> f32 {
 /// between it and 464 no better, and would not be stable: 225 scales is coded as 224, which the
 /// next encoding would scale by half. The stored byte is the exponent plus
 /// 127: 127 (the scale 1) for an all-zero block, 255 for a NaN, 254 for infinity.
-pub fn fp8_exponent(amax: f32) -> u8 {
+pub(crate) fn fp8_exponent(amax: f32) -> u8 {
     // 464 = 1.8125 * 2^8.
     if amax == 0.0 { 127 } else { power_at_least(amax, 0x68_0000, 8) }
 }
@@ -47,7 +47,7 @@ pub fn fp8_exponent(amax: f32) -> u8 {
 ///
 /// The stored byte is `ceil(log2(amax / 6)) + 127`, computed without a logarithm or a rounding, and
 /// clamped: 0 for an all-zero group, 254 for infinity. 255 for a NaN.
-pub fn fp4_exponent(amax: f32) -> u8 {
+pub(crate) fn fp4_exponent(amax: f32) -> u8 {
     // 6 = 1.5 * 2^2.
     power_at_least(amax, 0x40_0000, 2)
 }
@@ -66,7 +66,7 @@ fn power_at_least(amax: f32, fraction: u32, exponent: u32) -> u8 {
 }
 
 /// Scale of an INT4 group: `max(amax / 7, 1e-10)`; a NaN stays one.
-pub fn int4_scale(amax: f32) -> f32 {
+pub(crate) fn int4_scale(amax: f32) -> f32 {
     let scale = amax / 7.0;
     if scale < 1e-10 { 1e-10 } else { scale }
 }
@@ -82,7 +82,7 @@ pub fn int4_scale(amax: f32) -> f32 {
 /// # Panics
 /// Where `values`, the scales or `out` do not hold the box.
 #[allow(clippy::too_many_arguments)]
-pub fn encode(
+pub(crate) fn encode(
     code: Code,
     values: &[f32],
     stride: usize,

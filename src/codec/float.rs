@@ -7,7 +7,7 @@ use crate::tensor::Float;
 
 /// Types that scales are stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ScaleCode {
+pub(crate) enum ScaleCode {
     /// IEEE 754 binary32, little-endian.
     F32,
     /// bfloat16, little-endian.
@@ -20,7 +20,7 @@ pub enum ScaleCode {
 
 impl ScaleCode {
     /// Bytes of one scale.
-    pub fn bytes(self) -> usize {
+    pub(crate) fn bytes(self) -> usize {
         match self {
             ScaleCode::F32 => 4,
             ScaleCode::BF16 | ScaleCode::F16 => 2,
@@ -42,7 +42,7 @@ impl ScaleCode {
 ///
 /// # Panics
 /// Where `bytes` does not hold exactly `out.len()` scales.
-pub fn scale_to_f32(code: ScaleCode, bytes: &[u8], out: &mut [f32]) {
+pub(crate) fn scale_to_f32(code: ScaleCode, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(bytes.len(), out.len() * code.bytes(), "bytes of {} scales", out.len());
     match code.as_float() {
         Some(float) => load(float, bytes, out),
@@ -61,7 +61,7 @@ pub fn scale_to_f32(code: ScaleCode, bytes: &[u8], out: &mut [f32]) {
 ///
 /// # Panics
 /// Where `out` does not hold exactly `values.len()` scales.
-pub fn f32_to_scale(code: ScaleCode, values: &[f32], out: &mut [u8]) {
+pub(crate) fn f32_to_scale(code: ScaleCode, values: &[f32], out: &mut [u8]) {
     assert_eq!(out.len(), values.len() * code.bytes(), "bytes of {} scales", values.len());
     match code.as_float() {
         Some(float) => store(float, values, out),

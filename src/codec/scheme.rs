@@ -8,7 +8,7 @@ use crate::tensor::{DType, Float, Shape};
 
 /// How a quantized matrix is stored as payload and scale tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Scheme {
+pub(crate) enum Scheme {
     /// F8_E4M3 payload of the matrix's shape, a scale for each block of rows and columns.
     Fp8,
     /// E2M1 codes, two a byte (I8, U8 or F4), a scale for each row and group of columns.
@@ -24,7 +24,7 @@ pub enum Scheme {
 /// Scales of one matrix: a grid of `rows` by `cols` scales for each plane of the matrix, a plane
 /// being `plane_rows` of its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ScaleGrid {
+pub(crate) struct ScaleGrid {
     /// Rows and columns that one scale serves.
     pub block: [u64; 2],
     /// Matrix rows after which the grid starts anew.
@@ -37,7 +37,7 @@ pub struct ScaleGrid {
 
 impl Scheme {
     /// All schemes with their names in mapping files.
-    pub const ALL: [(Scheme, &'static str); 4] = [
+    pub(crate) const ALL: [(Scheme, &'static str); 4] = [
         (Scheme::Fp8, "fp8"),
         (Scheme::Fp4, "fp4"),
         (Scheme::Int4, "int4"),
@@ -45,12 +45,12 @@ impl Scheme {
     ];
 
     /// The scheme that a mapping file calls `name`.
-    pub fn parse(name: &str) -> Option<Scheme> {
+    pub(crate) fn parse(name: &str) -> Option<Scheme> {
         Self::ALL.iter().find(|(_, n)| *n == name).map(|(s, _)| *s)
     }
 
     /// The name in mapping files.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Scheme::Fp8 => "fp8",
             Scheme::Fp4 => "fp4",
@@ -60,7 +60,7 @@ impl Scheme {
     }
 
     /// How its payload codes an element.
-    pub fn code(self) -> Code {
+    pub(crate) fn code(self) -> Code {
         match self {
             Scheme::Fp8 => Code::E4M3,
             Scheme::Fp4 | Scheme::Mxfp4 => Code::E2M1,
@@ -69,7 +69,7 @@ impl Scheme {
     }
 
     /// Whether a tensor of this dtype can be its payload.
-    pub fn takes_payload(self, dtype: DType) -> bool {
+    pub(crate) fn takes_payload(self, dtype: DType) -> bool {
         match self {
             Scheme::Fp8 => dtype == DType::F8E4M3,
             Scheme::Fp4 => matches!(dtype, DType::I8 | DType::U8 | DType::F4),
@@ -79,7 +79,7 @@ impl Scheme {
     }
 
     /// How scales of this dtype are coded, where the scheme takes them.
-    pub fn scale_code(self, dtype: DType) -> Option<ScaleCode> {
+    pub(crate) fn scale_code(self, dtype: DType) -> Option<ScaleCode> {
         let floats = dtype.as_float().map(|float| match float {
             Float::F32 => ScaleCode::F32,
             Float::BF16 => ScaleCode::BF16,
@@ -95,7 +95,7 @@ impl Scheme {
     }
 
     /// Dtype of the payloads that published checkpoints hold.
-    pub fn payload_dtype(self) -> DType {
+    pub(crate) fn payload_dtype(self) -> DType {
         match self {
             Scheme::Fp8 => DType::F8E4M3,
             Scheme::Fp4 => DType::I8,
@@ -105,7 +105,7 @@ impl Scheme {
     }
 
     /// Dtype of the scales that published checkpoints hold, where a mapping says nothing else.
-    pub fn scale_dtype(self) -> DType {
+    pub(crate) fn scale_dtype(self) -> DType {
         match self {
             Scheme::Fp8 => DType::F32,
             Scheme::Fp4 => DType::F8E8M0,
@@ -115,7 +115,7 @@ impl Scheme {
     }
 
     /// Shape of the payload that holds a matrix; `None` where its columns do not fill it.
-    pub fn payload_shape(self, dtype: DType, matrix: &Shape) -> Option<Shape> {
+    pub(crate) fn payload_shape(self, dtype: DType, matrix: &Shape) -> Option<Shape> {
         let (&cols, rows) = matrix.dims().split_last()?;
         let narrowed = |factor: u64, tail: &[u64]| {
             let mut dims = rows.to_vec();
@@ -134,7 +134,7 @@ impl Scheme {
 
     /// The scale that codes of a block with this largest magnitude are made with; stored as
     /// `code`, which rounds it where it cannot hold it.
-    pub fn scale_of(self, code: ScaleCode, amax: f32) -> f32 {
+    pub(crate) fn scale_of(self, code: ScaleCode, amax: f32) -> f32 {
         let power = |byte: u8| {
             let mut value = [0.0];
             scale_to_f32(ScaleCode::E8M0, &[byte], &mut value);
@@ -149,7 +149,7 @@ impl Scheme {
     }
 
     /// Shape of the matrix that a payload holds; `None` where it can hold none.
-    pub fn matrix_shape(self, dtype: DType, payload: &Shape) -> Option<Shape> {
+    pub(crate) fn matrix_shape(self, dtype: DType, payload: &Shape) -> Option<Shape> {
         let dims = payload.dims();
         let (&last, outer) = dims.split_last()?;
         let widened = |last: u64, factor: u64, outer: &[u64]| {
@@ -181,7 +181,12 @@ impl Scheme {
     ///
     /// One scale for all (0-d or a single element), one a row, and a flat 1-D list of the same
     /// scales occur in the wild and are taken.
-    pub fn scale_grid(self, matrix: &Shape, scale: &Shape, block: [u64; 2]) -> Option<ScaleGrid> {
+    pub(crate) fn scale_grid(
+        self,
+        matrix: &Shape,
+        scale: &Shape,
+        block: [u64; 2],
+    ) -> Option<ScaleGrid> {
         let (&cols, outer) = matrix.dims().split_last()?;
         let &plane_rows = outer.last()?;
         let all_rows: u64 = outer.iter().product();

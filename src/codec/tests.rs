@@ -1,6 +1,7 @@
 //! Every level against the reference: exhausted where the domain is small, random elsewhere.
 
 mod encode;
+mod pytorch;
 
 use proptest::prelude::*;
 

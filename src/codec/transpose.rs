@@ -12,7 +12,7 @@ use super::{Level, Orientation};
 /// # Panics
 /// Where `src` or `out` does not hold the box, or `width` is none of the four.
 #[allow(clippy::too_many_arguments)]
-pub fn copy2d(
+pub(crate) fn copy2d(
     width: usize,
     src: &[u8],
     src_stride: usize,

@@ -95,13 +95,13 @@ impl Mapping {
     ///
     /// # Errors
     /// None of them is known.
-    pub fn for_model_types(types: &[String]) -> Result<Mapping, MappingError> {
+    pub fn for_model_types(types: &[&str]) -> Result<Mapping, MappingError> {
         let shipped = shipped();
-        let of = |t: &String| shipped.iter().find(|m| m.model_types.contains(t));
+        let of = |t: &&str| shipped.iter().find(|m| m.model_types.iter().any(|of| of == t));
         match types.iter().find_map(of) {
             Some(model) => Mapping::named(&model.name),
             None => Err(MappingError::UnknownModelType {
-                found: types.to_vec(),
+                found: types.iter().map(ToString::to_string).collect(),
                 known: shipped.into_iter().flat_map(|m| m.model_types).collect(),
             }),
         }
@@ -125,7 +125,7 @@ impl Mapping {
     ///
     /// # Errors
     /// A config key that is absent, a rule that makes no sense, a rule that can never match.
-    pub fn resolve(&self, config: &Lookup<'_>) -> Result<Resolved, MappingError> {
+    pub(crate) fn resolve(&self, config: &Lookup<'_>) -> Result<Resolved, MappingError> {
         let raw = &self.raw;
         let mut aliases = Vec::with_capacity(raw.alias.len());
         for alias in &raw.alias {
@@ -150,7 +150,6 @@ impl Mapping {
         };
         Ok(Resolved {
             name: raw.name.clone(),
-            title: raw.title.clone(),
             aliases,
             encodings,
             native: layout(LayoutName::Native, &raw.native)?,
@@ -532,10 +531,7 @@ mod tests {
 
     #[test]
     fn the_outermost_known_model_type_decides() {
-        let chosen = |types: &[&str]| {
-            let types: Vec<String> = types.iter().map(|t| (*t).to_owned()).collect();
-            Mapping::for_model_types(&types).unwrap().list().name
-        };
+        let chosen = |types: &[&str]| Mapping::for_model_types(types).unwrap().list().name;
         assert_eq!(chosen(&["kimi_k25", "kimi_k2"]), "kimi-k25-vl");
         assert_eq!(chosen(&["kimi_k2"]), "deepseek-v3");
         assert_eq!(chosen(&["wrapped", "gpt_oss"]), "gpt-oss");

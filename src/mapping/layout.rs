@@ -40,11 +40,9 @@ impl fmt::Display for LayoutName {
 
 /// A mapping whose templates and operations hold numbers.
 #[derive(Debug)]
-pub struct Resolved {
+pub(crate) struct Resolved {
     /// Value of `--model`.
     pub name: String,
-    /// The model family in words.
-    pub title: String,
     /// Other names under which checkpoints hold the same tensors.
     pub aliases: Vec<Alias>,
     /// How checkpoints hold quantized matrices; the first that fits decides.
@@ -65,7 +63,7 @@ pub struct Resolved {
 
 /// `quantization_config` of a published checkpoint.
 #[derive(Clone, Debug, PartialEq)]
-pub struct QuantizationConfig {
+pub(crate) struct QuantizationConfig {
     /// The object of config.json that holds it; the top level where there is none.
     pub within: Option<String>,
     /// The key of its value that lists the modules that are not quantized, where it has one.
@@ -81,7 +79,7 @@ impl Resolved {
     ///
     /// # Errors
     /// A layout that the mapping does not describe.
-    pub fn layout(&self, name: LayoutName) -> Result<Option<&Layout>, MappingError> {
+    pub(crate) fn layout(&self, name: LayoutName) -> Result<Option<&Layout>, MappingError> {
         let layout = match name {
             LayoutName::Hf => return Ok(None),
             LayoutName::Native => &self.native,
@@ -97,19 +95,19 @@ impl Resolved {
     }
 
     /// The described layouts, `native` first: together their rules name every checkpoint tensor.
-    pub fn layouts(&self) -> impl Iterator<Item = &Layout> {
+    pub(crate) fn layouts(&self) -> impl Iterator<Item = &Layout> {
         self.native.iter().chain(&self.transformers)
     }
 
     /// The name under which the rules know a checkpoint tensor.
-    pub fn canonical(&self, name: &str) -> Option<String> {
+    pub(crate) fn canonical(&self, name: &str) -> Option<String> {
         self.aliases.iter().find_map(|a| a.to.format(&a.from.bind(name, &a.vars)?, &a.vars))
     }
 }
 
 /// Two names for the same checkpoint tensors.
 #[derive(Debug)]
-pub struct Alias {
+pub(crate) struct Alias {
     pub(super) from: NameTemplate,
     pub(super) to: NameTemplate,
     pub(super) vars: Variables,
@@ -120,7 +118,7 @@ pub struct Alias {
 /// With `fused_shards` the matrices come in pairs that were quantized as one, first rows then
 /// second rows, in shards of equal size; otherwise each list has one entry.
 #[derive(Debug)]
-pub struct Encoding {
+pub(crate) struct Encoding {
     /// Codes and geometry.
     pub scheme: Scheme,
     /// Names of the decoded matrices.
@@ -146,7 +144,7 @@ pub struct Encoding {
 
 /// Which matrices published checkpoints hold in an encoding.
 #[derive(Debug)]
-pub struct WayBack {
+pub(crate) struct WayBack {
     /// Whether config.json lets the encoding be used.
     pub active: bool,
     /// Names of the matrices, each with its own variables.
@@ -159,7 +157,7 @@ pub struct WayBack {
 
 impl WayBack {
     /// Whether published checkpoints hold the matrix `name` in this encoding.
-    pub fn takes(&self, name: &str) -> bool {
+    pub(crate) fn takes(&self, name: &str) -> bool {
         self.active
             && self.quantizes.iter().any(|(template, vars)| template.bind(name, vars).is_some())
     }
@@ -167,7 +165,7 @@ impl WayBack {
 
 /// A line of a layout's table.
 #[derive(Debug)]
-pub enum Row {
+pub(crate) enum Row {
     /// Ties names of the checkpoint to names of the layout.
     Map(Rule),
     /// Leaves tensors out of the other side, and says why.
@@ -187,7 +185,7 @@ pub enum Row {
 
 /// The two sides of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
+pub(crate) enum Side {
     /// The checkpoint's names.
     Hf,
     /// The layout's names.
@@ -211,7 +209,7 @@ impl Row {
 
 /// Names of the checkpoint, names of the layout, and the operations from one to the other.
 #[derive(Debug)]
-pub struct Rule {
+pub(crate) struct Rule {
     /// Checkpoint names: the parts, in order.
     pub hf: Vec<NameTemplate>,
     /// Layout names, in order.
@@ -265,40 +263,40 @@ impl Rule {
     }
 
     /// Whether the rule leaves names and values as they are.
-    pub fn is_identity(&self) -> bool {
+    pub(crate) fn is_identity(&self) -> bool {
         self.ops.is_empty() && self.keeps_names()
     }
 
     /// Whether names are the same on both sides, so that only shapes tell one from the other.
-    pub fn keeps_names(&self) -> bool {
+    pub(crate) fn keeps_names(&self) -> bool {
         self.hf == self.to
     }
 
     /// Whether a checkpoint tensor of this shape can be a part.
-    pub fn fits_part(&self, shape: &[u64]) -> bool {
+    pub(crate) fn fits_part(&self, shape: &[u64]) -> bool {
         self.hf_shape.as_ref().is_none_or(|expected| expected == shape)
     }
 
     /// Whether layout tensors of this shape can be made of parts.
-    pub fn fits_layout(&self, shape: &[u64]) -> bool {
+    pub(crate) fn fits_layout(&self, shape: &[u64]) -> bool {
         let part = |_| self.part_shape(&vec![shape.to_vec(); self.to.len()]).ok();
         self.hf_shape.as_ref().is_none_or(|expected| part(expected).as_ref() == Some(expected))
     }
 
     /// Values of the stacked variable; one `None` where the rule does not stack.
-    pub fn stacked(&self) -> impl Iterator<Item = Option<u64>> + Clone + use<> {
+    pub(crate) fn stacked(&self) -> impl Iterator<Item = Option<u64>> + Clone + use<> {
         let count = self.stack.and_then(|s| self.vars.bound(s));
         (0..count.unwrap_or(1)).map(move |e| count.map(|_| e))
     }
 
     /// How many values the stacked variable has; 1 where the rule does not stack.
-    pub fn stacked_count(&self) -> u64 {
+    pub(crate) fn stacked_count(&self) -> u64 {
         self.stack.and_then(|s| self.vars.bound(s)).unwrap_or(1)
     }
 
     /// How many pieces the layout's tensors are made of, at one binding: parts times experts, times
     /// two for each head of a rotary permutation.
-    pub fn piece_count(&self) -> u64 {
+    pub(crate) fn piece_count(&self) -> u64 {
         let parts = u64::try_from(self.hf.len().max(self.to.len())).expect("a rule has few names");
         let factor = |op: &Op| match op {
             Op::Stack { count } => *count,
@@ -309,7 +307,7 @@ impl Rule {
     }
 
     /// Checkpoint name of a part, at an index of the stacked variable.
-    pub fn part_name(
+    pub(crate) fn part_name(
         &self,
         part: usize,
         stacked: Option<u64>,
@@ -325,7 +323,7 @@ impl Rule {
     ///
     /// # Errors
     /// Shapes that the operations do not fit.
-    pub fn assemble(&self, shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
+    pub(crate) fn assemble(&self, shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
         assemble(&self.ops, shapes)
     }
 
@@ -333,19 +331,14 @@ impl Rule {
     ///
     /// # Errors
     /// Shapes that no parts give.
-    pub fn part_shape(&self, layout_shapes: &[Vec<u64>]) -> Result<Vec<u64>, OpError> {
+    pub(crate) fn part_shape(&self, layout_shapes: &[Vec<u64>]) -> Result<Vec<u64>, OpError> {
         disassembled_shape(&self.ops, self.hf.len(), layout_shapes)
-    }
-
-    /// The rule's first name as the mapping file writes it.
-    pub fn text(&self) -> &str {
-        &self.text
     }
 }
 
 /// What a layout's table does with a name.
 #[derive(Debug)]
-pub enum Taken<'a> {
+pub(crate) enum Taken<'a> {
     /// A rule takes it.
     Map {
         /// Position of the rule in the table.
@@ -366,7 +359,7 @@ pub enum Taken<'a> {
 
 /// A layout's table.
 #[derive(Debug)]
-pub struct Layout {
+pub(crate) struct Layout {
     /// Which layout.
     pub name: LayoutName,
     /// Its lines; the first that takes a name decides.
@@ -377,18 +370,22 @@ pub struct Layout {
 
 impl Layout {
     /// What becomes of a checkpoint tensor; `None` where no rule names it.
-    pub fn take_hf(&self, name: &str) -> Option<Taken<'_>> {
+    pub(crate) fn take_hf(&self, name: &str) -> Option<Taken<'_>> {
         self.take(name, |rule| rule.names(Side::Hf), |hf, _| hf)
     }
 
     /// What becomes of a tensor of the layout; `None` where no rule names it.
-    pub fn take_to(&self, name: &str) -> Option<Taken<'_>> {
+    pub(crate) fn take_to(&self, name: &str) -> Option<Taken<'_>> {
         self.take(name, |rule| rule.names(Side::To), |_, to| to)
     }
 
     /// As [`Layout::take_to`], by a rule that else only reads the checkpoint's names, where those
     /// are the ones that `published` knows.
-    pub fn take_to_as(&self, name: &str, published: impl Fn(&str) -> bool) -> Option<Taken<'_>> {
+    pub(crate) fn take_to_as(
+        &self,
+        name: &str,
+        published: impl Fn(&str) -> bool,
+    ) -> Option<Taken<'_>> {
         let known = |rule: &Rule, bindings: &Bindings| {
             rule.part_name(0, rule.stack.map(|_| 0), bindings).is_some_and(|n| published(&n))
         };
@@ -409,7 +406,7 @@ impl Layout {
     }
 
     /// The layout's names of a checkpoint tensor: what it becomes, or a part of.
-    pub fn name_of(&self, hf: &str) -> Option<String> {
+    pub(crate) fn name_of(&self, hf: &str) -> Option<String> {
         match self.take_hf(hf)? {
             Taken::Map { rule, bindings, .. } => rule.to[0].format(&bindings, &rule.vars),
             Taken::Drop { .. } => None,
@@ -436,7 +433,7 @@ impl Layout {
 
     /// Whether a rule names a tensor of either side without `{r}`: more certain of what it is than
     /// any template that takes names by their ends.
-    pub fn writes_out(&self, name: &str) -> bool {
+    pub(crate) fn writes_out(&self, name: &str) -> bool {
         self.rows.iter().any(|row| match row {
             Row::Map(rule) => {
                 let mut names = rule.hf.iter().chain(&rule.to).filter(|t| !t.has_rest());

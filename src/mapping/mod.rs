@@ -11,17 +11,16 @@ mod raw;
 mod require;
 mod template;
 
+pub(crate) use layout::{Encoding, Layout, QuantizationConfig, Resolved, Row, Rule, Side, Taken};
+pub(crate) use op::{Assembled, Op};
+pub(crate) use require::{Name, Requirement, Scope};
+pub(crate) use template::{Bindings, NameTemplate};
+
 pub use file::{Mapping, ModelName, shipped};
-pub use layout::{
-    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, Side, Taken,
-    WayBack,
-};
-pub use op::{Assembled, Op, OpError, Piece, assemble, disassembled_shape};
-pub use require::{Name, Requirement, Scope, Siblings};
-pub use template::{Bindings, ConfigKey, NameTemplate, RawTemplate, Var, Variables};
+pub use layout::LayoutName;
 
 /// What config.json says at a (dotted) key; a null is as good as an absent key.
-pub type Lookup<'a> = dyn Fn(&str) -> Option<serde_json::Value> + 'a;
+pub(crate) type Lookup<'a> = dyn Fn(&str) -> Option<serde_json::Value> + 'a;
 
 /// Why a mapping cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +83,7 @@ pub enum MappingError {
     },
     /// No mapping for this `model_type`.
     #[error(
-        "no mapping for the checkpoint's model_type {}; known: {}. Name one with --model, or write one (--mapping FILE)",
+        "no mapping for the checkpoint's model_type {}; known: {}",
         if found.is_empty() { "(config.json has none)".to_owned() } else { format!("`{}`", found.join("`, `")) },
         known.join(", ")
     )]

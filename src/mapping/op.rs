@@ -8,7 +8,7 @@ use crate::tensor::{Axis, BoxMap};
 
 /// One operation of a rule, in the order in which it is applied to checkpoint tensors.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Op {
+pub(crate) enum Op {
     /// Exchanges the last two axes.
     Transpose,
     /// Joins all tensors along an axis, in the order of their names.
@@ -47,7 +47,7 @@ pub enum Op {
 
 /// Why an operation does not fit a shape.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OpError {
+pub(crate) enum OpError {
     /// The axis is not there.
     #[error("needs an axis {axis}, but the shape is {shape:?}")]
     NoAxis {
@@ -86,7 +86,7 @@ pub enum OpError {
 
 /// What of a layout tensor comes from which checkpoint tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub(crate) struct Piece {
     /// Position among the rule's checkpoint names.
     pub part: usize,
     /// Value of the stacked variable, where the rule stacks.
@@ -97,7 +97,7 @@ pub struct Piece {
 
 /// A layout tensor of a rule: its shape and the pieces that cover it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Assembled {
+pub(crate) struct Assembled {
     /// Extents, outermost first.
     pub shape: Vec<u64>,
     /// Disjoint pieces that cover the tensor.
@@ -108,7 +108,7 @@ pub struct Assembled {
 ///
 /// # Errors
 /// A shape that an operation does not fit.
-pub fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
+pub(crate) fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
     let mut state: Vec<Assembled> = shapes
         .iter()
         .enumerate()
@@ -129,7 +129,7 @@ pub fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpErr
 ///
 /// # Errors
 /// A shape that no checkpoint tensors give.
-pub fn disassembled_shape(
+pub(crate) fn disassembled_shape(
     ops: &[Op],
     parts: usize,
     layout_shapes: &[Vec<u64>],
@@ -343,7 +343,7 @@ mod tests {
             assemble(&[Op::Rotary { axis: 0, heads: 2, of: vec![0] }], &[vec![8, 1]]).unwrap();
         let mut source_of = [0; 8];
         for piece in &out[0].pieces {
-            for i in 0..piece.map.target_extent(0) {
+            for i in 0..piece.map.elements() {
                 let (t, s) = (piece.map.target[0], piece.map.source[0]);
                 source_of[usize::try_from(t.start + t.step * i).unwrap()] = s.start + s.step * i;
             }

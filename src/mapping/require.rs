@@ -15,7 +15,7 @@ use super::{Lookup, MappingError};
 
 /// A name within a scope, and the variables of its own.
 #[derive(Debug)]
-pub struct Name {
+pub(crate) struct Name {
     template: NameTemplate,
     vars: Variables,
 }
@@ -32,12 +32,12 @@ impl Name {
     }
 
     /// Whether it stands for this name.
-    pub fn takes(&self, name: &str) -> bool {
+    pub(crate) fn takes(&self, name: &str) -> bool {
         self.template.bind(name, &self.vars).is_some()
     }
 
     /// Whether one of these names is one that it stands for.
-    pub fn is_in(&self, names: &BTreeSet<&str>) -> bool {
+    pub(crate) fn is_in(&self, names: &BTreeSet<&str>) -> bool {
         match self.template.format(&Bindings::default(), &self.vars) {
             Some(name) => names.contains(&*name),
             None => names.iter().any(|name| self.takes(name)),
@@ -45,17 +45,17 @@ impl Name {
     }
 
     /// How many names it stands for: one, or as many as its index has values.
-    pub fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         self.vars.all().next().map_or(1, |var| self.vars.bound(var).unwrap_or(1))
     }
 
     /// Whether it stands for one tensor of each expert.
-    pub fn is_indexed(&self) -> bool {
+    pub(crate) fn is_indexed(&self) -> bool {
         self.vars.all().next().is_some()
     }
 
     /// The names that it stands for, in order.
-    pub fn names(&self) -> impl Iterator<Item = String> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = String> {
         let var = self.vars.all().next();
         (0..self.count()).filter_map(move |i| {
             let bindings = match var {
@@ -69,7 +69,7 @@ impl Name {
 
 /// The layers of one numbering: every value of one index, `model.layers.{l:num_hidden_layers}.`.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Scope {
+pub(crate) struct Scope {
     template: NameTemplate,
     vars: Variables,
 }
@@ -86,7 +86,7 @@ impl Scope {
     }
 
     /// The layer that a tensor belongs to, and its name within the layer.
-    pub fn split<'n>(&self, name: &'n str) -> Option<(u64, &'n str)> {
+    pub(crate) fn split<'n>(&self, name: &'n str) -> Option<(u64, &'n str)> {
         let bindings = self.template.bind(name, &self.vars)?;
         let layer = bindings.index(self.vars.all().next()?)?;
         // `{r}` stands at the end of the template.
@@ -94,24 +94,24 @@ impl Scope {
     }
 
     /// How many layers there are by config.json, where the mapping bounds them.
-    pub fn count(&self) -> Option<u64> {
+    pub(crate) fn count(&self) -> Option<u64> {
         self.vars.all().next().and_then(|var| self.vars.bound(var))
     }
 
     /// What the names of a layer begin with: `model.layers.3`.
-    pub fn layer(&self, layer: u64) -> String {
+    pub(crate) fn layer(&self, layer: u64) -> String {
         self.template.up_to_index(layer).unwrap_or_default()
     }
 
     /// The name of a tensor of a layer.
-    pub fn join(&self, layer: u64, name: &str) -> String {
+    pub(crate) fn join(&self, layer: u64, name: &str) -> String {
         format!("{}.{name}", self.layer(layer))
     }
 }
 
 /// Tensors that a checkpoint must hold.
 #[derive(Debug)]
-pub struct Requirement {
+pub(crate) struct Requirement {
     /// The layers of which each must hold them; `None`: the model as a whole.
     pub scope: Option<Scope>,
     /// Only layers, or a model, that hold such a tensor must; `None`: all.
@@ -126,7 +126,7 @@ pub struct Requirement {
 ///
 /// Layers are of one kind where they take the same sets of the requirements for their scope.
 #[derive(Debug)]
-pub struct Siblings {
+pub(crate) struct Siblings {
     /// The layers.
     pub scope: Scope,
     /// What a layer may lack all the same.

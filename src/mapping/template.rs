@@ -28,7 +28,7 @@ pub(super) fn integer(value: &Value) -> Option<u64> {
 /// An integer of config.json by its (dotted) key, with the keys to try where it is absent and the
 /// value where none is there: `KEY`, `KEY|KEY`, `KEY=16`, and twice the integer: `2*KEY`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigKey {
+pub(crate) struct ConfigKey {
     factor: u64,
     keys: Vec<String>,
     default: Option<u64>,
@@ -39,7 +39,7 @@ impl ConfigKey {
     ///
     /// # Errors
     /// Where the default is no integer or the key is empty.
-    pub fn parse(text: &str) -> Result<ConfigKey, MappingError> {
+    pub(crate) fn parse(text: &str) -> Result<ConfigKey, MappingError> {
         let integer = |n: &str| {
             n.parse().map_err(|_| MappingError::template(text, format!("`{n}` is no integer")))
         };
@@ -67,7 +67,7 @@ impl ConfigKey {
     ///
     /// # Errors
     /// Where the key is absent and has no default.
-    pub fn resolve(&self, config: &Lookup<'_>) -> Result<u64, MappingError> {
+    pub(crate) fn resolve(&self, config: &Lookup<'_>) -> Result<u64, MappingError> {
         self.keys
             .iter()
             .find_map(|key| integer(&config(key)?))
@@ -86,7 +86,7 @@ enum RawPiece {
 
 /// A template as a mapping file writes it, its config keys still unresolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RawTemplate {
+pub(crate) struct RawTemplate {
     text: String,
     pieces: Vec<RawPiece>,
 }
@@ -97,7 +97,7 @@ impl RawTemplate {
     /// # Errors
     /// Braces that do not pair, two `{r}`, two indices with nothing between them, a repeated
     /// variable.
-    pub fn parse(text: &str) -> Result<RawTemplate, MappingError> {
+    pub(crate) fn parse(text: &str) -> Result<RawTemplate, MappingError> {
         let fail = |why| MappingError::template(text, why);
         let mut pieces = Vec::new();
         let mut vars: Vec<&str> = Vec::new();
@@ -155,7 +155,7 @@ impl RawTemplate {
     ///
     /// # Errors
     /// As [`RawTemplate::parse`].
-    pub fn join(&self, tail: &RawTemplate) -> Result<RawTemplate, MappingError> {
+    pub(crate) fn join(&self, tail: &RawTemplate) -> Result<RawTemplate, MappingError> {
         RawTemplate::parse(&format!("{}{}", self.text, tail.text))
     }
 
@@ -165,7 +165,7 @@ impl RawTemplate {
     ///
     /// # Errors
     /// A config key that is absent and has no default; a variable with two bounds.
-    pub fn resolve(
+    pub(crate) fn resolve(
         &self,
         vars: &mut Variables,
         config: &Lookup<'_>,
@@ -200,11 +200,11 @@ impl fmt::Display for RawTemplate {
 
 /// Number of an index variable within its rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Var(usize);
+pub(crate) struct Var(usize);
 
 /// The index variables of a rule, with their bounds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Variables(Vec<Variable>);
+pub(crate) struct Variables(Vec<Variable>);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Variable {
@@ -230,23 +230,26 @@ impl Variables {
     }
 
     /// The variable of this name.
-    pub fn find(&self, name: &str) -> Option<Var> {
+    pub(crate) fn find(&self, name: &str) -> Option<Var> {
         self.0.iter().position(|v| v.name == name).map(Var)
     }
 
     /// The first value that the variable cannot take, where the mapping bounds it.
-    pub fn bound(&self, var: Var) -> Option<u64> {
+    pub(crate) fn bound(&self, var: Var) -> Option<u64> {
         self.0[var.0].bound
     }
 
     /// The variable's bound, where a config must have it: then a checkpoint has all values.
-    pub fn required(&self, var: Var) -> Option<u64> {
+    pub(crate) fn required(&self, var: Var) -> Option<u64> {
         self.0[var.0].bound.filter(|_| self.0[var.0].required)
     }
 
     /// Whether each of these templates has all variables, and all or none have `{r}`: then what
     /// one of them binds, the others can write.
-    pub fn same_in<'a>(&self, templates: impl IntoIterator<Item = &'a NameTemplate>) -> bool {
+    pub(crate) fn same_in<'a>(
+        &self,
+        templates: impl IntoIterator<Item = &'a NameTemplate>,
+    ) -> bool {
         let mut rest = None;
         templates.into_iter().all(|t| {
             let same = *rest.get_or_insert(t.has_rest()) == t.has_rest();
@@ -255,31 +258,31 @@ impl Variables {
     }
 
     /// All of them, in the order of their declaration.
-    pub fn all(&self) -> impl Iterator<Item = Var> + use<> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = Var> + use<> {
         (0..self.0.len()).map(Var)
     }
 }
 
 /// What a name bound the variables of a template to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Bindings {
+pub(crate) struct Bindings {
     indices: Vec<Option<u64>>,
     rest: Option<Box<str>>,
 }
 
 impl Bindings {
     /// The value of an index variable.
-    pub fn index(&self, var: Var) -> Option<u64> {
+    pub(crate) fn index(&self, var: Var) -> Option<u64> {
         self.indices.get(var.0).copied().flatten()
     }
 
     /// What `{r}` stands for.
-    pub fn rest(&self) -> Option<&str> {
+    pub(crate) fn rest(&self) -> Option<&str> {
         self.rest.as_deref()
     }
 
     /// The same bindings with `var` bound to `value`, or unbound.
-    pub fn with(&self, var: Var, value: Option<u64>) -> Bindings {
+    pub(crate) fn with(&self, var: Var, value: Option<u64>) -> Bindings {
         let mut out = self.clone();
         if out.indices.len() <= var.0 {
             out.indices.resize(var.0 + 1, None);
@@ -290,7 +293,11 @@ impl Bindings {
 
     /// Every variable of `vars` bound to what `index` makes of its bound, the rest to `rest`: a
     /// sample of what a rule takes.
-    pub fn sample(vars: &Variables, index: impl Fn(Option<u64>) -> u64, rest: &str) -> Bindings {
+    pub(crate) fn sample(
+        vars: &Variables,
+        index: impl Fn(Option<u64>) -> u64,
+        rest: &str,
+    ) -> Bindings {
         let indices = vars.0.iter().map(|v| Some(index(v.bound))).collect();
         Bindings { indices, rest: Some(rest.into()) }
     }
@@ -305,13 +312,13 @@ enum Piece {
 
 /// A template whose bounds are numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NameTemplate {
+pub(crate) struct NameTemplate {
     pieces: Vec<Piece>,
 }
 
 impl NameTemplate {
     /// What `name` binds the variables to, where the template takes it.
-    pub fn bind(&self, name: &str, vars: &Variables) -> Option<Bindings> {
+    pub(crate) fn bind(&self, name: &str, vars: &Variables) -> Option<Bindings> {
         let mut bound = Bindings::default();
         let rest_at = self.pieces.iter().position(|p| *p == Piece::Rest);
         let (before, after) = match rest_at {
@@ -359,7 +366,7 @@ impl NameTemplate {
 
     /// The name that the bindings give; `None` where one of the template's variables is unbound
     /// or an index leaves its bound.
-    pub fn format(&self, bindings: &Bindings, vars: &Variables) -> Option<String> {
+    pub(crate) fn format(&self, bindings: &Bindings, vars: &Variables) -> Option<String> {
         use fmt::Write;
         let mut name = String::new();
         for piece in &self.pieces {
@@ -379,7 +386,7 @@ impl NameTemplate {
     }
 
     /// The first variable of the template, where it is an index.
-    pub fn first_index(&self) -> Option<Var> {
+    pub(crate) fn first_index(&self) -> Option<Var> {
         self.pieces.iter().find_map(|p| match p {
             Piece::Literal(_) => None,
             Piece::Index { var, .. } => Some(Some(*var)),
@@ -388,7 +395,7 @@ impl NameTemplate {
     }
 
     /// What names begin with whose first variable is the index `i`: `model.layers.3`.
-    pub fn up_to_index(&self, i: u64) -> Option<String> {
+    pub(crate) fn up_to_index(&self, i: u64) -> Option<String> {
         let mut start = String::new();
         for piece in &self.pieces {
             match piece {
@@ -403,17 +410,17 @@ impl NameTemplate {
     }
 
     /// Whether the template has this variable.
-    pub fn has(&self, wanted: Var) -> bool {
+    pub(crate) fn has(&self, wanted: Var) -> bool {
         self.pieces.iter().any(|p| matches!(p, Piece::Index { var, .. } if *var == wanted))
     }
 
     /// Whether the template is `{r}` alone.
-    pub fn takes_everything(&self) -> bool {
+    pub(crate) fn takes_everything(&self) -> bool {
         self.pieces == [Piece::Rest]
     }
 
     /// Whether the template has `{r}`.
-    pub fn has_rest(&self) -> bool {
+    pub(crate) fn has_rest(&self) -> bool {
         self.pieces.contains(&Piece::Rest)
     }
 }

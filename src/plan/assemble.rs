@@ -14,7 +14,7 @@ use crate::tensor::{BoxMap, DType, coalesce};
 
 /// A tensor of the checkpoint's own naming, wherever its elements are.
 #[derive(Debug)]
-pub struct Logical {
+pub(super) struct Logical {
     pub shape: Vec<u64>,
     /// Target: the logical tensor. Source: the matrix.
     pub parts: Vec<(MatrixId, BoxMap)>,
@@ -22,7 +22,7 @@ pub struct Logical {
 
 /// A tensor of the view before its dtype is known.
 #[derive(Debug)]
-pub struct Target {
+pub(super) struct Target {
     pub name: String,
     pub shape: Vec<u64>,
     pub fragments: Vec<Fragment>,
@@ -35,16 +35,16 @@ pub struct Target {
 }
 
 /// Counts of what is left out, by reason.
-pub type Dropped = BTreeMap<String, u64>;
+pub(super) type Dropped = BTreeMap<String, u64>;
 
 /// The checkpoint's logical tensors by name.
-pub type LogicalTensors = BTreeMap<String, Logical>;
+pub(super) type LogicalTensors = BTreeMap<String, Logical>;
 
 /// A source matrix that no rule takes, for the user to decide on.
-pub type Leftover = MatrixId;
+pub(super) type Leftover = MatrixId;
 
 /// Logical tensors of a source that is in the published layout.
-pub fn from_published(
+pub(super) fn from_published(
     wholes: &[Whole<'_>],
     mapping: &Resolved,
     problems: &mut Problems,
@@ -71,7 +71,7 @@ pub fn from_published(
 /// Logical tensors of a source that is in a grouped layout: its tensors taken apart.
 ///
 /// Where there are several published forms they are those of `original`, else the usual ones.
-pub fn from_layout(
+pub(super) fn from_layout(
     wholes: &[Whole<'_>],
     layout: &Layout,
     original: Option<&[Matrix]>,
@@ -169,7 +169,7 @@ fn taken_apart(
 }
 
 /// Target tensors of a grouped layout, assembled from logical tensors.
-pub fn to_layout(
+pub(super) fn to_layout(
     logical: &LogicalTensors,
     layout: &Layout,
     dropped: &mut Dropped,
@@ -202,7 +202,7 @@ pub fn to_layout(
 
 /// Target tensors in the published layout: the logical tensors themselves, those that a rule of
 /// the mapping names.
-pub fn to_published(
+pub(super) fn to_published(
     logical: LogicalTensors,
     mapping: &Resolved,
     named_by_layout: bool,

@@ -15,7 +15,7 @@ use super::show::{Summary, SummaryParts};
 use super::stated::stated;
 use super::wholes::{Whole, check_extents, wholes};
 use super::{Plan, sources};
-use crate::mapping::{LayoutName, Resolved};
+use crate::mapping::{LayoutName, Mapping, Resolved};
 use crate::source::Checkpoint;
 
 impl Plan {
@@ -25,9 +25,10 @@ impl Plan {
     /// Whatever keeps a tensor of the view from being served, all of it at once.
     pub fn build(
         checkpoint: &Checkpoint,
-        mapping: &Resolved,
+        mapping: &Mapping,
         options: &PlanOptions,
     ) -> Result<Plan, PlanError> {
+        let mapping = &mapping.resolve(&|key| checkpoint.config().get(key).cloned())?;
         let mut problems = Problems::default();
         let grouped = sources::matrices(checkpoint, mapping, options.scale_reading, &mut problems)?;
         let matrices = grouped.list;
@@ -114,7 +115,7 @@ impl Plan {
         }
         problems.finish()?;
         if targets.is_empty() && facets.tensors.is_empty() {
-            return Err(PlanError::Empty("no tensor is left by --include and --exclude"));
+            return Err(PlanError::Empty);
         }
 
         let mut layer = Layers {
@@ -165,19 +166,16 @@ fn facets(
 ) -> Result<Facets, PlanError> {
     let Some(quantize) = &options.quantize else { return Ok(Facets::default()) };
     if to != LayoutName::Hf {
-        let why = format!("--quantize is for the layout `hf`; the view's is `{to}`");
-        return Err(PlanError::Option(why));
+        return Err(PlanError::QuantizedLayout(to));
     }
     match original {
         Some(original) => Ok(quantize::by_original(original, mapping, targets, problems)),
         None => {
             let facets = quantize::by_mapping(mapping, quantize.scale_dtype, targets, problems);
             if facets.quantized.is_empty() && !mapping.published_plain {
-                return Err(PlanError::Option(format!(
-                    "the mapping `{}` does not say which tensors of this checkpoint are quantized; \
-                     take them from a checkpoint with --scales-from",
-                    mapping.name
-                )));
+                let lacks = "which tensors of this checkpoint are quantized";
+                let mapping = mapping.name.clone();
+                return Err(PlanError::UnknownQuantization { mapping, lacks });
             }
             Ok(facets)
         }

@@ -134,7 +134,7 @@ fn foreign_matrix(name: &str) -> Option<String> {
 
 /// Notes what config.json states of a quantization that these matrices are not, or that is not
 /// supported.
-pub fn check_config(config: &Config, matrices: &[Matrix], problems: &mut Problems) {
+pub(super) fn check_config(config: &Config, matrices: &[Matrix], problems: &mut Problems) {
     const KEY: &str = "quantization_config";
     let is_int4 = |m: &&Matrix| m.scales.as_ref().is_some_and(|s| s.scheme == Scheme::Int4);
     let Some(matrix) = matrices.iter().find(is_int4) else { return };

@@ -17,7 +17,7 @@ const WALKED: usize = 1 << 12;
 type Layers<'n> = BTreeMap<u64, BTreeSet<&'n str>>;
 
 /// Looks for what is missing from a checkpoint.
-pub struct Completeness<'a> {
+pub(super) struct Completeness<'a> {
     /// The checkpoint's tensors.
     pub logical: &'a LogicalTensors,
     /// What they should be.
@@ -40,7 +40,7 @@ impl Completeness<'_> {
     ///
     /// What a mapping requires is looked at only where there are no strangers: they may be the
     /// missing ones under other names.
-    pub fn check(&mut self, strangers: bool, problems: &mut Problems) {
+    pub(super) fn check(&mut self, strangers: bool, problems: &mut Problems) {
         let layout = self.target.or(self.source).or_else(|| self.mapping.layouts().next());
         let Some(layout) = layout else { return };
         self.layers(layout, strangers, problems);

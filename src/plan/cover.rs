@@ -4,7 +4,7 @@ use super::{Computed, Fragment, Grid, Matrix, Origin, Run};
 use crate::tensor::{BoxMap, DType, Shape};
 
 /// Whether the fragments cover a tensor of this shape, each element once.
-pub fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
+pub(super) fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
     let within = |f: &Fragment| {
         f.map.target.len() == shape.rank()
             && (0..shape.rank()).all(|a| f.map.target_span(a).1 < shape.dims()[a])
@@ -38,7 +38,7 @@ pub fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
 
 /// The source runs that are the tensor's bytes, where it is made of plain matrices of its own
 /// dtype, all contiguous on both sides.
-pub fn verbatim_runs(
+pub(super) fn verbatim_runs(
     shape: &Shape,
     dtype: DType,
     fragments: &[Fragment],
@@ -106,7 +106,7 @@ fn contiguous(map: &BoxMap, target: &[u64], source: &[u64]) -> Option<(u64, u64)
 }
 
 /// A computed tensor, its fragments in order and found by plane.
-pub fn computed(shape: &Shape, dtype: DType, fragments: Vec<Fragment>) -> Computed {
+pub(super) fn computed(shape: &Shape, dtype: DType, fragments: Vec<Fragment>) -> Computed {
     let grid = Grid::new(shape, u64::from(dtype.bits() / 8));
     let position = |i: usize| u32::try_from(i).expect("the planner bounds the fragments");
     // One fragment lies in one plane where every outer axis stands still.

@@ -8,7 +8,7 @@ use crate::source::Checkpoint;
 
 /// Which layout the source is in: the one whose renaming and grouping rules know most of its names,
 /// and more of them as the layout's than as the checkpoint's; `hf` where there is none.
-pub fn source_layout(
+pub(super) fn source_layout(
     wholes: &[Whole<'_>],
     matrices: &[Matrix],
     checkpoint: &Checkpoint,

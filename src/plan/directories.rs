@@ -13,7 +13,7 @@ use crate::mapping::LayoutName;
 use crate::tensor::{DType, Float, Shape};
 
 /// Puts tensors into directories, sharing those that no cut changes.
-pub struct Layers<'a> {
+pub(super) struct Layers<'a> {
     pub tensors: Vec<TensorPlan>,
     pub matrices: &'a [Matrix],
     pub dtype: Float,
@@ -23,7 +23,7 @@ pub struct Layers<'a> {
 }
 
 impl Layers<'_> {
-    pub fn directories(
+    pub(super) fn directories(
         &mut self,
         targets: &[Target],
         to: LayoutName,
@@ -31,9 +31,7 @@ impl Layers<'_> {
     ) -> Result<Vec<Directory>, PlanError> {
         let cuts = options.expert_parallel.is_some() || options.expert_shard.is_some();
         if cuts && to == LayoutName::Hf {
-            let why = "--ep-size and --ep-shard-size cut grouped experts, which the layout `hf` \
-                       does not have; use --to native or --to transformers";
-            return Err(PlanError::Option(why.to_owned()));
+            return Err(PlanError::NoGroupedExperts(to));
         }
         let shard = |t: &Target, problems: &mut Problems| match options.expert_shard {
             Some(shard) if t.expert_axis => Some(slice::axis_shard(t, shard, problems)),
@@ -75,7 +73,7 @@ impl Layers<'_> {
     }
 
     /// Adds facets to the root, in the order of all names.
-    pub fn add_facets(
+    pub(super) fn add_facets(
         &mut self,
         facets: Vec<FacetTensor>,
         options: &PlanOptions,
@@ -165,7 +163,7 @@ impl Layers<'_> {
 }
 
 /// Refuses a matrix whose numbers cannot be had as floating-point numbers.
-pub fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
+pub(super) fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
     if !matrix.is_castable() && !problems.is_refused(&matrix.name) {
         problems.refuse_matrix(matrix.name.to_string());
         let what = format!("expected a quantized matrix, BF16, F16 or F32, got {}", matrix.dtype);
@@ -174,7 +172,7 @@ pub fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
 }
 
 /// Sorts `layers.2` before `layers.10`.
-pub fn natural_key(name: &str) -> Vec<(u64, String)> {
+pub(super) fn natural_key(name: &str) -> Vec<(u64, String)> {
     let mut key = Vec::new();
     let mut left = name;
     while !left.is_empty() {

@@ -18,7 +18,7 @@ const ROW_MULTIPLE: u64 = 128;
 
 /// The chunks of a computed tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grid {
+pub(crate) struct Grid {
     /// Planes of the tensor: the product of all axes but the last two.
     pub planes: u64,
     /// Rows of a plane.
@@ -31,7 +31,7 @@ pub struct Grid {
 
 /// Where a chunk lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ChunkBox {
+pub(crate) struct ChunkBox {
     /// Plane that it lies in.
     pub plane: u64,
     /// First row within the plane.
@@ -44,7 +44,7 @@ impl Grid {
     /// The grid of a tensor with elements of `element` bytes.
     ///
     /// A 1-D tensor is one plane whose rows are its elements, a 0-d tensor one row.
-    pub fn new(shape: &Shape, element: u64) -> Grid {
+    pub(crate) fn new(shape: &Shape, element: u64) -> Grid {
         let dims = shape.dims();
         let (planes, rows, cols) = match dims {
             [] => (1, 1, 1),
@@ -55,38 +55,38 @@ impl Grid {
     }
 
     /// The grid of `planes` planes of `rows` rows of `row_bytes` bytes.
-    pub fn of(planes: u64, rows: u64, row_bytes: u64) -> Grid {
+    pub(crate) fn of(planes: u64, rows: u64, row_bytes: u64) -> Grid {
         let wanted = (CHUNK_BYTES / row_bytes.max(1)).max(1);
         let chunk_rows = wanted.next_multiple_of(ROW_MULTIPLE).min(rows).max(1);
         Grid { planes, rows, row_bytes, chunk_rows }
     }
 
     /// Chunks of a plane.
-    pub fn chunks_per_plane(&self) -> u64 {
+    pub(crate) fn chunks_per_plane(&self) -> u64 {
         self.rows.div_ceil(self.chunk_rows)
     }
 
     /// Number of chunks.
-    pub fn chunks(&self) -> u64 {
+    pub(crate) fn chunks(&self) -> u64 {
         self.planes * self.chunks_per_plane()
     }
 
     /// The chunk that holds the byte at `at` of the tensor.
-    pub fn chunk_at(&self, at: u64) -> u64 {
+    pub(crate) fn chunk_at(&self, at: u64) -> u64 {
         let plane_bytes = self.rows * self.row_bytes;
         let within = at % plane_bytes;
         (at / plane_bytes) * self.chunks_per_plane() + within / (self.chunk_rows * self.row_bytes)
     }
 
     /// Where a chunk lies.
-    pub fn chunk_box(&self, chunk: u64) -> ChunkBox {
+    pub(crate) fn chunk_box(&self, chunk: u64) -> ChunkBox {
         let per_plane = self.chunks_per_plane();
         let row = (chunk % per_plane) * self.chunk_rows;
         ChunkBox { plane: chunk / per_plane, row, rows: self.chunk_rows.min(self.rows - row) }
     }
 
     /// First byte of a chunk within the tensor, and its bytes.
-    pub fn extent(&self, chunk: u64) -> (u64, u64) {
+    pub(crate) fn extent(&self, chunk: u64) -> (u64, u64) {
         let b = self.chunk_box(chunk);
         ((b.plane * self.rows + b.row) * self.row_bytes, b.rows * self.row_bytes)
     }

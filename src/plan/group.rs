@@ -10,11 +10,11 @@ use crate::mapping::{Assembled, Bindings, Layout, Row, Rule, Side};
 const WALKED: usize = 1 << 16;
 
 /// Groups by the row of their rule and what its variables are bound to, the stacked one unbound.
-pub type Groups<'a> = BTreeMap<(usize, Bindings), Group<'a>>;
+pub(super) type Groups<'a> = BTreeMap<(usize, Bindings), Group<'a>>;
 
 /// The logical tensors that a rule takes at one binding.
 #[derive(Debug)]
-pub struct Group<'a> {
+pub(super) struct Group<'a> {
     rule: &'a Rule,
     /// By position among the rule's names, and value of the stacked variable.
     pub parts: BTreeMap<(usize, Option<u64>), &'a Logical>,
@@ -22,12 +22,12 @@ pub struct Group<'a> {
 
 impl<'a> Group<'a> {
     /// A group that nothing was found of yet.
-    pub fn new(rule: &'a Rule) -> Group<'a> {
+    pub(super) fn new(rule: &'a Rule) -> Group<'a> {
         Group { rule, parts: BTreeMap::new() }
     }
 
     /// The layout's tensors; none where the group was refused.
-    pub fn targets(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<Target> {
+    pub(super) fn targets(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<Target> {
         let rule = self.rule;
         let target_name = |j: usize| rule.to[j].format(bindings, &rule.vars).unwrap_or_default();
         if !self.is_complete(bindings, &target_name(0), problems) {
@@ -130,7 +130,7 @@ impl<'a> Group<'a> {
 ///
 /// Grouped tensors of one module come together: where `experts.gate_and_up_projs` can be made,
 /// `experts.down_projs` is expected too.
-pub fn add_siblings<'a>(groups: &mut Groups<'a>, layout: &'a Layout) {
+pub(super) fn add_siblings<'a>(groups: &mut Groups<'a>, layout: &'a Layout) {
     let name = |rule: &Rule, bindings: &Bindings| rule.to[0].format(bindings, &rule.vars);
     let there = groups.iter().filter(|(_, group)| group.rule.grouped);
     let there: Vec<(Bindings, Option<String>, Option<Side>)> =

@@ -10,7 +10,7 @@ use crate::tensor::{BoxMap, DType, Shape};
 /// A tensor of the checkpoint with its quantization taken together: a plain tensor, or payload,
 /// scale and shape tensors of one decoded matrix.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Matrix {
+pub(crate) struct Matrix {
     /// Name in the checkpoint, without the suffixes of its parts.
     pub name: Box<str>,
     /// The tensor that holds the elements or their codes.
@@ -31,7 +31,7 @@ pub struct Matrix {
 
 impl Matrix {
     /// A tensor that is as it is.
-    pub fn plain(name: Box<str>, payload: SourceId, dtype: DType, shape: Shape) -> Matrix {
+    pub(crate) fn plain(name: Box<str>, payload: SourceId, dtype: DType, shape: Shape) -> Matrix {
         Matrix {
             name,
             payload,
@@ -45,7 +45,7 @@ impl Matrix {
     }
 
     /// Extents of the checkpoint's tensor.
-    pub fn logical_dims(&self) -> Vec<u64> {
+    pub(crate) fn logical_dims(&self) -> Vec<u64> {
         let mut dims = self.shape.dims().to_vec();
         if let (true, [.., a, b]) = (self.transposed, dims.as_mut_slice()) {
             std::mem::swap(a, b);
@@ -54,7 +54,7 @@ impl Matrix {
     }
 
     /// The checkpoint's tensor (target) from the matrix (source), the whole of both.
-    pub fn logical_map(&self) -> BoxMap {
+    pub(crate) fn logical_map(&self) -> BoxMap {
         let mut map = BoxMap::identity(self.shape.dims());
         if let (true, [.., a, b]) = (self.transposed, map.target.as_mut_slice()) {
             std::mem::swap(a, b);
@@ -63,24 +63,24 @@ impl Matrix {
     }
 
     /// Whether its elements can be had as floating-point numbers of any type.
-    pub fn is_castable(&self) -> bool {
+    pub(crate) fn is_castable(&self) -> bool {
         self.scales.is_some() || self.dtype.as_float().is_some()
     }
 
     /// Columns: the last axis.
-    pub fn cols(&self) -> u64 {
+    pub(crate) fn cols(&self) -> u64 {
         self.shape.dims().last().copied().unwrap_or(1)
     }
 
     /// Rows: all axes but the last together.
-    pub fn rows(&self) -> u64 {
+    pub(crate) fn rows(&self) -> u64 {
         self.shape.dims().split_last().map_or(1, |(_, outer)| outer.iter().product())
     }
 }
 
 /// Scales of a quantized matrix.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MatrixScales {
+pub(crate) struct MatrixScales {
     /// How the matrix is quantized.
     pub scheme: Scheme,
     /// How a scale is coded.
@@ -95,7 +95,7 @@ pub struct MatrixScales {
 
 impl MatrixScales {
     /// How the payload codes an element.
-    pub fn code(&self) -> Code {
+    pub(crate) fn code(&self) -> Code {
         self.scheme.code()
     }
 }
@@ -106,7 +106,7 @@ impl MatrixScales {
 /// band is needed where the grid starts anew (stacked experts) or where a block reaches over the
 /// boundary of two tensors that were quantized as one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Band<S> {
+pub(crate) struct Band<S> {
     /// Rows of the matrix, all axes but the last taken together.
     pub rows: Range<u64>,
     /// The scale tensor.
@@ -119,17 +119,17 @@ pub struct Band<S> {
 
 impl<S: Copy> Band<S> {
     /// The same band with its scale tensor named in another way.
-    pub fn map_scale<T>(&self, name: impl Fn(S) -> T) -> Band<T> {
+    pub(crate) fn map_scale<T>(&self, name: impl Fn(S) -> T) -> Band<T> {
         Band { rows: self.rows.clone(), scale: name(self.scale), row: self.row, skip: self.skip }
     }
 
     /// Scale row of a matrix row of the band, with `block` rows to a scale.
-    pub fn scale_row(&self, row: u64, block: u64) -> u64 {
+    pub(crate) fn scale_row(&self, row: u64, block: u64) -> u64 {
         self.row + (row - self.rows.start + self.skip) / block
     }
 
     /// Matrix rows of the band that a scale row serves; empty where it serves none.
-    pub fn rows_of(&self, scale_row: u64, block: u64) -> Range<u64> {
+    pub(crate) fn rows_of(&self, scale_row: u64, block: u64) -> Range<u64> {
         let Some(n) = scale_row.checked_sub(self.row) else { return 0..0 };
         let start = (self.rows.start + n * block).saturating_sub(self.skip).max(self.rows.start);
         let end = (self.rows.start + (n + 1) * block - self.skip).min(self.rows.end);
@@ -160,7 +160,7 @@ const MOST_SHARDS: u64 = 1 << 12;
 /// smallest number that explains both counts.
 ///
 /// `None` where no number of shards does.
-pub fn fused_bands<S: Copy>(
+pub(super) fn fused_bands<S: Copy>(
     rows: [u64; 2],
     scale_rows: [u64; 2],
     scales: [S; 2],

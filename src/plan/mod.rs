@@ -26,10 +26,12 @@ mod wholes;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use grid::{ChunkBox, Grid};
-pub use matrix::{Band, Matrix, MatrixScales, ScaleReading};
+pub(crate) use grid::{ChunkBox, Grid};
+pub use matrix::ScaleReading;
+pub(crate) use matrix::{Band, Matrix, MatrixScales};
 pub use options::{PlanOptions, Quantize, Unmapped};
-pub use problems::{PlanError, Problem, Problems};
+pub use problems::PlanError;
+pub(crate) use problems::Problem;
 pub use show::Summary;
 pub use slice::{ExpertParallel, ExpertShard};
 
@@ -51,11 +53,11 @@ impl TensorId {
 
 /// Position of a matrix in [`Plan::matrices`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct MatrixId(pub u32);
+pub(crate) struct MatrixId(pub u32);
 
 impl MatrixId {
     /// The position as an index.
-    pub fn index(self) -> usize {
+    pub(crate) fn index(self) -> usize {
         usize::try_from(self.0).expect("a usize has at least 32 bits")
     }
 }
@@ -66,15 +68,15 @@ pub struct Plan {
     /// Every tensor of every directory, in the order in which shards hold them.
     pub tensors: Vec<TensorPlan>,
     /// What the tensors are computed from.
-    pub matrices: Vec<Matrix>,
+    pub(crate) matrices: Vec<Matrix>,
     /// Matrices that tensors hold quantized.
-    pub quantized: Vec<Quantized>,
+    pub(crate) quantized: Vec<Quantized>,
     /// The checkpoint that scales are taken from.
-    pub original: Option<Arc<Checkpoint>>,
+    pub(crate) original: Option<Arc<Checkpoint>>,
     /// The checkpoints that the view offers; the first is the root.
     pub directories: Vec<Directory>,
     /// What config.json says of the tensors.
-    pub stated: Stated,
+    pub(crate) stated: Stated,
     /// What the mount reports.
     pub summary: Summary,
 }
@@ -86,12 +88,12 @@ impl Plan {
     }
 
     /// A matrix that tensors hold quantized.
-    pub fn quantized(&self, id: QuantizedId) -> &Quantized {
+    pub(crate) fn quantized(&self, id: QuantizedId) -> &Quantized {
         &self.quantized[usize::try_from(id.0).expect("a usize has at least 32 bits")]
     }
 
     /// A matrix that tensors are computed from.
-    pub fn matrix(&self, id: MatrixId) -> &Matrix {
+    pub(crate) fn matrix(&self, id: MatrixId) -> &Matrix {
         &self.matrices[id.index()]
     }
 }
@@ -107,7 +109,7 @@ pub struct Directory {
 
 /// What the view's config.json says of the view's tensors.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Stated {
+pub(crate) struct Stated {
     /// How they are quantized; `None` where none is.
     pub quantization: Option<QuantizationConfig>,
     /// The dtype that most of them have, where they are not quantized; `None` where all are.
@@ -124,7 +126,7 @@ pub struct TensorPlan {
     /// Extents in the view.
     pub shape: Shape,
     /// Where its bytes come from.
-    pub body: Body,
+    pub(crate) body: Body,
 }
 
 impl TensorPlan {
@@ -141,7 +143,7 @@ impl TensorPlan {
 
 /// Where a tensor's bytes come from.
 #[derive(Debug)]
-pub enum Body {
+pub(crate) enum Body {
     /// Runs of source bytes, one behind the other.
     Verbatim(Vec<Run>),
     /// Fragments that are decoded, cast or moved.
@@ -154,11 +156,11 @@ pub enum Body {
 
 /// Position of a matrix in [`Plan::quantized`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct QuantizedId(pub u32);
+pub(crate) struct QuantizedId(pub u32);
 
 /// A facet of a quantized matrix, in chunks of whole rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Encoded {
+pub(crate) struct Encoded {
     /// How the tensor is cut into chunks. Rows are those of the matrix, or of the scales.
     pub grid: Grid,
     /// The matrix.
@@ -171,7 +173,7 @@ pub struct Encoded {
 
 /// Which tensor of a quantized matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Facet {
+pub(crate) enum Facet {
     /// The codes.
     Payload,
     /// The scales, made from the largest magnitude of each block.
@@ -180,7 +182,7 @@ pub enum Facet {
 
 /// A matrix that the view holds quantized; two where a block reaches over both.
 #[derive(Debug)]
-pub struct Quantized {
+pub(crate) struct Quantized {
     /// Codes and geometry.
     pub scheme: Scheme,
     /// How scales are stored.
@@ -193,7 +195,7 @@ pub struct Quantized {
 
 /// One matrix of a [`Quantized`].
 #[derive(Debug)]
-pub struct Member {
+pub(crate) struct Member {
     /// Extents of the matrix.
     pub shape: Shape,
     /// Its numbers, as F32.
@@ -206,19 +208,19 @@ pub struct Member {
 
 impl Member {
     /// Columns of the matrix.
-    pub fn cols(&self) -> u64 {
+    pub(crate) fn cols(&self) -> u64 {
         self.shape.dims().last().copied().unwrap_or(1)
     }
 
     /// First row behind the plane that `row` lies in.
-    pub fn plane_end(&self, row: u64) -> u64 {
+    pub(crate) fn plane_end(&self, row: u64) -> u64 {
         (row / self.values.grid.rows + 1) * self.values.grid.rows
     }
 }
 
 /// Where the scales of a band are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ScaleOf {
+pub(crate) enum ScaleOf {
     /// In the scale tensor of this member, made from its blocks.
     Member(usize),
     /// In a tensor of the original checkpoint.
@@ -227,7 +229,7 @@ pub enum ScaleOf {
 
 /// Which checkpoint a run is read from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Origin {
+pub(crate) enum Origin {
     /// The one that is mounted.
     Source,
     /// The one that scales are taken from.
@@ -236,7 +238,7 @@ pub enum Origin {
 
 /// A run of bytes that a source tensor holds as the view shows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
+pub(crate) struct Run {
     /// First byte within the view's tensor.
     pub at: u64,
     /// Number of bytes.
@@ -251,7 +253,7 @@ pub struct Run {
 
 /// A tensor that is computed in chunks of whole rows.
 #[derive(Debug)]
-pub struct Computed {
+pub(crate) struct Computed {
     /// How it is cut into chunks.
     pub grid: Grid,
     /// Disjoint fragments that cover it, in the order of their targets.
@@ -263,7 +265,7 @@ pub struct Computed {
 
 impl Computed {
     /// Fragments that may reach into a plane of the grid.
-    pub fn fragments_of(&self, plane: u64) -> &[Fragment] {
+    pub(crate) fn fragments_of(&self, plane: u64) -> &[Fragment] {
         let wide = |i: u32| usize::try_from(i).expect("a usize has at least 32 bits");
         match usize::try_from(plane).ok().and_then(|p| self.planes.get(p)) {
             Some(range) => &self.fragments[wide(range.start)..wide(range.end)],
@@ -274,7 +276,7 @@ impl Computed {
 
 /// A box of the view's tensor and the box of a matrix that it comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fragment {
+pub(crate) struct Fragment {
     /// Target: the view's tensor. Source: the matrix.
     pub map: BoxMap,
     /// The matrix.

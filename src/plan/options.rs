@@ -75,7 +75,7 @@ pub enum Unmapped {
 
 impl PlanOptions {
     /// Whether `include` and `exclude` leave a tensor of this name; both match from its start.
-    pub fn selects(&self, name: &str) -> bool {
+    pub(crate) fn selects(&self, name: &str) -> bool {
         let included = self.include.is_empty() || matches(&self.include, name);
         included && !matches(&self.exclude, name)
     }

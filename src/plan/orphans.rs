@@ -70,7 +70,7 @@ impl<'e> Owner<'e> {
 }
 
 /// The dtypes that are taken, in words.
-pub fn one_of(takes: impl Fn(DType) -> bool) -> String {
+pub(super) fn one_of(takes: impl Fn(DType) -> bool) -> String {
     let mut names: Vec<&str> = DType::all().filter(|d| takes(*d)).map(DType::name).collect();
     let last = names.pop().unwrap_or_default();
     if names.is_empty() { last.to_owned() } else { format!("{} or {last}", names.join(", ")) }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::mapping::MappingError;
+use crate::mapping::{LayoutName, MappingError};
 use crate::source::ConfigError;
 
 /// Names that a message lists before it only counts.
@@ -55,22 +55,14 @@ pub enum Problem {
 impl Problem {
     fn heading(self, one: bool) -> &'static str {
         match (self, one) {
-            (Problem::NoRule, true) => {
-                "tensor that no rule of the mapping takes (--unmapped keep|drop to go on)"
-            }
-            (Problem::NoRule, false) => {
-                "tensors that no rule of the mapping takes (--unmapped keep|drop to go on)"
-            }
+            (Problem::NoRule, true) => "tensor that no rule of the mapping takes",
+            (Problem::NoRule, false) => "tensors that no rule of the mapping takes",
             (Problem::MissingLayer, true) => "missing layer",
             (Problem::MissingLayer, false) => "missing layers",
             (Problem::MissingPart, true) => "missing tensor",
             (Problem::MissingPart, false) => "missing tensors",
-            (Problem::Incomplete, true) => {
-                "missing tensor that the model needs (--allow-missing to go on)"
-            }
-            (Problem::Incomplete, false) => {
-                "missing tensors that the model needs (--allow-missing to go on)"
-            }
+            (Problem::Incomplete, true) => "missing tensor that the model needs",
+            (Problem::Incomplete, false) => "missing tensors that the model needs",
             (Problem::Pieces, true) => "tensor whose pieces make no whole",
             (Problem::Pieces, false) => "tensors whose pieces make no wholes",
             (Problem::MissingScale, true) => "missing scale",
@@ -235,12 +227,26 @@ pub enum PlanError {
         /// Tensors of the checkpoint.
         tensors: usize,
     },
-    /// Nothing is left to show.
-    #[error("the view is empty: {0}")]
-    Empty(&'static str),
-    /// An option that does not fit the view.
-    #[error("{0}")]
-    Option(String),
+    /// `include` and `exclude` of [`super::PlanOptions`] leave no tensor.
+    #[error("the view is empty: no tensor's name passes the filters")]
+    Empty,
+    /// `expert_parallel` or `expert_shard` for a layout without grouped experts.
+    #[error(
+        "expert-parallel ranks cut grouped experts, which the layout `{0}` does not have: take \
+         `native` or `transformers`"
+    )]
+    NoGroupedExperts(LayoutName),
+    /// `quantize` for another layout than `hf`.
+    #[error("the layout `{0}` cannot be quantized, `hf` alone can")]
+    QuantizedLayout(LayoutName),
+    /// `quantize` without an original, by a mapping that does not say what the original's scheme is.
+    #[error("the mapping `{mapping}` does not say {lacks}: take it from the original checkpoint")]
+    UnknownQuantization {
+        /// The mapping.
+        mapping: String,
+        /// What it would have to say.
+        lacks: &'static str,
+    },
     /// More tensors than a plan can number.
     #[error("the view has more tensors than 32 bits can number")]
     TooMany,

@@ -20,7 +20,7 @@ use crate::tensor::{DType, Float, Shape};
 
 /// A tensor of the view that is a facet of a quantized matrix.
 #[derive(Debug)]
-pub struct FacetTensor {
+pub(super) struct FacetTensor {
     pub name: String,
     pub dtype: DType,
     pub shape: Shape,
@@ -29,7 +29,7 @@ pub struct FacetTensor {
 
 /// Everything that quantizing made.
 #[derive(Debug, Default)]
-pub struct Facets {
+pub(super) struct Facets {
     pub tensors: Vec<FacetTensor>,
     pub quantized: Vec<Quantized>,
     /// Dtypes that plain tensors have in the original, by name.
@@ -38,13 +38,13 @@ pub struct Facets {
 
 /// The checkpoint that scales are taken from, and its matrices.
 #[derive(Debug)]
-pub struct Original<'a> {
+pub(super) struct Original<'a> {
     pub checkpoint: &'a Checkpoint,
     pub matrices: Vec<Matrix>,
 }
 
 /// Takes the targets that the original checkpoint holds quantized, and gives their facets.
-pub fn by_original(
+pub(super) fn by_original(
     original: &Original<'_>,
     mapping: &Resolved,
     targets: &mut Vec<Target>,
@@ -107,7 +107,7 @@ pub fn by_original(
 
 /// Takes the targets that a published checkpoint holds quantized, and gives the tensors that it holds
 /// them in.
-pub fn as_stored(
+pub(super) fn as_stored(
     checkpoint: &Checkpoint,
     matrices: &[Matrix],
     mapping: &Resolved,
@@ -137,7 +137,7 @@ pub fn as_stored(
 /// Takes the targets that the model's published checkpoints hold quantized, and gives their facets.
 ///
 /// `scale_dtype` is what INT4 scales are stored as.
-pub fn by_mapping(
+pub(super) fn by_mapping(
     mapping: &Resolved,
     scale_dtype: Option<Float>,
     targets: &mut Vec<Target>,

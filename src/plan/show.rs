@@ -45,7 +45,7 @@ pub struct Summary {
 }
 
 /// What a summary is made of, beside the tensors.
-pub struct SummaryParts<'a> {
+pub(super) struct SummaryParts<'a> {
     pub mapping: &'a Resolved,
     pub from: LayoutName,
     pub to: LayoutName,
@@ -218,8 +218,8 @@ impl Plan {
         computed.fragments.iter().map(|f| &*self.matrix(f.matrix).name).collect()
     }
 
-    /// Names of the matrices that a tensor is made of: the first, and how many there are.
-    fn made_of(&self, tensor: &TensorPlan) -> (String, usize) {
+    /// Names of the matrices and plain tensors of the source that a tensor is computed from, sorted.
+    pub fn made_of(&self, tensor: &TensorPlan) -> Vec<&str> {
         let mut names: Vec<&str> = match &tensor.body {
             Body::Verbatim(runs) => {
                 let of = |r: &super::Run| match (r.origin, &self.original) {
@@ -239,7 +239,7 @@ impl Plan {
         };
         names.sort_unstable();
         names.dedup();
-        (names.first().map(|n| (*n).to_owned()).unwrap_or_default(), names.len())
+        names
     }
 
     /// The plan as JSON: the summary, and every tensor of the root with what it is made of.
@@ -248,15 +248,15 @@ impl Plan {
         let tensors: Vec<Value> = self
             .root()
             .map(|t| {
-                let (first, n) = self.made_of(t);
+                let names = self.made_of(t);
                 json!({
                     "name": &*t.name,
                     "dtype": t.dtype.name(),
                     "shape": t.shape.dims(),
                     "bytes": t.bytes(),
                     "verbatim": t.is_verbatim(),
-                    "from": first,
-                    "sources": n,
+                    "from": names.first().unwrap_or(&""),
+                    "sources": names.len(),
                     "how": self.how(t),
                 })
             })
@@ -290,10 +290,11 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for t in self.root() {
-            let (first, n) = self.made_of(t);
+            let names = self.made_of(t);
+            let (first, n) = (names.first().unwrap_or(&""), names.len());
             let more = if n > 1 { format!(" and {} more", n - 1) } else { String::new() };
             let shape = t.shape.to_string();
-            let (name, first) = (printable(&t.name), printable(&first));
+            let (name, first) = (printable(&t.name), printable(first));
             writeln!(f, "{name} {} {shape}\n    {} <- {first}{more}", t.dtype, self.how(t))?;
         }
         write!(f, "{}", self.summary)

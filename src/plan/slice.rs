@@ -25,18 +25,23 @@ pub struct ExpertShard {
 /// First expert and number of experts of a rank, of `experts` over `size` ranks.
 ///
 /// The first `experts % size` ranks hold one more (Automodel's formula).
-pub fn experts_of(experts: u64, size: u64, rank: u64) -> (u64, u64) {
+pub(super) fn experts_of(experts: u64, size: u64, rank: u64) -> (u64, u64) {
     let (each, more) = (experts / size, experts % size);
     if rank < more { (rank * (each + 1), each + 1) } else { (rank * each + more, each) }
 }
 
 /// Name of a rank's directory.
-pub fn directory_name(rank: u64, size: u64) -> String {
+pub(super) fn directory_name(rank: u64, size: u64) -> String {
     format!("ep-{rank:04}-of-{size:04}")
 }
 
 /// A rank's experts of a grouped tensor.
-pub fn expert_slice(target: &Target, size: u64, rank: u64, problems: &mut Problems) -> Target {
+pub(super) fn expert_slice(
+    target: &Target,
+    size: u64,
+    rank: u64,
+    problems: &mut Problems,
+) -> Target {
     let (start, count) = experts_of(target.shape[0], size, rank);
     if count == 0 {
         let what = format!("{} experts over {size} ranks", target.shape[0]);
@@ -46,7 +51,7 @@ pub fn expert_slice(target: &Target, size: u64, rank: u64, problems: &mut Proble
 }
 
 /// A rank's even share of axis 1 of a grouped tensor.
-pub fn axis_shard(target: &Target, shard: ExpertShard, problems: &mut Problems) -> Target {
+pub(super) fn axis_shard(target: &Target, shard: ExpertShard, problems: &mut Problems) -> Target {
     let extent = target.shape.get(1).copied().unwrap_or(0);
     if extent == 0 || !extent.is_multiple_of(shard.size) {
         let what = format!("axis 1 of {:?} into {} parts", target.shape, shard.size);

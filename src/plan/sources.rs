@@ -14,14 +14,14 @@ use crate::tensor::{DType, Shape};
 
 /// The matrices of a checkpoint, in the order of their payloads' names.
 #[derive(Debug)]
-pub struct Matrices {
+pub(super) struct Matrices {
     pub list: Vec<Matrix>,
     /// Pairs whose scales are shared over the boundary of the two tensors.
     pub fused_pairs: u64,
 }
 
 /// Groups all tensors of `checkpoint` by the mapping's encodings.
-pub fn matrices(
+pub(super) fn matrices(
     checkpoint: &Checkpoint,
     mapping: &Resolved,
     reading: ScaleReading,

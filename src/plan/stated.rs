@@ -18,7 +18,7 @@ use crate::tensor::Float;
 ///
 /// # Errors
 /// Where neither the original nor the mapping says what `quantization_config` is.
-pub fn stated(
+pub(super) fn stated(
     is_quantized: bool,
     like: Option<&Checkpoint>,
     mapping: &Resolved,
@@ -37,11 +37,8 @@ pub fn stated(
         c.scheme.is_none_or(|scheme| quantized.iter().any(|q| q.scheme == scheme))
     };
     let Some(mut config) = mapping.quantization.iter().find(fits).cloned() else {
-        return Err(PlanError::Option(format!(
-            "the mapping `{}` does not say what `quantization_config` is; take it from a \
-             checkpoint with --scales-from",
-            mapping.name
-        )));
+        let lacks = "what `quantization_config` is";
+        return Err(PlanError::UnknownQuantization { mapping: mapping.name.clone(), lacks });
     };
     describe(&mut config, targets, quantized);
     Ok(Stated { quantization: Some(config), dtype })

@@ -12,7 +12,7 @@ use crate::tensor::{BoxMap, Shape};
 
 /// A tensor of the checkpoint.
 #[derive(Debug)]
-pub struct Whole<'a> {
+pub(super) struct Whole<'a> {
     /// Name in the checkpoint, without the suffixes of a quantized matrix's parts.
     pub name: &'a str,
     /// Name of the tensor that holds its elements or their codes.
@@ -27,13 +27,13 @@ pub struct Whole<'a> {
 
 impl Whole<'_> {
     /// The tensor's fragments, in the order of their targets.
-    pub fn fragments(&self) -> Vec<Fragment> {
+    pub(super) fn fragments(&self) -> Vec<Fragment> {
         super::assemble::fragments_of(self.parts.clone())
     }
 }
 
 /// The tensors of a checkpoint in the order of its matrices; notes pieces that are no whole.
-pub fn wholes<'a>(
+pub(super) fn wholes<'a>(
     matrices: &'a [Matrix],
     checkpoint: &'a Checkpoint,
     problems: &mut Problems,
@@ -101,7 +101,7 @@ fn check(whole: &Whole<'_>, matrices: &[Matrix], problems: &mut Problems) {
 ///
 /// Nothing in the shards says how large the whole is, so the last pieces of all tensors can be
 /// missing with the file of a process.
-pub fn check_extents(
+pub(super) fn check_extents(
     wholes: &[Whole<'_>],
     mapping: &Resolved,
     source: Option<&Layout>,

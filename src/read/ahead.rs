@@ -10,7 +10,7 @@ const WAITING: usize = 64;
 
 /// Does jobs in the order in which they came. The first job starts the threads; dropped, it waits
 /// until those under way are done.
-pub struct Ahead<J: Send + 'static> {
+pub(super) struct Ahead<J: Send + 'static> {
     queue: Arc<Queue<J>>,
     threads: usize,
     work: Arc<dyn Fn(J) + Send + Sync>,
@@ -50,14 +50,14 @@ impl<J> Queue<J> {
 
 impl<J: Send + 'static> Ahead<J> {
     /// Jobs that `threads` threads do by `work`.
-    pub fn new(threads: usize, work: impl Fn(J) + Send + Sync + 'static) -> Ahead<J> {
+    pub(super) fn new(threads: usize, work: impl Fn(J) + Send + Sync + 'static) -> Ahead<J> {
         let state = Mutex::new(State { jobs: VecDeque::new(), closed: false });
         let queue = Arc::new(Queue { state, changed: Condvar::new() });
         Ahead { queue, threads, work: Arc::new(work), workers: OnceLock::new() }
     }
 
     /// Adds jobs. Where too many wait, the oldest are forgotten.
-    pub fn push(&self, jobs: impl IntoIterator<Item = J>) {
+    pub(super) fn push(&self, jobs: impl IntoIterator<Item = J>) {
         let mut state = self.queue.lock();
         let before = state.jobs.len();
         state.jobs.extend(jobs);

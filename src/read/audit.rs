@@ -11,7 +11,7 @@ use crate::source::{Checkpoint, ReadError, SourceId};
 
 /// Blocks of FP8 matrices with F32 scales.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct BlockAudit {
+pub(crate) struct BlockAudit {
     /// Blocks that hold a code other than zero.
     pub blocks: u64,
     /// Of these, blocks that hold the largest code.
@@ -33,7 +33,7 @@ const LARGEST: u8 = 0x7E;
 ///
 /// # Errors
 /// What the source fails with.
-pub fn audit(checkpoint: &Checkpoint, plan: &Plan) -> Result<BlockAudit, ReadError> {
+pub(crate) fn audit(checkpoint: &Checkpoint, plan: &Plan) -> Result<BlockAudit, ReadError> {
     // A block can reach over two matrices, so blocks are found by their scales.
     let mut blocks: BTreeMap<SourceId, Vec<Holds>> = BTreeMap::new();
     for matrix in &plan.matrices {

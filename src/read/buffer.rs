@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 use memmap2::{Advice, MmapMut, MmapOptions};
 
 /// A huge page of every machine that has them in two sizes.
-pub const HUGE_PAGE: usize = 2 << 20;
+pub(super) const HUGE_PAGE: usize = 2 << 20;
 
 const PAGE: usize = 4096;
 

@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 
 /// How a reader came by its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(super) enum Outcome {
     /// They lay ready.
     Hit,
     /// Another reader was making them.
@@ -22,7 +22,7 @@ pub enum Outcome {
 }
 
 /// Bytes that were made, shared by all who read them.
-pub type Bytes = Arc<Buffer>;
+pub(super) type Bytes = Arc<Buffer>;
 
 /// What is being made while others wait for it. `E` is what making it fails with.
 struct Flight<E> {
@@ -48,7 +48,7 @@ struct State<K: Hash + Eq, E> {
 const SPARES: usize = 16;
 
 /// A cache with a byte budget.
-pub struct Cache<K: Hash + Eq + Copy, E: Clone> {
+pub(super) struct Cache<K: Hash + Eq + Copy, E: Clone> {
     state: Mutex<State<K, E>>,
     budget: u64,
     allocate: fn(usize) -> Buffer,
@@ -56,7 +56,7 @@ pub struct Cache<K: Hash + Eq + Copy, E: Clone> {
 
 /// What is asked of a cache.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted<K> {
+pub(super) struct Wanted<K> {
     /// The key.
     pub key: K,
     /// How many bytes it has.
@@ -85,23 +85,23 @@ fn size(bytes: &[u8]) -> u64 {
 
 impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
     /// An empty cache that holds up to `budget` bytes in buffers that `allocate` makes.
-    pub fn new(budget: u64, allocate: fn(usize) -> Buffer) -> Cache<K, E> {
+    pub(super) fn new(budget: u64, allocate: fn(usize) -> Buffer) -> Cache<K, E> {
         let state = State { slots: LruCache::unbounded(), bytes: 0, spare: Vec::new() };
         Cache { state: Mutex::new(state), budget, allocate }
     }
 
     /// Bytes that lie ready or are being made.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         lock(&self.state).bytes
     }
 
     /// Bytes that the cache may hold.
-    pub fn budget(&self) -> u64 {
+    pub(super) fn budget(&self) -> u64 {
         self.budget
     }
 
     /// Whether somebody made or makes the bytes of `key`.
-    pub fn has(&self, key: &K) -> bool {
+    pub(super) fn has(&self, key: &K) -> bool {
         lock(&self.state).slots.peek(key).is_some()
     }
 
@@ -112,7 +112,7 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
     ///
     /// # Errors
     /// What `make` fails with.
-    pub fn get(
+    pub(super) fn get(
         &self,
         wanted: Wanted<K>,
         abandoned: E,
@@ -131,7 +131,7 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
     ///
     /// # Errors
     /// What `make` fails with.
-    pub fn get_unless_busy(
+    pub(super) fn get_unless_busy(
         &self,
         wanted: Wanted<K>,
         abandoned: E,
@@ -180,7 +180,7 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
     ///
     /// A reader that takes everything once, whose bytes the kernel keeps, so works in a few buffers
     /// that stay in a core's cache instead of first touching a gigabyte.
-    pub fn given(&self, key: &K, uses: u64) {
+    pub(super) fn given(&self, key: &K, uses: u64) {
         let mut state = lock(&self.state);
         if let Some(Slot::Ready(_, left)) = state.slots.peek_mut(key) {
             *left = left.saturating_sub(uses);

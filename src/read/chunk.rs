@@ -25,18 +25,18 @@ thread_local! {
 }
 
 /// A file position or count as a length in memory: boxes of a chunk fit in memory.
-pub fn len(n: u64) -> usize {
+pub(super) fn len(n: u64) -> usize {
     usize::try_from(n).expect("a box of a chunk fits in memory")
 }
 
 /// A length in memory as a file position or count.
-pub fn to_u64(n: usize) -> u64 {
+pub(super) fn to_u64(n: usize) -> u64 {
     u64::try_from(n).expect("a usize fits in 64 bits")
 }
 
 /// Why a chunk could not be made; shared by all who wait for it.
 #[derive(Clone, Debug)]
-pub enum Failure {
+pub(super) enum Failure {
     /// The source gave an error.
     Source(Arc<ReadError>),
     /// Whoever read the rows that this chunk waited for died of it.
@@ -51,14 +51,14 @@ impl From<ReadError> for Failure {
 
 /// Bytes of a plane whose stored columns are the leading ones: what the kernel reads ahead beyond
 /// the last expert that a reader wants, two windows of 4 MiB, does not cost the others.
-pub const LEADING: u64 = 8 << 20;
+pub(super) const LEADING: u64 = 8 << 20;
 
 /// Leading columns are a multiple of this: the block of every scheme, and whole bytes.
 const COLUMN_MULTIPLE: u64 = 128;
 
 /// What a chunk is decoded from and counted in.
 #[derive(Clone, Copy)]
-pub struct ChunkReader<'a> {
+pub(super) struct ChunkReader<'a> {
     pub checkpoint: &'a Checkpoint,
     pub counters: &'a Counters,
     /// Where transposed matrices are read from.
@@ -74,7 +74,7 @@ impl ChunkReader<'_> {
     ///
     /// # Errors
     /// What the source fails with.
-    pub fn fill<'m>(
+    pub(super) fn fill<'m>(
         &self,
         computed: &Computed,
         matrix_of: impl Fn(MatrixId) -> &'m Matrix,
@@ -104,7 +104,7 @@ impl ChunkReader<'_> {
     }
 
     /// A scale tensor as rows.
-    pub fn stored_scales(&self, scales: &MatrixScales, tensor: SourceId) -> Stored {
+    pub(super) fn stored_scales(&self, scales: &MatrixScales, tensor: SourceId) -> Stored {
         let row_bytes = scales.cols * u64::try_from(scales.scale.bytes()).expect("a few bytes");
         Stored::whole(tensor, self.checkpoint.tensor(tensor).bytes / row_bytes, row_bytes)
     }
@@ -257,7 +257,13 @@ impl ChunkReader<'_> {
     }
 
     /// Whether strips of `width` bytes of `count` stored rows are better taken out of slabs.
-    pub fn worth(&self, orientation: Orientation, stored: Stored, width: u64, count: u64) -> bool {
+    pub(super) fn worth(
+        &self,
+        orientation: Orientation,
+        stored: Stored,
+        width: u64,
+        count: u64,
+    ) -> bool {
         orientation == Orientation::Transposed
             && stored.narrow(width, count)
             && self.slabs.can_hold(count * stored.row_bytes)
@@ -458,12 +464,12 @@ impl Out {
 }
 
 /// Columns of transposed matrices that are the leading ones.
-pub fn lead(grid: &Grid) -> u64 {
+pub(super) fn lead(grid: &Grid) -> u64 {
     (LEADING / grid.row_bytes.max(1)).next_multiple_of(COLUMN_MULTIPLE)
 }
 
 /// Bits of an element of the payload.
-pub fn bits_of(matrix: &Matrix) -> u64 {
+pub(super) fn bits_of(matrix: &Matrix) -> u64 {
     match code_of(matrix) {
         Some(code) => u64::from(code.bits()),
         None => u64::from(matrix.dtype.bits()),
@@ -471,7 +477,7 @@ pub fn bits_of(matrix: &Matrix) -> u64 {
 }
 
 /// The payload as rows.
-pub fn stored_payload(matrix: &Matrix) -> Stored {
+pub(super) fn stored_payload(matrix: &Matrix) -> Stored {
     Stored::whole(matrix.payload, matrix.rows(), matrix.cols() * bits_of(matrix) / 8)
 }
 

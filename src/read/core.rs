@@ -22,7 +22,7 @@ use crate::plan::{
 use crate::source::Checkpoint;
 
 /// Something that a reader will want.
-pub enum Job {
+pub(super) enum Job {
     /// A chunk of a tensor.
     Chunk(TensorId, u64, Keep),
     /// The stored rows that a plane of a tensor is made of.
@@ -30,11 +30,11 @@ pub enum Job {
 }
 
 /// What readers and those who work ahead of them share.
-pub struct Core {
+pub(super) struct Core {
     pub checkpoint: Arc<Checkpoint>,
     pub plan: Arc<Plan>,
     pub chunks: Cache<(TensorId, u64), ReadError>,
-    pub keep_given: bool,
+    pub direct_io: bool,
     pub slabs: Slabs,
     pub streams: Streams,
     pub counters: Counters,
@@ -49,7 +49,7 @@ thread_local! {
 
 /// A body with a grid: its bytes are made.
 #[derive(Clone, Copy)]
-pub enum Made<'a> {
+pub(super) enum Made<'a> {
     Computed(&'a Computed),
     Encoded(&'a Encoded),
 }
@@ -64,7 +64,7 @@ impl<'a> Made<'a> {
     }
 
     /// The grid.
-    pub fn grid(self) -> &'a Grid {
+    pub(super) fn grid(self) -> &'a Grid {
         match self {
             Made::Computed(computed) => &computed.grid,
             Made::Encoded(encoded) => &encoded.grid,
@@ -74,7 +74,7 @@ impl<'a> Made<'a> {
 
 /// What of a plane is read.
 #[derive(Clone, Copy)]
-pub struct Part {
+pub(super) struct Part {
     pub plane: u64,
     /// First byte within the plane.
     pub at: u64,
@@ -84,14 +84,18 @@ pub struct Part {
 
 impl Core {
     /// With nothing kept yet.
-    pub fn new(checkpoint: Arc<Checkpoint>, plan: Arc<Plan>, options: EngineOptions) -> Core {
+    pub(super) fn new(
+        checkpoint: Arc<Checkpoint>,
+        plan: Arc<Plan>,
+        options: EngineOptions,
+    ) -> Core {
         let touched = plan.matrices.iter().map(|_| AtomicBool::new(false)).collect();
         let slab_bytes = (options.cache_bytes / 4).min(MAX_SLAB_BYTES);
         Core {
             checkpoint,
             plan,
             chunks: Cache::new(options.cache_bytes - slab_bytes, Buffer::new),
-            keep_given: options.keep_given,
+            direct_io: options.direct_io,
             slabs: Slabs::new(slab_bytes),
             streams: Streams::default(),
             counters: Counters::default(),
@@ -100,7 +104,7 @@ impl Core {
     }
 
     /// Does a job. What fails is left for the reader to meet.
-    pub fn work(&self, job: &Job) {
+    pub(super) fn work(&self, job: &Job) {
         match *job {
             Job::Chunk(id, chunk, keep) => {
                 let tensor = self.plan.tensor(id);
@@ -121,7 +125,7 @@ impl Core {
         }
     }
 
-    pub fn verbatim(
+    pub(super) fn verbatim(
         &self,
         tensor: &TensorPlan,
         runs: &[Run],
@@ -150,7 +154,7 @@ impl Core {
 
     /// Where bytes `at..at + bytes` of a tensor that is made of `runs` lie in the source, where that
     /// is one place.
-    pub fn stored(&self, runs: &[Run], at: u64, bytes: u64) -> Option<(&File, u64)> {
+    pub(super) fn stored(&self, runs: &[Run], at: u64, bytes: u64) -> Option<(&File, u64)> {
         let run = runs_from(runs, at).first()?;
         let into = at - run.at;
         let checkpoint = self.of(run.origin);
@@ -167,7 +171,7 @@ impl Core {
     }
 
     /// Decodes bytes of a plane without a chunk, and gives how many there were.
-    pub fn in_place(
+    pub(super) fn in_place(
         &self,
         tensor: &TensorPlan,
         computed: &Computed,
@@ -201,7 +205,7 @@ impl Core {
     }
 
     /// Copies from the chunk that holds the first byte of a part, and gives how many there were.
-    pub fn copy_chunk(
+    pub(super) fn copy_chunk(
         &self,
         id: TensorId,
         tensor: &TensorPlan,
@@ -223,7 +227,7 @@ impl Core {
         let n = (bytes.len() - into).min(out.len());
         out[..n].copy_from_slice(&bytes[into..into + n]);
         drop(bytes);
-        if large || !self.keep_given {
+        if large || !self.direct_io {
             self.chunks.given(&(id, chunk), to_u64(n));
         }
         Ok(n)
@@ -313,7 +317,7 @@ impl Core {
     }
 
     /// Lets go of the stored rows that a plane is a transpose of.
-    pub fn forget_rows(&self, tensor: &TensorPlan, computed: &Computed, plane: u64) {
+    pub(super) fn forget_rows(&self, tensor: &TensorPlan, computed: &Computed, plane: u64) {
         let matrix_of = |id| self.plan.matrix(id);
         self.reader(Keep::Nothing).forget(computed, matrix_of, &tensor.shape, plane);
     }

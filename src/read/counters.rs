@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Counters as the engine keeps them.
 #[derive(Debug, Default)]
-pub struct Counters {
+pub(super) struct Counters {
     pub reads: AtomicU64,
     pub served_bytes: AtomicU64,
     pub verbatim_bytes: AtomicU64,
@@ -17,7 +17,7 @@ pub struct Counters {
 }
 
 /// Adds to a counter; counters order nothing else.
-pub fn add(counter: &AtomicU64, n: u64) {
+pub(super) fn add(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
@@ -50,12 +50,12 @@ pub struct CounterSnapshot {
 
 impl Counters {
     /// Counts bytes that were given as the source has them.
-    pub fn add_verbatim(&self, bytes: u64) {
+    pub(super) fn add_verbatim(&self, bytes: u64) {
         add(&self.verbatim_bytes, bytes);
         add(&self.source_bytes, bytes);
     }
 
-    pub fn snapshot(&self, cache_bytes: u64, cache_budget: u64) -> CounterSnapshot {
+    pub(super) fn snapshot(&self, cache_bytes: u64, cache_budget: u64) -> CounterSnapshot {
         let load = |c: &AtomicU64| c.load(Ordering::Relaxed);
         CounterSnapshot {
             reads: load(&self.reads),

@@ -36,7 +36,7 @@ thread_local! {
 }
 
 /// What a facet is encoded from.
-pub struct Encoder<'a, F> {
+pub(super) struct Encoder<'a, F> {
     pub reader: ChunkReader<'a>,
     pub original: Option<&'a Checkpoint>,
     pub matrix_of: F,
@@ -48,7 +48,12 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
     ///
     /// # Errors
     /// What the source fails with.
-    pub fn fill(&self, facet: &Encoded, chunk: ChunkBox, out: &mut [u8]) -> Result<(), Failure> {
+    pub(super) fn fill(
+        &self,
+        facet: &Encoded,
+        chunk: ChunkBox,
+        out: &mut [u8],
+    ) -> Result<(), Failure> {
         let first = chunk.plane * facet.grid.rows + chunk.row;
         let rows = first..first + chunk.rows;
         SCRATCH.with_borrow_mut(|scratch| match facet.facet {

@@ -62,15 +62,21 @@ const PLANES_AT_ONCE: u64 = 64;
 /// What an engine may use.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
-    /// Bytes of decoded chunks that are kept, those being decoded included.
+    /// Byte budget of the cache of decoded chunks, those being decoded included.
     pub cache_bytes: u64,
-    /// Whether readers bypass the kernel's page cache, which else keeps what they were given and reads
-    /// ahead: then a chunk is kept after small reads were given all of it, and chunks are made ahead
-    /// of a single reader.
-    pub keep_given: bool,
-    /// Threads that work ahead of readers; they start when there is something to do. With none,
-    /// readers do everything themselves.
+    /// Whether readers bypass the kernel's page cache (`--direct-io`). The kernel then neither caches
+    /// nor prefetches, so the engine keeps chunks after they were read and prefetches by itself.
+    pub direct_io: bool,
+    /// Prefetch threads; they start when there is something to do. With 0, nothing is prefetched.
     pub threads: usize,
+}
+
+impl Default for EngineOptions {
+    /// A cache of 1 GiB, reads through the page cache, a prefetch thread for each core.
+    fn default() -> EngineOptions {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        EngineOptions { cache_bytes: 1 << 30, direct_io: false, threads }
+    }
 }
 
 /// Serves the bytes of a plan's tensors.
@@ -153,7 +159,7 @@ impl Engine {
 
     /// Where bytes `at..at + bytes` of a tensor of the view lie in a file of the source as they are:
     /// the file, and the offset in it. `None` where they are made, or lie in several places.
-    pub fn stored(&self, id: TensorId, at: u64, bytes: u64) -> Option<(&File, u64)> {
+    pub(crate) fn stored(&self, id: TensorId, at: u64, bytes: u64) -> Option<(&File, u64)> {
         match &self.core.plan.tensor(id).body {
             Body::Verbatim(runs) => self.core.stored(runs, at, bytes),
             Body::Computed(_) | Body::Encoded(_) | Body::Literal(_) => None,
@@ -161,7 +167,7 @@ impl Engine {
     }
 
     /// Counts a read of `bytes` bytes that somebody took from where [`Engine::stored`] said.
-    pub fn count_stored(&self, bytes: u64) {
+    pub(crate) fn count_stored(&self, bytes: u64) {
         let counters = &self.core.counters;
         add(&counters.reads, 1);
         add(&counters.served_bytes, bytes);
@@ -241,12 +247,12 @@ impl Engine {
             left = &mut left[here..];
         }
         // A single reader without the kernel's read-ahead waits for one core while others idle.
-        let single = core.keep_given && alone;
+        let single = core.direct_io && alone;
         let room = core.chunks.budget() >= 4 * CHUNKS_AHEAD * grid.chunk_rows * grid.row_bytes;
         if run > 0 && room && (!in_place || single) {
             let chunk = grid.chunk_at(end - 1);
             // The kernel reads ahead as well, unless it is told not to keep pages.
-            let ahead = if core.keep_given { CHUNKS_AHEAD } else { 1 };
+            let ahead = if core.direct_io { CHUNKS_AHEAD } else { 1 };
             let until = (chunk + 1 + ahead).min(grid.chunks());
             let chunks = core.streams.ask(id, Unit::Chunk, until, ahead);
             self.ahead.push(chunks.map(|chunk| Job::Chunk(id, chunk, keep)));

@@ -22,7 +22,7 @@ mod streams;
 
 use std::sync::Arc;
 
-pub use audit::{BlockAudit, audit};
+pub(crate) use audit::{BlockAudit, audit};
 pub use buffer::Buffer;
 pub use counters::CounterSnapshot;
 pub use engine::{Engine, EngineOptions};

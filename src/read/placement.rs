@@ -6,7 +6,7 @@ use crate::tensor::{Axis, BoxMap, Shape};
 
 /// Start, step and count along one direction, in elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
+pub(super) struct Span {
     pub start: u64,
     pub step: u64,
     pub count: u64,
@@ -14,7 +14,7 @@ pub struct Span {
 
 /// A 2-D box of a matrix (rows are all axes but the last) and its place in a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Placement {
+pub(super) struct Placement {
     /// Rows of the matrix.
     pub rows: Span,
     /// Columns of the matrix.
@@ -29,7 +29,7 @@ pub struct Placement {
 
 /// What of a fragment falls into a chunk: nothing, one placement, or (where neither of the chunk's
 /// directions moves along the matrix's columns) one for each row of the chunk.
-pub fn placements(
+pub(super) fn placements(
     fragment: &Fragment,
     matrix: &Matrix,
     shape: &Shape,
@@ -113,7 +113,7 @@ fn chunk_region(shape: &Shape, chunk: ChunkBox) -> (Vec<u64>, Vec<u64>) {
 }
 
 /// Whether a fragment turns rows into columns somewhere: its source is read in narrow strips.
-pub fn transposes(map: &BoxMap) -> bool {
+pub(super) fn transposes(map: &BoxMap) -> bool {
     let last = map.source.last().and_then(|a| a.along);
     last.is_some() && map.target.last().and_then(|a| a.along) != last
 }

@@ -12,7 +12,7 @@ impl ChunkReader<'_> {
     ///
     /// # Errors
     /// What the source fails with.
-    pub fn load<'m>(
+    pub(super) fn load<'m>(
         &self,
         computed: &Computed,
         matrix_of: impl Fn(MatrixId) -> &'m Matrix,
@@ -31,7 +31,7 @@ impl ChunkReader<'_> {
     }
 
     /// Lets go of the stored rows that chunks of a plane are transposes of.
-    pub fn forget<'m>(
+    pub(super) fn forget<'m>(
         &self,
         computed: &Computed,
         matrix_of: impl Fn(MatrixId) -> &'m Matrix,

@@ -14,7 +14,7 @@ use crate::source::{Checkpoint, SourceId};
 
 /// Most bytes of stored rows that are kept for the next chunk, or asked for ahead of strips: one
 /// expert's gate and up of the largest models are 32 MiB, and more than a few are not read at a time.
-pub const MAX_SLAB_BYTES: u64 = 256 << 20;
+pub(super) const MAX_SLAB_BYTES: u64 = 256 << 20;
 
 /// Stored tensors that are smaller are read as they are: the runs lie close together.
 const SMALL: u64 = 64 << 10;
@@ -33,11 +33,11 @@ struct Key {
 }
 
 /// The bands that lie ready.
-pub struct Slabs(Cache<Key, Failure>);
+pub(super) struct Slabs(Cache<Key, Failure>);
 
 /// A stored tensor as rows, and a panel of it: of each row, `width` bytes from `at` on.
 #[derive(Clone, Copy, Debug)]
-pub struct Stored {
+pub(super) struct Stored {
     pub tensor: SourceId,
     pub rows: u64,
     pub row_bytes: u64,
@@ -47,7 +47,7 @@ pub struct Stored {
 
 /// A band of rows of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Band {
+pub(super) struct Band {
     key: Key,
     /// First row.
     pub start: u64,
@@ -59,7 +59,7 @@ pub struct Band {
 
 /// What is read of stored rows beyond the strip that is wanted now, and kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
+pub(super) enum Keep {
     /// Nothing: for all that is known, nobody wants it.
     Nothing,
     /// The leading columns, or all others.
@@ -69,26 +69,26 @@ pub enum Keep {
 }
 
 /// The bytes of a band.
-pub struct Slab {
+pub(super) struct Slab {
     bytes: Bytes,
     band: Band,
 }
 
 impl Slab {
     /// Bytes of the panel from a row on, without gaps between rows.
-    pub fn rows_from(&self, row: u64) -> &[u8] {
+    pub(super) fn rows_from(&self, row: u64) -> &[u8] {
         &self.bytes[len((row - self.band.start) * self.band.key.width)..]
     }
 }
 
 impl Stored {
     /// A tensor of `rows` rows of `row_bytes` bytes, whole.
-    pub fn whole(tensor: SourceId, rows: u64, row_bytes: u64) -> Stored {
+    pub(super) fn whole(tensor: SourceId, rows: u64, row_bytes: u64) -> Stored {
         Stored { tensor, rows, row_bytes, at: 0, width: row_bytes }
     }
 
     /// The panel of the leading `lead` bytes of each row, or of all others, that holds byte `at`.
-    pub fn part(self, lead: u64, at: u64) -> Stored {
+    pub(super) fn part(self, lead: u64, at: u64) -> Stored {
         let lead = lead.min(self.row_bytes);
         let (at, width) = if at < lead { (0, lead) } else { (lead, self.row_bytes - lead) };
         Stored { at, width, ..self }
@@ -102,7 +102,7 @@ impl Stored {
     }
 
     /// The bands that hold rows `start..start + count`.
-    pub fn bands(self, start: u64, count: u64) -> impl Iterator<Item = Band> {
+    pub(super) fn bands(self, start: u64, count: u64) -> impl Iterator<Item = Band> {
         let each = self.band_rows();
         let whole = HUGE_PAGE.max(len(each * self.width));
         let len = if self.rows > each { whole } else { len(self.rows * self.width) };
@@ -115,14 +115,14 @@ impl Stored {
     }
 
     /// Whether strips of `width` bytes of `count` rows are better read from slabs.
-    pub fn narrow(self, width: u64, count: u64) -> bool {
+    pub(super) fn narrow(self, width: u64, count: u64) -> bool {
         width < self.row_bytes && count * self.row_bytes >= SMALL
     }
 }
 
 impl Band {
     /// What of `rows` lies in the band.
-    pub fn within(&self, rows: Span) -> Span {
+    pub(super) fn within(&self, rows: Span) -> Span {
         let start = self.start.max(rows.start);
         let end = (self.start + self.rows).min(rows.start + rows.count);
         Span { start, step: 1, count: end.saturating_sub(start) }
@@ -131,27 +131,27 @@ impl Band {
 
 impl Slabs {
     /// No slabs; up to `budget` bytes of them.
-    pub fn new(budget: u64) -> Slabs {
+    pub(super) fn new(budget: u64) -> Slabs {
         Slabs(Cache::new(budget, Buffer::huge))
     }
 
     /// Bytes that lie ready or are being read.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.0.bytes()
     }
 
     /// Bytes that may be held.
-    pub fn budget(&self) -> u64 {
+    pub(super) fn budget(&self) -> u64 {
         self.0.budget()
     }
 
     /// Whether `bytes` of stored rows can be kept while others are.
-    pub fn can_hold(&self, bytes: u64) -> bool {
+    pub(super) fn can_hold(&self, bytes: u64) -> bool {
         bytes <= self.0.budget() / 4
     }
 
     /// Whether the first band of some rows lies ready or is being read.
-    pub fn has(&self, stored: Stored, start: u64) -> bool {
+    pub(super) fn has(&self, stored: Stored, start: u64) -> bool {
         stored.bands(start, 1).any(|band| self.0.has(&band.key))
     }
 
@@ -160,7 +160,7 @@ impl Slabs {
     ///
     /// # Errors
     /// What the source fails with.
-    pub fn get(
+    pub(super) fn get(
         &self,
         source: (&Checkpoint, &Counters),
         band: Band,
@@ -188,7 +188,7 @@ impl Slabs {
     ///
     /// # Errors
     /// What the source fails with.
-    pub fn load(
+    pub(super) fn load(
         &self,
         source: (&Checkpoint, &Counters),
         stored: Stored,
@@ -199,7 +199,7 @@ impl Slabs {
     }
 
     /// Lets go of what is held of rows of a stored tensor, whole or in panels.
-    pub fn forget(&self, stored: Stored, lead: u64, start: u64, count: u64) {
+    pub(super) fn forget(&self, stored: Stored, lead: u64, start: u64, count: u64) {
         let panels = [stored, stored.part(lead, 0), stored.part(lead, lead)];
         for band in panels.into_iter().flat_map(|panel| panel.bands(start, count)) {
             self.0.given(&band.key, 1);

@@ -35,7 +35,7 @@ struct Stream {
 
 /// What is asked for on behalf of a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unit {
+pub(super) enum Unit {
     /// Chunks, made.
     Chunk,
     /// Planes ahead, whose stored rows are read.
@@ -46,13 +46,13 @@ pub enum Unit {
 
 /// The readers of late, the last one first.
 #[derive(Debug, Default)]
-pub struct Streams(Mutex<Vec<Stream>>);
+pub(super) struct Streams(Mutex<Vec<Stream>>);
 
 impl Streams {
     /// Notes a read of bytes `at..end` of a tensor of `size` bytes. Gives how many bytes its reader read
     /// without a gap before, those of tensors that it read whole just before included; 0 where it just
     /// came in.
-    pub fn advance(&self, tensor: TensorId, size: u64, at: u64, end: u64) -> u64 {
+    pub(super) fn advance(&self, tensor: TensorId, size: u64, at: u64, end: u64) -> u64 {
         let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (ahead, behind) = (AHEAD * (end - at), BEHIND * (end - at));
         let near = |s: &Stream| {
@@ -78,7 +78,7 @@ impl Streams {
     }
 
     /// Whether the last reader of a tensor came by byte `at`.
-    pub fn passed(&self, tensor: TensorId, at: u64) -> bool {
+    pub(super) fn passed(&self, tensor: TensorId, at: u64) -> bool {
         let streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let last = streams.iter().find(|s| s.tensor == tensor);
         last.is_some_and(|s| (s.start..s.next).contains(&at))
@@ -86,7 +86,7 @@ impl Streams {
 
     /// What to ask for on behalf of the reader that [`Streams::advance`] saw last in a tensor: what
     /// before `until` was not asked for yet, at most `most` of it.
-    pub fn ask(&self, tensor: TensorId, unit: Unit, until: u64, most: u64) -> Range<u64> {
+    pub(super) fn ask(&self, tensor: TensorId, unit: Unit, until: u64, most: u64) -> Range<u64> {
         let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(stream) = streams.iter_mut().find(|s| s.tensor == tensor) else { return 0..0 };
         let asked = match unit {

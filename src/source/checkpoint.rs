@@ -59,7 +59,7 @@ impl SourceId {
 
 /// Position of a shard in [`Checkpoint::shards`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ShardId(pub u32);
+pub(crate) struct ShardId(pub u32);
 
 impl ShardId {
     fn index(self) -> usize {
@@ -77,13 +77,13 @@ pub struct SourceTensor {
     /// Stored shape; its bytes in `dtype` are `bytes`.
     pub shape: Shape,
     /// The shard that holds it.
-    pub shard: ShardId,
+    pub(crate) shard: ShardId,
     /// Offset of its first byte from the start of the shard, in bytes.
-    pub offset: u64,
+    pub(crate) offset: u64,
     /// Its size in bytes.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// Where it lies within a tensor that is cut over several shards; `None`: it is the whole.
-    pub piece_at: Option<Box<[u64]>>,
+    pub(crate) piece_at: Option<Box<[u64]>>,
 }
 
 /// A checkpoint directory, opened and checked.
@@ -148,34 +148,29 @@ impl Checkpoint {
         &self.tensors
     }
 
-    /// The tensors with their ids, sorted by name.
-    pub fn iter(&self) -> impl Iterator<Item = (SourceId, &SourceTensor)> {
-        (0..).map(SourceId).zip(&self.tensors)
-    }
-
     /// The tensor of an id.
-    pub fn tensor(&self, id: SourceId) -> &SourceTensor {
+    pub(crate) fn tensor(&self, id: SourceId) -> &SourceTensor {
         &self.tensors[id.index()]
     }
 
     /// The tensor that is called `name`, or a piece of it.
-    pub fn find(&self, name: &str) -> Option<SourceId> {
+    pub(crate) fn find(&self, name: &str) -> Option<SourceId> {
         let i = self.tensors.binary_search_by(|t| (*t.name).cmp(name)).ok()?;
         SourceId::new(i)
     }
 
     /// The shards, sorted by name; a [`ShardId`] is a position here.
-    pub fn shards(&self) -> &[Shard] {
+    pub(crate) fn shards(&self) -> &[Shard] {
         &self.shards
     }
 
     /// The shard of an id.
-    pub fn shard(&self, id: ShardId) -> &Shard {
+    pub(crate) fn shard(&self, id: ShardId) -> &Shard {
         &self.shards[id.index()]
     }
 
     /// The files that a view passes through, sorted by name.
-    pub fn host_files(&self) -> &[HostFile] {
+    pub(crate) fn host_files(&self) -> &[HostFile] {
         &self.host_files
     }
 }

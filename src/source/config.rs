@@ -35,13 +35,13 @@ impl Config {
     ///
     /// # Errors
     /// Where it is not a JSON object.
-    pub fn parse(raw: Vec<u8>) -> Result<Config, serde_json::Error> {
+    pub(crate) fn parse(raw: Vec<u8>) -> Result<Config, serde_json::Error> {
         let top = serde_json::from_slice(&with_quoted_constants(&raw))?;
         Ok(Config { raw, top })
     }
 
     /// The text of a config.json that holds these keys: indented by two, with a newline at its end.
-    pub fn write(top: &Map<String, Value>) -> Vec<u8> {
+    pub(crate) fn write(top: &Map<String, Value>) -> Vec<u8> {
         let mut text = serde_json::to_string_pretty(top).expect("a JSON value can be written");
         for constant in CONSTANTS {
             text = text.replace(&Value::from(quoted(constant)).to_string(), constant);
@@ -51,7 +51,7 @@ impl Config {
     }
 
     /// The bytes of the file.
-    pub fn raw(&self) -> &[u8] {
+    pub(crate) fn raw(&self) -> &[u8] {
         &self.raw
     }
 
@@ -128,7 +128,7 @@ impl Config {
     ///
     /// # Errors
     /// Where it is not a pair of integers above 0.
-    pub fn weight_block_size(&self) -> Result<Option<[u64; 2]>, ConfigError> {
+    pub(crate) fn weight_block_size(&self) -> Result<Option<[u64; 2]>, ConfigError> {
         const KEY: &str = "quantization_config.weight_block_size";
         if self.get(KEY).is_none() {
             return Ok(None);
@@ -146,7 +146,7 @@ impl Config {
     ///
     /// # Errors
     /// Where one is not an integer above 0.
-    pub fn group_size(&self) -> Result<Option<u64>, ConfigError> {
+    pub(crate) fn group_size(&self) -> Result<Option<u64>, ConfigError> {
         const GROUPS: &str = "quantization_config.config_groups";
         let groups = self.get(GROUPS).and_then(Value::as_object);
         let mut sizes = Vec::new();

@@ -19,14 +19,14 @@ use super::error::SourceError;
 const MAX_DEPTH: usize = 16;
 
 /// Where NeMo Automodel puts config.json, the tokenizer and its own notes (`fqn_to_*.json`).
-pub const SAVED: &str = ".hf_metadata";
+pub(super) const SAVED: &str = ".hf_metadata";
 
 /// The settings of a model.
-pub const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 
 /// A file that a view passes through unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostFile {
+pub(crate) struct HostFile {
     /// Path relative to the checkpoint directory.
     pub name: PathBuf,
     /// The file itself, absolute, links resolved.
@@ -38,7 +38,7 @@ pub struct HostFile {
 }
 
 /// The host files of a directory with a config.json, sorted by name.
-pub fn host_files(dir: &Path) -> Result<Vec<HostFile>, SourceError> {
+pub(super) fn host_files(dir: &Path) -> Result<Vec<HostFile>, SourceError> {
     let mut files = Vec::new();
     walk(dir, Path::new(""), MAX_DEPTH, &mut files)
         .map_err(|source| SourceError::Read { path: dir.to_owned(), source })?;

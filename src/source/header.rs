@@ -18,13 +18,13 @@ use super::text::Text;
 use crate::tensor::{DType, Shape};
 
 /// Largest header in bytes (crate `safetensors`, `MAX_HEADER_SIZE`).
-pub const MAX_HEADER_BYTES: u64 = 100_000_000;
+pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// Most axes of a tensor: what PyTorch and NumPy take.
-pub const MAX_AXES: usize = 64;
+pub(super) const MAX_AXES: usize = 64;
 
 /// Bytes of the length that stands before a header.
-pub const LENGTH_BYTES: u64 = 8;
+pub(crate) const LENGTH_BYTES: u64 = 8;
 
 /// Why a header is refused.
 #[derive(Debug, thiserror::Error)]
@@ -119,7 +119,7 @@ pub enum HeaderError {
 /// Offsets are absolute: `data_start` is added to those of the header. The caller has checked that
 /// the data section, as long as it says, fits a `u64` behind `data_start`; where it does not, the
 /// offsets saturate and the sizes that are compared next disagree.
-pub fn parse(
+pub(super) fn parse(
     header: &[u8],
     data_start: u64,
     shard: ShardId,

@@ -117,7 +117,7 @@ fn snapshot(entry: &Path) -> Result<PathBuf, SourceError> {
 
 /// Number of unfinished downloads that belong to a checkpoint directory: those of the cache entry
 /// whose snapshot it is, and those of `hf download --local-dir`.
-pub fn partial_downloads(dir: &Path) -> usize {
+pub(super) fn partial_downloads(dir: &Path) -> usize {
     let mut count = count_partial(&dir.join(".cache/huggingface/download"), 4);
     let mut ancestors = dir.ancestors().skip(1);
     if let (Some(snapshots), Some(entry)) = (ancestors.next(), ancestors.next())

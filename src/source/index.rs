@@ -12,11 +12,11 @@ use super::several::Several;
 use super::text::Text;
 
 /// File name of the index.
-pub const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// A parsed index; borrows the names from its text.
 #[derive(Debug)]
-pub struct Index<'a> {
+pub(super) struct Index<'a> {
     /// File names of the shards, sorted.
     pub files: Vec<Cow<'a, str>>,
     /// Tensors with the position of their shard in `files`, sorted by name, no name twice.
@@ -32,7 +32,7 @@ impl<'a> Index<'a> {
     /// # Errors
     /// Bad JSON, a file name that is no plain `*.safetensors`, a tensor that is listed twice, none
     /// that is listed.
-    pub fn parse(path: &Path, text: &'a [u8]) -> Result<Index<'a>, SourceError> {
+    pub(super) fn parse(path: &Path, text: &'a [u8]) -> Result<Index<'a>, SourceError> {
         let json_error = |source| SourceError::Json { path: path.to_owned(), source };
         let mut json = serde_json::Deserializer::from_slice(text);
         let index = json.deserialize_map(Top).map_err(json_error)?;

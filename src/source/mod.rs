@@ -20,13 +20,14 @@ pub(crate) mod testing;
 mod tests;
 mod text;
 
-pub use checkpoint::{Checkpoint, ShardId, SourceId, SourceTensor};
+pub(crate) use checkpoint::SourceId;
+pub(crate) use error::ReadError;
+pub(crate) use header::MAX_HEADER_BYTES;
+pub(crate) use index::INDEX;
+pub(crate) use shard::Shard;
+pub(crate) use text::printable;
+
+pub use checkpoint::{Checkpoint, SourceTensor};
 pub use config::{Config, ConfigError};
-pub use error::{Misplaced, ReadError, ShardError, ShardFailure, SourceError, StoredTwice};
-pub use files::HostFile;
-pub use header::{HeaderError, LENGTH_BYTES, MAX_HEADER_BYTES};
+pub use error::SourceError;
 pub use hub::resolve;
-pub use index::INDEX;
-pub use several::Several;
-pub use shard::Shard;
-pub use text::printable;

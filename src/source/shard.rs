@@ -15,7 +15,7 @@ use super::error::ShardError;
 use super::header::{self, HeaderError, LENGTH_BYTES, MAX_HEADER_BYTES};
 
 /// How every git-LFS pointer starts (git-lfs `docs/spec.md`).
-pub const LFS_SIGNATURE: &[u8] = b"version https://git-lfs";
+pub(super) const LFS_SIGNATURE: &[u8] = b"version https://git-lfs";
 
 /// Bytes of one `WILLNEED` request.
 ///
@@ -25,12 +25,11 @@ const ADVICE_BYTES: u64 = 128 << 10;
 
 /// A safetensors file whose header has been checked.
 #[derive(Debug)]
-pub struct Shard {
+pub(crate) struct Shard {
     name: Box<str>,
     path: PathBuf,
     file: File,
     bytes: u64,
-    data_start: u64,
 }
 
 impl Shard {
@@ -61,32 +60,22 @@ impl Shard {
         if bytes > expected {
             return Err(ShardError::Trailing { expected, actual: bytes });
         }
-        Ok((Shard { name: name.into(), path, file, bytes, data_start }, tensors))
+        Ok((Shard { name: name.into(), path, file, bytes }, tensors))
     }
 
     /// File name in the checkpoint directory.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// The file itself, links resolved.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// The open file.
-    pub fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.file
-    }
-
-    /// Size of the file in bytes, when it was opened.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// Offset of the first byte after the header.
-    pub fn data_start(&self) -> u64 {
-        self.data_start
     }
 
     /// Tells the kernel that `bytes` bytes at `offset` are wanted soon. It may not listen.
@@ -128,13 +117,13 @@ fn absent(path: &Path) -> ShardError {
 }
 
 /// Where the symlink at `path` points; `None` where there is no symlink.
-pub fn link_target(path: &Path) -> Option<PathBuf> {
+pub(super) fn link_target(path: &Path) -> Option<PathBuf> {
     let target = fs::read_link(path).ok()?;
     Some(path.parent().map_or_else(|| target.clone(), |dir| dir.join(&target)))
 }
 
 /// Whether an unfinished hub download of the file at `path` is there.
-pub fn is_partial(path: &Path) -> bool {
+pub(super) fn is_partial(path: &Path) -> bool {
     let mut name = path.as_os_str().to_owned();
     name.push(".incomplete");
     Path::new(&name).exists()

@@ -8,7 +8,7 @@ use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
 /// The text with its control characters escaped: names are a stranger's, and must neither end a
 /// line of a log nor move a terminal's cursor.
-pub fn printable(text: &str) -> Cow<'_, str> {
+pub(crate) fn printable(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {
         return Cow::Borrowed(text);
     }
@@ -19,7 +19,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
 /// A string of the text being parsed.
 ///
 /// `Cow<str>` itself always comes out of serde owned outside a struct field.
-pub struct Text<'a>(pub Cow<'a, str>);
+pub(super) struct Text<'a>(pub Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Text<'de> {
     fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {

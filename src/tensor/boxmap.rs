@@ -6,7 +6,7 @@
 
 /// How one axis of a tensor moves: `start + step * i[along]`, or `start` where it stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Axis {
+pub(crate) struct Axis {
     /// Index at the iteration's origin, in elements.
     pub start: u64,
     /// Elements from one iteration to the next; 1 where `along` is `None`.
@@ -17,7 +17,7 @@ pub struct Axis {
 
 impl Axis {
     /// An axis that stands still at `start`.
-    pub fn fixed(start: u64) -> Axis {
+    pub(crate) fn fixed(start: u64) -> Axis {
         Axis { start, step: 1, along: None }
     }
 
@@ -33,7 +33,7 @@ impl Axis {
 /// element at the index that `source` gives in the same way. Every iteration axis moves exactly
 /// one target axis and exactly one source axis, and has an extent above 1.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BoxMap {
+pub(crate) struct BoxMap {
     /// For each axis of the target, how it moves.
     pub target: Vec<Axis>,
     /// For each axis of the source, how it moves.
@@ -44,7 +44,7 @@ pub struct BoxMap {
 
 impl BoxMap {
     /// The whole of a tensor of these extents onto itself.
-    pub fn identity(dims: &[u64]) -> BoxMap {
+    pub(crate) fn identity(dims: &[u64]) -> BoxMap {
         BoxMap::region(&vec![0; dims.len()], dims)
     }
 
@@ -52,7 +52,7 @@ impl BoxMap {
     ///
     /// # Panics
     /// Where the ranks differ.
-    pub fn region(start: &[u64], extent: &[u64]) -> BoxMap {
+    pub(crate) fn region(start: &[u64], extent: &[u64]) -> BoxMap {
         assert_eq!(start.len(), extent.len(), "a box has one extent for each axis");
         let mut kept = Vec::with_capacity(extent.len());
         let axes: Vec<Axis> = start
@@ -70,18 +70,8 @@ impl BoxMap {
     }
 
     /// Number of elements that the map moves.
-    pub fn elements(&self) -> u64 {
+    pub(crate) fn elements(&self) -> u64 {
         self.extent.iter().product()
-    }
-
-    /// Extent along a target axis.
-    pub fn target_extent(&self, axis: usize) -> u64 {
-        self.extent_of(self.target[axis])
-    }
-
-    /// Extent along a source axis.
-    pub fn source_extent(&self, axis: usize) -> u64 {
-        self.extent_of(self.source[axis])
     }
 
     fn extent_of(&self, axis: Axis) -> u64 {
@@ -89,7 +79,7 @@ impl BoxMap {
     }
 
     /// The same pairs, source and target exchanged.
-    pub fn inverse(self) -> BoxMap {
+    pub(crate) fn inverse(self) -> BoxMap {
         BoxMap { target: self.source, source: self.target, extent: self.extent }
     }
 
@@ -99,7 +89,7 @@ impl BoxMap {
     ///
     /// # Panics
     /// Where the ranks of `self.source` and `inner.target` differ.
-    pub fn after(&self, inner: &BoxMap) -> Option<BoxMap> {
+    pub(crate) fn after(&self, inner: &BoxMap) -> Option<BoxMap> {
         assert_eq!(self.source.len(), inner.target.len(), "maps of different ranks");
         let mut outer_iter = vec![Axis::fixed(0); self.extent.len()];
         let mut inner_iter = vec![Axis::fixed(0); inner.extent.len()];
@@ -141,7 +131,7 @@ impl BoxMap {
     }
 
     /// The part of the map whose target lies in the box at `start` with extents `extent`.
-    pub fn within(&self, start: &[u64], extent: &[u64]) -> Option<BoxMap> {
+    pub(crate) fn within(&self, start: &[u64], extent: &[u64]) -> Option<BoxMap> {
         BoxMap::region(start, extent).after(self)
     }
 
@@ -149,7 +139,7 @@ impl BoxMap {
     ///
     /// # Panics
     /// Where the target does not lie behind `origin`.
-    pub fn relative_to(mut self, origin: &[u64]) -> BoxMap {
+    pub(crate) fn relative_to(mut self, origin: &[u64]) -> BoxMap {
         for (axis, &o) in self.target.iter_mut().zip(origin) {
             axis.start = axis.start.checked_sub(o).expect("the target lies behind the origin");
         }
@@ -157,21 +147,15 @@ impl BoxMap {
     }
 
     /// Whether two maps write a common element of the target.
-    pub fn overlaps(&self, other: &BoxMap) -> bool {
+    pub(crate) fn overlaps(&self, other: &BoxMap) -> bool {
         self.target.iter().zip(&other.target).all(|(&a, &b)| {
             meet(a.start, a.step, self.extent_of(a), b.start, b.step, other.extent_of(b)).is_some()
         })
     }
 
     /// First and last index along a target axis, both included.
-    pub fn target_span(&self, axis: usize) -> (u64, u64) {
+    pub(crate) fn target_span(&self, axis: usize) -> (u64, u64) {
         let a = self.target[axis];
-        (a.start, a.at(self.extent_of(a) - 1))
-    }
-
-    /// First and last index along a source axis, both included.
-    pub fn source_span(&self, axis: usize) -> (u64, u64) {
-        let a = self.source[axis];
         (a.start, a.at(self.extent_of(a) - 1))
     }
 
@@ -263,7 +247,7 @@ impl BoxMap {
 /// Fewest maps with the same pairs that joining neighbours gives, in the order of their targets.
 ///
 /// Each entry carries what it reads from; only maps of equal `S` are joined.
-pub fn coalesce<S: PartialEq>(mut maps: Vec<(S, BoxMap)>) -> Vec<(S, BoxMap)> {
+pub(crate) fn coalesce<S: PartialEq>(mut maps: Vec<(S, BoxMap)>) -> Vec<(S, BoxMap)> {
     let rank = maps.first().map_or(0, |(_, m)| m.target.len());
     // Innermost axis first: joined rows become planes, joined planes become volumes.
     for axis in (0..rank).rev() {

@@ -6,6 +6,6 @@ mod boxmap;
 mod dtype;
 mod shape;
 
-pub use boxmap::{Axis, BoxMap, coalesce};
+pub(crate) use boxmap::{Axis, BoxMap, coalesce};
 pub use dtype::{DType, Float};
 pub use shape::Shape;

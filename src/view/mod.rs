@@ -36,6 +36,7 @@ mod tree;
 use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -110,7 +111,7 @@ pub struct DirEntry<'a> {
 
 /// How the bytes of a file come about.
 #[derive(Clone, Copy, Debug)]
-pub enum Content<'a> {
+pub(crate) enum Content<'a> {
     /// Made by the engine as they are read: shards and the per-tensor tree.
     Computed,
     /// Lie in memory.
@@ -152,7 +153,6 @@ impl Default for ViewOptions {
 /// The file system that a mount shows.
 pub struct View {
     engine: Arc<Engine>,
-    checkpoint: Arc<Checkpoint>,
     options: ViewOptions,
     tree: Tree,
     served: Served,
@@ -163,17 +163,18 @@ impl View {
     ///
     /// # Errors
     /// Where the plan's directories cannot be laid out.
-    pub fn build(
-        engine: Arc<Engine>,
-        checkpoint: Arc<Checkpoint>,
-        options: &ViewOptions,
-    ) -> Result<View, ViewError> {
+    pub fn new(engine: Arc<Engine>, options: &ViewOptions) -> Result<View, ViewError> {
         let plan = engine.plan();
-        let newest = newest_shard(&checkpoint);
-        let common = common_files(&engine, &checkpoint, newest);
+        let newest = newest_shard(engine.checkpoint());
+        let common = common_files(&engine, engine.checkpoint(), newest);
         let entry_of = |id| entry(&engine, id);
         let tree = build::tree(&plan.directories, entry_of, &common, newest, options)?;
-        Ok(View { engine, checkpoint, options: *options, tree, served: Served::new() })
+        Ok(View { engine, options: *options, tree, served: Served::new() })
+    }
+
+    /// The directory of the checkpoint that the view shows.
+    pub fn source(&self) -> &Path {
+        self.engine.checkpoint().dir()
     }
 
     /// The entry `name` of a directory; `.` and `..` are entries too.
@@ -246,7 +247,7 @@ impl View {
     /// # Errors
     /// [`ViewError::NotFound`], [`ViewError::IsADirectory`], and where a file of the source
     /// cannot be opened or was replaced.
-    pub fn content(&self, ino: Ino) -> Result<Content<'_>, ViewError> {
+    pub(crate) fn content(&self, ino: Ino) -> Result<Content<'_>, ViewError> {
         match self.place(ino)? {
             Place::Tensor(..) => Ok(Content::Computed),
             Place::Node(_, node) => match &node.body {
@@ -291,7 +292,7 @@ impl View {
     /// Has `send(file, offset, bytes)` give a reader the bytes of a file at `at`, where they lie in one
     /// piece in a file of the source, and returns whether it did. They are `len`, or fewer at the end
     /// of the file.
-    pub fn send_stored(
+    pub(crate) fn send_stored(
         &self,
         ino: Ino,
         at: u64,
@@ -321,7 +322,7 @@ impl View {
     ///
     /// # Errors
     /// [`ViewError::NotFound`] where the file is none.
-    pub fn snapshot(&self, ino: Ino) -> Result<Vec<u8>, ViewError> {
+    pub(crate) fn snapshot(&self, ino: Ino) -> Result<Vec<u8>, ViewError> {
         match self.place(ino)? {
             Place::Node(_, Node { body: Body::Live(live), .. }) => Ok(self.render(*live)),
             Place::Node(..) | Place::Tensor(..) => Err(ViewError::NotFound),
@@ -329,7 +330,7 @@ impl View {
     }
 
     /// Path of a file from the root of the view, for messages; empty for the root.
-    pub fn path(&self, ino: Ino) -> String {
+    pub(crate) fn path(&self, ino: Ino) -> String {
         match self.tree.place(ino) {
             Some(Place::Node(id, _)) => self.tree.path(id),
             Some(Place::Tensor(directory, id)) => {
@@ -341,18 +342,18 @@ impl View {
 
     /// Whether more than half of its tensors' bytes are the source's own, which
     /// [`View::send_stored`] sends.
-    pub fn is_mostly_stored(&self) -> bool {
+    pub(crate) fn is_mostly_stored(&self) -> bool {
         let Summary { view, verbatim, .. } = &self.engine.plan().summary;
         verbatim.1 > view.1 / 2
     }
 
     /// Bytes of all files, the per-tensor tree left out.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.tree.nodes().iter().fold(0, |sum, node| sum.saturating_add(node.body.size()))
     }
 
     /// Number of files and directories, the per-tensor tree included.
-    pub fn files(&self) -> u64 {
+    pub(crate) fn files(&self) -> u64 {
         let of = |node: &Node| match &node.body {
             Body::Tensors(tensors) => 1 + wide(tensors.len()),
             Body::Directory(_)
@@ -404,11 +405,11 @@ impl View {
     }
 
     /// What `stats.json` says.
-    pub fn stats(&self) -> Value {
+    pub(crate) fn stats(&self) -> Value {
         let engine = serde_json::to_value(self.engine.counters()).unwrap_or(Value::Null);
         json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "source": self.checkpoint.dir().to_string_lossy(),
+            "source": self.source().to_string_lossy(),
             "files": {"count": self.files(), "bytes": self.bytes()},
             "served": self.served.to_json(),
             "engine": engine,

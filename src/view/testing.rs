@@ -9,7 +9,7 @@ use crate::plan::{
 };
 use crate::read::{Engine, EngineOptions};
 use crate::source::testing::Dir;
-use crate::source::{Checkpoint, SourceTensor};
+use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Float, Shape};
 
 use super::{View, ViewOptions};
@@ -51,9 +51,9 @@ pub(crate) fn view(source: &Dir) -> View {
     let engine = Engine::new(
         Arc::clone(&checkpoint),
         Arc::new(plan(&checkpoint)),
-        EngineOptions { cache_bytes: 1 << 20, keep_given: false, threads: 2 },
+        EngineOptions { cache_bytes: 1 << 20, direct_io: false, threads: 2 },
     );
-    View::build(Arc::new(engine), checkpoint, &options).map_err(|e| e.to_string()).expect("a view")
+    View::new(Arc::new(engine), &options).map_err(|e| e.to_string()).expect("a view")
 }
 
 fn plan(checkpoint: &Checkpoint) -> Plan {
@@ -76,9 +76,10 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
         name: name.to_owned(),
         tensors: ids.map(TensorId).collect(),
     };
+    let tensors = || (0..).map(SourceId).zip(checkpoint.tensors());
     Plan {
-        tensors: checkpoint.iter().map(verbatim).collect(),
-        matrices: checkpoint.iter().map(matrix).collect(),
+        tensors: tensors().map(verbatim).collect(),
+        matrices: tensors().map(matrix).collect(),
         directories: vec![directory("", 0..7), directory("ep-0000-of-0001", 0..3)],
         quantized: Vec::new(),
         original: None,

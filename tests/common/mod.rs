@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mount_ckpt::mapping::Mapping;
-use mount_ckpt::plan::{Plan, PlanError, PlanOptions, TensorId};
-use mount_ckpt::read::{Engine, EngineOptions};
-use mount_ckpt::source::Checkpoint;
+use mount_ckpt::{
+    Checkpoint, Engine, EngineOptions, Ino, Mapping, Plan, PlanError, PlanOptions, TensorId, View,
+    ViewOptions,
+};
 
 /// dtype name, shape and bytes.
 pub type Tensor = (String, Vec<usize>, Vec<u8>);
@@ -45,9 +45,31 @@ pub fn exported(checkpoint: &Path, options: &[&str]) -> Result<tempfile::TempDir
     if done.status.success() { Ok(out) } else { Err(message) }
 }
 
+/// What `verify --json` of the built command says of a view.
+pub fn verified(checkpoint: &Path, options: &[&str]) -> serde_json::Value {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_mount-ckpt"));
+    let done = command.args(["verify", "--json"]).args(options).arg(checkpoint).output().unwrap();
+    serde_json::from_slice(&done.stdout)
+        .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&done.stderr)))
+}
+
 /// config.json of a directory.
 pub fn config_of(dir: &Path) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()
+}
+
+/// config.json of an engine's view.
+pub fn config_of_view(engine: Engine) -> serde_json::Value {
+    let view = View::new(Arc::new(engine), &ViewOptions::default()).unwrap();
+    serde_json::from_slice(&file_of_view(&view, "config.json")).unwrap()
+}
+
+/// A file in the root of a view.
+pub fn file_of_view(view: &View, name: &str) -> Vec<u8> {
+    let attr = view.lookup(Ino::ROOT, std::ffi::OsStr::new(name)).unwrap();
+    let mut bytes = vec![0; usize::try_from(attr.size).unwrap()];
+    assert_eq!(view.read(attr.ino, 0, &mut bytes).unwrap(), bytes.len());
+    bytes
 }
 
 /// All tensors of a directory's safetensors files.
@@ -100,7 +122,7 @@ pub fn engine_of(mapping: &Mapping, dir: &Path, options: &PlanOptions) -> Engine
     Engine::new(
         checkpoint,
         Arc::new(plan),
-        EngineOptions { cache_bytes: 64 << 20, keep_given: false, threads: 2 },
+        EngineOptions { cache_bytes: 64 << 20, direct_io: false, threads: 2 },
     )
 }
 
@@ -110,8 +132,7 @@ fn planned(
     options: &PlanOptions,
 ) -> Result<(Arc<Checkpoint>, Plan), PlanError> {
     let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
-    let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned())?;
-    let plan = Plan::build(&checkpoint, &mapping, options)?;
+    let plan = Plan::build(&checkpoint, mapping, options)?;
     Ok((checkpoint, plan))
 }
 
@@ -127,6 +148,17 @@ pub fn tensors_of_engine(engine: &Engine) -> BTreeMap<String, Tensor> {
         (t.name.to_string(), (format!("{dtype:?}"), shape, bytes))
     };
     engine.plan().directories[0].tensors.iter().map(read).collect()
+}
+
+/// The value of an E4M3 code (OCP FP8: no infinities, `S.1111.111` is NaN).
+pub fn e4m3_to_f32(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    let magnitude = match (exponent, code & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa / 8.0 * 2f32.powi(-6),
+        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    };
+    if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 /// The dtype that the tests' tensors name.

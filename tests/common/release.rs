@@ -7,10 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use mount_ckpt::mapping::Mapping;
-use mount_ckpt::plan::{Plan, PlanOptions};
-use mount_ckpt::source::Checkpoint;
-use mount_ckpt::tensor::DType;
+use mount_ckpt::{Checkpoint, DType, Mapping, Plan, PlanOptions};
 use serde_json::Value;
 
 use crate::sparse::Sparse;
@@ -74,10 +71,8 @@ impl Release {
 /// The plan of a checkpoint's view, by the mapping that its config.json asks for.
 pub fn plan(dir: &Path, options: &PlanOptions) -> Result<(Arc<Checkpoint>, Plan), String> {
     let checkpoint = Arc::new(Checkpoint::open(dir).map_err(|e| e.to_string())?);
-    let config = checkpoint.config();
-    let types: Vec<String> = config.model_types().into_iter().map(str::to_owned).collect();
+    let types = checkpoint.config().model_types();
     let mapping = Mapping::for_model_types(&types).map_err(|e| e.to_string())?;
-    let mapping = mapping.resolve(&|key| config.get(key).cloned()).map_err(|e| e.to_string())?;
     let plan = Plan::build(&checkpoint, &mapping, options).map_err(|e| e.to_string())?;
     Ok((checkpoint, plan))
 }

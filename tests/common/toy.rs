@@ -5,10 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use mount_ckpt::mapping::{LayoutName, Mapping};
-use mount_ckpt::plan::{Plan, PlanOptions};
-use mount_ckpt::read::{Engine, EngineOptions};
-use mount_ckpt::source::Checkpoint;
+use mount_ckpt::{Checkpoint, Engine, EngineOptions, LayoutName, Mapping, Plan, PlanOptions};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -264,12 +261,10 @@ pub struct Mounted {
 fn open(model: &str, dir: &Path, options: &PlanOptions) -> Result<Engine, String> {
     let checkpoint = Arc::new(Checkpoint::open(dir).map_err(|e| e.to_string())?);
     let mapping = Mapping::named(model).unwrap();
-    let mapping =
-        mapping.resolve(&|key| checkpoint.config().get(key).cloned()).map_err(|e| e.to_string())?;
     let plan = Plan::build(&checkpoint, &mapping, options).map_err(|e| e.to_string())?;
     Ok(Engine::new(
         checkpoint,
         Arc::new(plan),
-        EngineOptions { cache_bytes: 64 << 20, keep_given: true, threads: 2 },
+        EngineOptions { cache_bytes: 64 << 20, direct_io: true, threads: 2 },
     ))
 }

@@ -1,6 +1,6 @@
 //! A config.json that the files do not bear out.
 
-use mount_ckpt::plan::PlanOptions;
+use mount_ckpt::PlanOptions;
 use serde_json::json;
 
 use crate::common::toy::Toy;
@@ -12,7 +12,7 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             MIMO,
             |t| t.set("n_routed_experts", 2),
-            "6 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "6 tensors that no rule of the mapping takes: \
              `~.2.down_proj.weight`, `~.2.gate_proj.weight`, `~.2.up_proj.weight`, \
              `model.layers.2.mlp.experts.2.down_proj.weight`, \
              `model.layers.2.mlp.experts.2.gate_proj.weight` and 1 more",
@@ -48,7 +48,7 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             MIMO,
             |t| t.set("num_hidden_layers", 1),
-            "35 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "35 tensors that no rule of the mapping takes: \
              `model.layers.1.input_layernorm.weight`, `~.0.down_proj.weight`, \
              `~.0.gate_proj.weight`, `~.0.up_proj.weight`, `~.1.down_proj.weight` and 30 more",
         ),
@@ -104,7 +104,7 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             FLASH,
             |t| t.set("n_routed_experts", 2),
-            "15 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "15 tensors that no rule of the mapping takes: \
              `layers.0.ffn.experts.2.w1.weight`, `layers.0.ffn.experts.2.w2.weight`, \
              `layers.0.ffn.experts.2.w3.weight`, `~.2.w1.weight`, `~.2.w2.weight` and 10 more",
         ),
@@ -143,7 +143,7 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             KIMI,
             |t| t.set("text_config.n_routed_experts", 2),
-            "3 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "3 tensors that no rule of the mapping takes: \
              `~.2.down_proj.weight`, `~.2.gate_proj.weight`, `~.2.up_proj.weight`",
         ),
         (
@@ -156,7 +156,7 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             KIMI,
             |t| t.set("text_config.num_hidden_layers", 1),
-            "23 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "23 tensors that no rule of the mapping takes: \
              `language_model.model.layers.1.input_layernorm.weight`, `~.0.down_proj.weight`, \
              `~.0.gate_proj.weight`, `~.0.up_proj.weight`, `~.1.down_proj.weight` and 18 more",
         ),
@@ -202,7 +202,7 @@ fn a_config_that_the_files_do_not_bear_out_is_refused() {
         (
             QWEN,
             |t| t.set("text_config.num_hidden_layers", 1),
-            "11 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "11 tensors that no rule of the mapping takes: \
              `model.language_model.layers.1.input_layernorm.weight`, `~.down_proj`, \
              `~.gate_up_proj`, `model.language_model.layers.1.mlp.gate.weight`, \
              `model.language_model.layers.1.post_attention_layernorm.weight` and 6 more",

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use mount_ckpt::plan::PlanOptions;
+use mount_ckpt::PlanOptions;
 
 use crate::common::toy::{Toy, shard_name};
 use crate::{BASE, FLASH, KIMI, MIMO, QWEN, refusal};

@@ -14,7 +14,7 @@ mod shapes;
 use std::path::Path;
 
 use common::toy::Toy;
-use mount_ckpt::plan::PlanOptions;
+use mount_ckpt::PlanOptions;
 
 /// A family, a change, and the message, in which `~` stands for the experts of a layer.
 type Case = (&'static str, fn(&mut Toy) -> &mut Toy, &'static str);

@@ -1,7 +1,6 @@
 //! Parts that are missing, doubled, or that no rule names.
 
-use mount_ckpt::mapping::LayoutName;
-use mount_ckpt::plan::{PlanOptions, Unmapped};
+use mount_ckpt::{LayoutName, PlanOptions, Unmapped};
 use safetensors::Dtype;
 
 use crate::common::toy::Toy;
@@ -29,7 +28,7 @@ fn parts_that_are_missing_are_named_with_what_needs_them() {
              `~.0.up_proj.weight` (for `~.gate_and_up_projs`), `~.0.down_proj.weight` (for \
              `~.down_projs`), `~.1.down_proj.weight` (for `~.down_projs`), `~.2.down_proj.weight` \
              (for `~.down_projs`) and 3 \
-             more; 3 missing tensors that the model needs (--allow-missing to go on): \
+             more; 3 missing tensors that the model needs: \
              `model.layers.0.mlp.down_proj.weight` (of its layer), \
              `model.mtp.layers.0.mlp.down_proj.weight` (of its layer), \
              `model.mtp.layers.1.mlp.down_proj.weight` (of its layer)",
@@ -200,7 +199,7 @@ fn names_that_no_rule_takes_are_refused() {
         (
             MIMO,
             |t| t.rename_all("~.2.", "~.3."),
-            "3 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "3 tensors that no rule of the mapping takes: \
              `~.3.down_proj.weight`, `~.3.gate_proj.weight`, `~.3.up_proj.weight`; 3 missing \
              tensors: `~.2.gate_proj.weight` (for `~.gate_and_up_projs`), `~.2.up_proj.weight` \
              (for `~.gate_and_up_projs`), `~.2.down_proj.weight` (for `~.down_projs`)",
@@ -208,7 +207,7 @@ fn names_that_no_rule_takes_are_refused() {
         (
             MIMO,
             |t| t.rename_all("model.layers.1.", "model.layers.01."),
-            "18 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "18 tensors that no rule of the mapping takes: \
              `model.layers.01.input_layernorm.weight`, \
              `model.layers.01.mlp.experts.0.down_proj.weight`, \
              `model.layers.01.mlp.experts.0.gate_proj.weight`, \
@@ -219,7 +218,7 @@ fn names_that_no_rule_takes_are_refused() {
         (
             MIMO,
             |t| t.rename_all("model.", "transformer."),
-            "74 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "74 tensors that no rule of the mapping takes: \
              `transformer.embed_tokens.weight`, `transformer.layers.0.input_layernorm.weight`, \
              `transformer.layers.0.mlp.down_proj.weight`, \
              `transformer.layers.0.mlp.gate_proj.weight`, \
@@ -234,25 +233,25 @@ fn names_that_no_rule_takes_are_refused() {
         (
             MIMO,
             |t| t.add("~.0.gate_proj.bias", Dtype::BF16, &[144]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `~.0.gate_proj.bias`",
         ),
         (
             MIMO,
             |t| t.add("~.gate_and_up_projs", Dtype::BF16, &[3, 136, 288]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `~.gate_and_up_projs`",
         ),
         (
             MIMO,
             |t| t.add("surplus", Dtype::BF16, &[144]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `surplus`",
         ),
         (
             FLASH,
             |t| t.rename_all("~.2.", "~.3."),
-            "3 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "3 tensors that no rule of the mapping takes: \
              `~.3.w1.weight`, `~.3.w2.weight`, `~.3.w3.weight`; 3 missing tensors: \
              `~.2.w1.weight` (for `model.layers.1.mlp.experts.gate_and_up_projs`), \
              `~.2.w3.weight` (for `model.layers.1.mlp.experts.gate_and_up_projs`), \
@@ -261,13 +260,13 @@ fn names_that_no_rule_takes_are_refused() {
         (
             FLASH,
             |t| t.add("~.0.w1.bias", Dtype::BF16, &[96]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `~.0.w1.bias`",
         ),
         (
             FLASH,
             |t| t.add("layers.1.ffn.surplus.weight", Dtype::BF16, &[96]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `layers.1.ffn.surplus.weight`",
         ),
         (
@@ -279,7 +278,7 @@ fn names_that_no_rule_takes_are_refused() {
         (
             BASE,
             |t| t.rename_all("~.2.", "~.3."),
-            "3 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "3 tensors that no rule of the mapping takes: \
              `~.3.w1.weight`, `~.3.w2.weight`, `~.3.w3.weight`; 3 missing tensors: \
              `~.2.w1.weight` (for `model.layers.1.mlp.experts.gate_and_up_projs`), \
              `~.2.w3.weight` (for `model.layers.1.mlp.experts.gate_and_up_projs`), \
@@ -288,7 +287,7 @@ fn names_that_no_rule_takes_are_refused() {
         (
             KIMI,
             |t| t.rename_all("~.2.", "~.3."),
-            "3 tensors that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "3 tensors that no rule of the mapping takes: \
              `~.3.down_proj.weight`, `~.3.gate_proj.weight`, `~.3.up_proj.weight`; 3 missing \
              tensors: `~.2.gate_proj.weight` (for `model.~.gate_and_up_projs`), \
              `~.2.up_proj.weight` (for `model.~.gate_and_up_projs`), `~.2.down_proj.weight` \
@@ -297,19 +296,19 @@ fn names_that_no_rule_takes_are_refused() {
         (
             KIMI,
             |t| t.add("language_model.model.surplus", Dtype::BF16, &[4]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `language_model.model.surplus`",
         ),
         (
             QWEN,
             |t| t.add("~.gate_and_up_projs", Dtype::BF16, &[4, 96, 80]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `~.gate_and_up_projs`",
         ),
         (
             QWEN,
             |t| t.add("~.bias", Dtype::BF16, &[4]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `~.bias`",
         ),
     ];

@@ -1,6 +1,6 @@
 //! The way back: the native layout with something wrong.
 
-use mount_ckpt::plan::{PlanOptions, Quantize};
+use mount_ckpt::{PlanOptions, Quantize};
 use safetensors::Dtype;
 
 use crate::common::toy::Toy;
@@ -51,7 +51,7 @@ fn the_native_layout_is_refused_in_the_same_words() {
         (
             MIMO,
             |t| t.add("~.0.gate_proj.weight", Dtype::BF16, &[144, 136]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `~.0.gate_proj.weight`",
         ),
         (
@@ -86,7 +86,7 @@ fn the_native_layout_is_refused_in_the_same_words() {
         (
             FLASH,
             |t| t.add("mtp.layers.0.surplus.weight", Dtype::BF16, &[4]),
-            "1 tensor that no rule of the mapping takes (--unmapped keep|drop to go on): \
+            "1 tensor that no rule of the mapping takes: \
              `mtp.layers.0.surplus.weight`",
         ),
         (

@@ -3,8 +3,10 @@
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 
+use crate::source::checkpoint::ShardId;
+use crate::source::header::LENGTH_BYTES;
 use crate::source::testing::{Dir, Tensor, raw, safetensors};
-use crate::source::{Checkpoint, LENGTH_BYTES, ShardId, header};
+use crate::source::{Checkpoint, SourceId, header};
 use crate::tensor::DType;
 
 fn entry(dtype: &str, shape: &str, offsets: &str) -> String {
@@ -192,7 +194,8 @@ fn many_shards_come_out_in_order() {
         dir = dir.shard(&format!("s{i:02}.safetensors"), &[(&name, DType::U8, &[3], bytes)]);
     }
     let checkpoint = Checkpoint::open(dir.path()).expect("whole");
-    for (i, (id, t)) in checkpoint.iter().enumerate() {
+    for (i, t) in checkpoint.tensors().iter().enumerate() {
+        let id = SourceId::new(i).expect("few");
         assert_eq!(*t.name, format!("t{i:02}"));
         assert_eq!(checkpoint.shard(t.shard).name(), format!("s{:02}.safetensors", 39 - i));
         let mut out = [0; 3];

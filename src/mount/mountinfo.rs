@@ -6,11 +6,11 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 /// Type under which our mounts stand in the mount table.
-pub const FS_TYPE: &str = "fuse.mount-ckpt";
+pub(crate) const FS_TYPE: &str = "fuse.mount-ckpt";
 
 /// One mount of the mount table.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MountEntry {
+pub(crate) struct MountEntry {
     /// Unique while the mount is up; another mount may have it later.
     pub id: u64,
     /// `major:minor` of the file system; one for each FUSE session.
@@ -27,7 +27,7 @@ pub struct MountEntry {
 
 impl MountEntry {
     /// Whether this program made the mount.
-    pub fn is_ours(&self) -> bool {
+    pub(crate) fn is_ours(&self) -> bool {
         self.fs_type == FS_TYPE
     }
 }
@@ -36,12 +36,12 @@ impl MountEntry {
 ///
 /// # Errors
 /// Where /proc cannot be read.
-pub fn read() -> io::Result<Vec<MountEntry>> {
+pub(crate) fn read() -> io::Result<Vec<MountEntry>> {
     Ok(parse(&std::fs::read("/proc/self/mountinfo")?))
 }
 
 /// The mount that a look-up of `at` reaches: the last of those that stand on each other there.
-pub fn topmost<'a>(entries: &'a [MountEntry], at: &Path) -> Option<&'a MountEntry> {
+pub(crate) fn topmost<'a>(entries: &'a [MountEntry], at: &Path) -> Option<&'a MountEntry> {
     entries.iter().rfind(|entry| entry.at == at)
 }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 ///
 /// Readers that hold a file open have this long to finish; then the process ends, and what they
 /// read next is an error.
-pub const LINGER: Duration = Duration::from_secs(10);
+pub(crate) const LINGER: Duration = Duration::from_secs(10);
 
 /// Where the life of the process stands.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ struct MountPlace {
 
 /// The thread that waits for signals, and what it has to do when one comes.
 #[derive(Clone, Debug)]
-pub struct Signals {
+pub(crate) struct Signals {
     stage: Arc<Mutex<Stage>>,
 }
 
@@ -52,7 +52,7 @@ impl Signals {
     ///
     /// # Errors
     /// Where the system has no room for a thread.
-    pub fn listen(background: bool) -> std::io::Result<Signals> {
+    pub(crate) fn listen(background: bool) -> std::io::Result<Signals> {
         let mut blocked = SigSet::empty();
         blocked.add(Signal::SIGTERM);
         blocked.add(Signal::SIGINT);
@@ -73,12 +73,12 @@ impl Signals {
     }
 
     /// The mount comes up from here on: a signal has to wait.
-    pub fn mounting(&self) {
+    pub(crate) fn mounting(&self) {
         *self.stage() = Stage::Mounting { stop: false };
     }
 
     /// The mount at `at` is up: a signal unmounts it, one that came meanwhile does so now.
-    pub fn mounted(&self, at: &Path) {
+    pub(crate) fn mounted(&self, at: &Path) {
         let dev = entry_at(at).map(|entry| entry.dev).unwrap_or_default();
         let place = MountPlace { at: at.to_owned(), dev };
         let mut stage = self.stage();

@@ -31,19 +31,37 @@ pub struct MountOptions {
     pub direct_io: bool,
     /// Who may see the mount.
     pub acl: SessionACL,
-    /// What the mount table shows as the source.
-    pub fs_name: String,
+    /// What the mount table shows as the source; `None` is the directory of the checkpoint.
+    pub fs_name: Option<String>,
     /// Options beside `ro`, `nosuid`, `nodev`, `noatime` and `default_permissions`, which hold
     /// unless their opposite is given here.
     pub extra: Vec<MountOption>,
 }
 
-/// A file system that [`mount`] shows.
+impl Default for MountOptions {
+    /// A request thread for each core, read-ahead of 4 MiB, through the page cache, for the user who
+    /// mounts.
+    fn default() -> MountOptions {
+        MountOptions {
+            threads: thread::available_parallelism().map_or(1, usize::from),
+            read_ahead: 4 << 20,
+            direct_io: false,
+            acl: SessionACL::Owner,
+            fs_name: None,
+            extra: Vec::new(),
+        }
+    }
+}
+
+/// A file system that [`mount_filesystem`] mounts.
 pub trait Mountable: fuser::Filesystem {
     /// Where the descriptor is noted through which it may answer by itself.
     fn device(&self) -> Device {
         Device::default()
     }
+
+    /// What the mount table shows as the source, where the options do not say it.
+    fn source(&self) -> String;
 }
 
 /// A mount that is up, or was. Dropped, it takes the mount away.
@@ -162,15 +180,20 @@ fn fusermount(at: &Path, lazy: bool) -> io::Result<()> {
     Err(io::Error::new(kind, text))
 }
 
-/// Shows a file system at the directory `at` and returns once the kernel has it. Threads of this
-/// process answer from then on: call it after the last fork.
+/// Mounts a file system at the directory `at` and returns once the kernel has it. Threads of this
+/// process answer its requests from then on, so a process that forks has to fork before.
 ///
 /// # Errors
 /// Where `at` cannot be mounted on, or the options contradict each other.
-pub fn mount(filesystem: impl Mountable, at: &Path, options: &MountOptions) -> io::Result<Mounted> {
+pub fn mount_filesystem(
+    filesystem: impl Mountable,
+    at: &Path,
+    options: &MountOptions,
+) -> io::Result<Mounted> {
     let at = fs::canonicalize(at)?;
     let device = filesystem.device();
-    let session = Session::new(filesystem, &at, &config(options))?;
+    let name = options.fs_name.clone().unwrap_or_else(|| filesystem.source());
+    let session = Session::new(filesystem, &at, &config(options, &name))?;
     if let Err(e) = device.set(session.as_fd()) {
         tracing::debug!("replies are not spliced: {e}");
     }
@@ -233,7 +256,7 @@ fn keep_mounted(mut session: BackgroundSession) -> JoinHandle<io::Result<()>> {
     threads
 }
 
-fn config(options: &MountOptions) -> Config {
+fn config(options: &MountOptions, name: &str) -> Config {
     use MountOption::*;
 
     let mut config = Config::default();
@@ -246,7 +269,7 @@ fn config(options: &MountOptions) -> Config {
     if !options.extra.contains(&DefaultPermissions) {
         config.mount_options.push(DefaultPermissions);
     }
-    config.mount_options.push(FSName(fs_name(&options.fs_name)));
+    config.mount_options.push(FSName(fs_name(name)));
     // As an option of the kernel, so that the type is `fuse.mount-ckpt` without the helper too.
     config.mount_options.push(CUSTOM("subtype=mount-ckpt".to_owned()));
     config.acl = options.acl;
@@ -277,21 +300,14 @@ mod tests {
     use super::*;
 
     fn options(extra: Vec<MountOption>) -> MountOptions {
-        MountOptions {
-            threads: 0,
-            read_ahead: 0,
-            direct_io: false,
-            acl: SessionACL::Owner,
-            fs_name: "/source".to_owned(),
-            extra,
-        }
+        MountOptions { extra, ..MountOptions::default() }
     }
 
     #[test]
     fn defaults_yield_to_their_opposites_and_occur_once() {
         use MountOption::*;
 
-        let of = |extra: &[MountOption]| config(&options(extra.to_vec())).mount_options;
+        let of = |extra: &[MountOption]| config(&options(extra.to_vec()), "/source").mount_options;
         let named = [FSName("/source".to_owned()), CUSTOM("subtype=mount-ckpt".to_owned())];
         for (extra, expected) in [
             (vec![], vec![RO, NoSuid, NoDev, NoAtime, DefaultPermissions]),
@@ -307,7 +323,7 @@ mod tests {
 
     #[test]
     fn one_thread_at_least() {
-        let config = config(&options(Vec::new()));
+        let config = config(&MountOptions { threads: 0, ..MountOptions::default() }, "/source");
         assert_eq!((config.n_threads, config.clone_fd), (Some(1), false));
     }
 

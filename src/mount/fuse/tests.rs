@@ -6,12 +6,12 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::process::Command;
 
-use fuser::SessionACL;
 use nix::sys::stat::{major, minor};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
+use crate::mount::{MountOptions, Mounted, mount_filesystem};
 use crate::source::testing::Dir;
 use crate::view::testing::{source, view};
 
@@ -32,14 +32,12 @@ fn mounted(source: &Dir, direct_io: bool) -> (Mounted, TempDir) {
     let at = tempfile::tempdir().expect("a directory");
     let options = MountOptions {
         threads: 2,
-        read_ahead: 4 << 20,
         direct_io,
-        acl: SessionACL::Owner,
-        fs_name: SOURCE.to_owned(),
-        extra: Vec::new(),
+        fs_name: Some(SOURCE.to_owned()),
+        ..MountOptions::default()
     };
     let filesystem = Filesystem::new(Arc::new(view(source)), options.direct_io);
-    let mounted = mount(filesystem, at.path(), &options).expect("a mount");
+    let mounted = mount_filesystem(filesystem, at.path(), &options).expect("a mount");
     (mounted, at)
 }
 

@@ -19,7 +19,7 @@ const MARK: &str = "MOUNT_CKPT_BACKGROUND";
 
 /// Why there is no mount in the background.
 #[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
+pub(crate) enum LaunchError {
     /// The second process does not start.
     #[error("cannot start the background process: {0}")]
     Start(io::Error),
@@ -37,7 +37,7 @@ pub enum LaunchError {
 ///
 /// # Errors
 /// Where the mount does not come up.
-pub fn launch() -> Result<String, LaunchError> {
+pub(crate) fn launch() -> Result<String, LaunchError> {
     let program = env::current_exe().map_err(LaunchError::Start)?;
     let mut args = env::args_os();
     let name = args.next().unwrap_or_else(|| program.clone().into());
@@ -65,14 +65,14 @@ pub fn launch() -> Result<String, LaunchError> {
 
 /// The second process's one word to the first.
 #[derive(Debug)]
-pub struct Report(());
+pub(crate) struct Report(());
 
 impl Report {
     /// `None` in the first process, the one that a person started.
     ///
     /// In the second, detaches it from the terminal's session, so that Ctrl-C ends the wait and a
     /// closed terminal ends nothing.
-    pub fn take() -> Option<Report> {
+    pub(crate) fn take() -> Option<Report> {
         let parent = nix::unistd::getppid().to_string();
         if env::var_os(MARK)? != *parent {
             return None;
@@ -86,7 +86,7 @@ impl Report {
     ///
     /// # Errors
     /// Where nobody listens any more.
-    pub fn ready(self, line: &str) -> io::Result<()> {
+    pub(crate) fn ready(self, line: &str) -> io::Result<()> {
         let mut stdout = io::stdout().lock();
         write!(stdout, "+{line}")?;
         stdout.flush()?;
@@ -99,7 +99,7 @@ impl Report {
     }
 
     /// Says why there is no mount.
-    pub fn failed(self, message: &str) {
+    pub(crate) fn failed(self, message: &str) {
         // Where nobody listens there is nobody to tell.
         let _ = write!(io::stdout().lock(), "-{message}");
         let _ = io::stdout().flush();

@@ -72,7 +72,7 @@ impl Device {
 
 /// Whether replies of `bytes` bytes can be spliced: the reply's header takes a page of the pipe, and
 /// more than `fs.pipe-max-size`, which is 1 MiB, takes CAP_SYS_RESOURCE.
-pub fn can_send(bytes: usize) -> bool {
+pub(super) fn can_send(bytes: usize) -> bool {
     Pipe::new().is_ok_and(|mut pipe| pipe.holds(0, bytes))
 }
 

@@ -20,7 +20,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 /// What is logged and where.
 #[derive(Clone, Debug)]
-pub struct LogOptions {
+pub(crate) struct LogOptions {
     /// Least weight of a line.
     pub level: Level,
     /// File to append to; `None` is what suits the process.
@@ -32,7 +32,7 @@ pub struct LogOptions {
 /// A log file that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot open log file `{}`: {why}", .file.display())]
-pub struct LogError {
+pub(crate) struct LogError {
     file: PathBuf,
     why: io::Error,
 }
@@ -41,7 +41,7 @@ pub struct LogError {
 ///
 /// # Errors
 /// Where the log file cannot be opened.
-pub fn init(options: &LogOptions, background: bool) -> Result<(), LogError> {
+pub(crate) fn init(options: &LogOptions, background: bool) -> Result<(), LogError> {
     let sink = match &options.file {
         Some(file) => {
             let opened = OpenOptions::new().create(true).append(true).open(file);

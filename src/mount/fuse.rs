@@ -4,8 +4,6 @@
 //! attributes and pages. What writes is refused with EROFS. Only live files are made anew: each
 //! open file has a text of its own, read past the page cache because its size is not known before.
 
-mod session;
-mod splice;
 #[cfg(test)]
 mod tests;
 
@@ -34,8 +32,8 @@ use fuser::{
 use crate::read::Buffer;
 use crate::view::{Attr, Content, Ino, Kind, View, ViewError};
 
-pub use session::{MountOptions, Mountable, Mounted, mount};
-pub use splice::Device;
+use super::Mountable;
+use super::splice::{self, Device};
 
 /// How long the kernel may keep names and attributes, absent names included.
 const TTL: Duration = Duration::from_secs(3600);
@@ -230,10 +228,14 @@ impl Mountable for Filesystem {
     fn device(&self) -> Device {
         self.device.clone()
     }
+
+    fn source(&self) -> String {
+        self.view.source().display().to_string()
+    }
 }
 
 impl fuser::Filesystem for Filesystem {
-    /// `max_readahead` stays as offered: it can only be lowered here (see [`mount`]).
+    /// `max_readahead` stays as offered: it can only be lowered here (see [`super::session`]).
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = [
             InitFlags::FUSE_ASYNC_READ,

@@ -1,13 +1,14 @@
 //! The codec against PyTorch: `tests/golden/codec/make.py` says how its tensors were made.
 
-use mount_ckpt::codec::{
+use safetensors::SafeTensors;
+
+use crate::codec::{
     Code, Level, Orientation, ScaleCode, Scales, Tile, copy2d_at, decode_at, encode_at,
     f32_to_scale,
 };
-use mount_ckpt::tensor::Float;
-use safetensors::SafeTensors;
+use crate::tensor::Float;
 
-static GOLDEN: &[u8] = include_bytes!("golden/codec/codec.safetensors");
+static GOLDEN: &[u8] = include_bytes!("../../../tests/golden/codec/codec.safetensors");
 
 fn bytes(name: &str) -> Vec<u8> {
     let golden = SafeTensors::deserialize(GOLDEN).expect("a safetensors file");

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 /// When a mount that is in use goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unmount {
+pub(crate) enum Unmount {
     /// Not while it is in use.
     Now,
     /// From the tree at once, altogether when the last file in it is closed.
@@ -19,7 +19,7 @@ pub enum Unmount {
 
 /// Why a mount stays.
 #[derive(Debug, thiserror::Error)]
-pub enum UnmountError {
+pub(crate) enum UnmountError {
     /// No mount there.
     #[error("`{}` is not mounted: `mount-ckpt status` lists what is", .0.display())]
     NotMounted(PathBuf),
@@ -57,7 +57,7 @@ pub enum UnmountError {
 ///
 /// # Errors
 /// Where it is not there, not ours, in use, or may not be taken down by this user.
-pub fn unmount(at: &Path, how: Unmount) -> Result<(), UnmountError> {
+pub(crate) fn unmount(at: &Path, how: Unmount) -> Result<(), UnmountError> {
     let at = place(at);
     let table = mountinfo::read()?;
     let entry = mountinfo::topmost(&table, &at);

@@ -1,6 +1,8 @@
 //! What has to hold before a mount is tried. Each refusal says what to do about it.
 
+use super::MountOptions;
 use super::mountinfo::{self, MountEntry};
+use fuser::{MountOption, SessionACL};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{File, OpenOptions};
@@ -83,8 +85,8 @@ pub enum MountPointError {
     NoFusermount,
     /// `allow_other` by a user, where root has not allowed it.
     #[error(
-        "`--allow-other`, `--allow-root` and `--auto-unmount` need the line `user_allow_other` in \
-         `{0}`: have root add it, or leave them out"
+        "a mount that others than its owner may see needs the line `user_allow_other` in `{0}`: have \
+         root add it"
     )]
     AllowOther(String),
     /// Something that cannot be looked at.
@@ -104,7 +106,7 @@ pub enum MountPointError {
 /// # Errors
 /// Where the mount would not do what is wanted. A mount point that holds another kind of mount is
 /// fine: what a container has for a volume is one.
-pub fn check(at: &Path, source: &Path, nonempty: bool) -> Result<PathBuf, MountPointError> {
+pub(crate) fn check(at: &Path, source: &Path, nonempty: bool) -> Result<PathBuf, MountPointError> {
     let place = place(at);
     let shown = place.display().to_string();
     let io = |why: io::Error| match why.raw_os_error().map(Errno::from_raw) {
@@ -138,14 +140,14 @@ pub fn check(at: &Path, source: &Path, nonempty: bool) -> Result<PathBuf, MountP
 
 /// A mount point that no other process of ours mounts at while this is held.
 #[derive(Debug)]
-pub struct Claim(Option<Flock<File>>);
+pub(crate) struct Claim(Option<Flock<File>>);
 
 /// Claims a mount point, so that between [`check`] and the mount nobody mounts there too.
 ///
 /// # Errors
 /// Where another process has claimed it. A directory that cannot be locked, as on some network file
 /// systems, counts as claimed by us.
-pub fn claim(at: &Path) -> Result<Claim, MountPointError> {
+pub(crate) fn claim(at: &Path) -> Result<Claim, MountPointError> {
     let Ok(directory) = File::open(at) else { return Ok(Claim(None)) };
     match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Claim(Some(lock))),
@@ -158,14 +160,14 @@ pub fn claim(at: &Path) -> Result<Claim, MountPointError> {
 
 impl Claim {
     /// The mount is up, and [`check`] sees it.
-    pub fn release(self) {
+    pub(crate) fn release(self) {
         drop(self.0);
     }
 }
 
 /// The path under which a mount point stands in the mount table, also where its mount is dead and
 /// cannot be looked at.
-pub fn place(at: &Path) -> PathBuf {
+pub(crate) fn place(at: &Path) -> PathBuf {
     at.canonicalize().unwrap_or_else(|_| {
         let at = std::path::absolute(at).unwrap_or_else(|_| at.to_owned());
         match (at.parent().and_then(|parent| parent.canonicalize().ok()), at.file_name()) {
@@ -178,24 +180,34 @@ pub fn place(at: &Path) -> PathBuf {
 /// Whether a process answers for the mount.
 ///
 /// Asks for statfs, the one request that the kernel never answers from what it keeps.
-pub fn is_alive(entry: &MountEntry) -> bool {
+pub(crate) fn is_alive(entry: &MountEntry) -> bool {
     nix::sys::statvfs::statvfs(&entry.at) != Err(Errno::ENOTCONN)
 }
 
 /// What a mount needs of the machine.
 #[derive(Clone, Copy, Debug)]
-pub struct Needs {
+pub(crate) struct Needs {
     /// Others than the one who mounts shall see the mount.
     pub others: bool,
     /// fusermount3 shall unmount when the process dies.
     pub auto_unmount: bool,
 }
 
+impl Needs {
+    /// What a mount with these options needs.
+    pub(crate) fn of(options: &MountOptions) -> Needs {
+        Needs {
+            others: options.acl != SessionACL::Owner,
+            auto_unmount: options.extra.contains(&MountOption::AutoUnmount),
+        }
+    }
+}
+
 /// Checks that this machine and this user can mount.
 ///
 /// # Errors
 /// Where they cannot.
-pub fn check_machine(needs: Needs) -> Result<(), MountPointError> {
+pub(crate) fn check_machine(needs: Needs) -> Result<(), MountPointError> {
     let root = nix::unistd::geteuid().is_root();
     check_device(Path::new("/dev/fuse"))?;
     if (!root || needs.auto_unmount) && !has_fusermount() {

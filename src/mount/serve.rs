@@ -7,14 +7,8 @@
 //! A session ends when the mount is taken down: by a signal to the process, by `mount-ckpt umount`,
 //! by umount(8) or by `fusermount3 -u`. All of them end the process with 0.
 
-pub mod background;
-pub mod log;
-pub mod mountinfo;
-pub mod mountpoint;
-pub mod signals;
-pub mod unmount;
-
-use crate::fuse::{self, Filesystem, MountOptions};
+use super::mountpoint::MountPointError;
+use super::{Filesystem, MountOptions, mount_filesystem, signals, unmount};
 use crate::view::View;
 use nix::errno::Errno;
 use sd_notify::NotifyState;
@@ -28,10 +22,13 @@ const ANSWER: Duration = Duration::from_secs(30);
 
 /// Why a mount does not come up or ends otherwise than it should.
 #[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
+pub enum MountError {
+    /// This machine, this user or this directory cannot be mounted on.
+    #[error(transparent)]
+    Point(#[from] MountPointError),
     /// The kernel or fusermount3 refuses.
     #[error("cannot mount at `{}`: {}{}", .at.display(), one_line(.why), hint(.why))]
-    Mount {
+    Refused {
         /// The mount point.
         at: PathBuf,
         /// What was said.
@@ -70,36 +67,36 @@ pub enum DaemonError {
 ///
 /// # Errors
 /// Where the mount does not come up, `ready` fails, or the session breaks. The mount is down then.
-pub fn mount_and_wait(
+pub(crate) fn mount_and_wait(
     view: Arc<View>,
     at: &Path,
     options: &MountOptions,
     signals: &signals::Signals,
     line: &str,
     ready: impl FnOnce() -> io::Result<()>,
-) -> Result<(), DaemonError> {
+) -> Result<(), MountError> {
     let at = at.to_owned();
     signals.mounting();
     let filesystem = Filesystem::new(view, options.direct_io);
-    let mounted = match fuse::mount(filesystem, &at, options) {
+    let mounted = match mount_filesystem(filesystem, &at, options) {
         Ok(mounted) => mounted,
-        Err(why) => return Err(DaemonError::Mount { at, why }),
+        Err(why) => return Err(MountError::Refused { at, why }),
     };
     if let Err(why) = answers(&at) {
         take_back(&at);
-        return Err(DaemonError::Silent { at, why });
+        return Err(MountError::Silent { at, why });
     }
     tracing::info!("{line}");
     // Without systemd there is nobody to notify, and that is no error.
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(line)]);
     if let Err(why) = ready() {
         take_back(&at);
-        return Err(DaemonError::Unheard { at, why });
+        return Err(MountError::Unheard { at, why });
     }
     signals.mounted(&at);
     let ended = mounted.wait();
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
-    ended.map_err(|why| DaemonError::Session { at: at.clone(), why })?;
+    ended.map_err(|why| MountError::Session { at: at.clone(), why })?;
     tracing::info!("unmounted `{}`", at.display());
     Ok(())
 }
