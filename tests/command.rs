@@ -42,7 +42,7 @@ fn exit_codes_tell_usage_from_failure() {
         (&["--bogus", src, at], 2, "'--bogus'"),
         (&[src, at, "-o", "bogus"], 2, "`-o` has no option `bogus`"),
         (&[src, at, "-o", "rw"], 2, "read-only"),
-        (&[src, at, "--ep-rank", "1"], 2, "`--ep-rank` needs `--ep-size`"),
+        (&[src, at, "--ep-rank", "1"], 2, "--ep-size <N>"),
         (&["inspect", src, "--shard-size", "5XB"], 2, "expected one of the units"),
         (&["--to", "hf", "inspect", src], 2, "`inspect` has to come first"),
         (&[absent, at], 1, "absent"),

@@ -94,7 +94,7 @@ fn names_beside_the_table_of_an_mtp_layer_are_refused() {
         tensors.insert(name.to_owned(), f32s(&[2, 2]));
         let dir = directory(&config, &tensors);
         let message = plan(model, dir.path(), &to(LayoutName::Native)).unwrap_err().to_string();
-        assert!(message.ends_with(&format!("to go on): `{name}`")), "{message}");
+        assert!(message.ends_with(&format!("no rule of the mapping takes: `{name}`")), "{message}");
     }
 }
 

@@ -10,8 +10,8 @@ use super::output;
 use super::pieces::for_each_piece;
 use super::progress::{Progress, rate};
 use super::request::ViewRequest;
-use super::size::Size;
 use crate::read::{Engine, EngineOptions};
+use crate::tensor::ByteSize;
 use crate::view::{Ino, Kind, View};
 use anyhow::{Context as _, bail, ensure};
 use std::collections::HashSet;
@@ -65,7 +65,7 @@ pub(super) fn run(
         write(&view, file, &out, options.threads, &progress)
             .map_err(|error| explain(error, &out, &missing))?;
     }
-    let written = Size(progress.done()).rounded();
+    let written = ByteSize(progress.done());
     let rate = rate(progress.done(), progress.elapsed());
     let kept = files.len() - missing.len();
     drop(progress);
@@ -238,8 +238,8 @@ fn no_room(out: &Path, needed: u64, free: u64) -> String {
     format!(
         "no room in `{}`: {} needed, {} free; make room and start again, complete files are kept",
         out.display(),
-        Size(needed).rounded(),
-        Size(free).rounded()
+        ByteSize(needed),
+        ByteSize(free)
     )
 }
 

@@ -1,6 +1,6 @@
 //! One line on stderr that says how far a long command is, where a person is looking.
 
-use super::size::Size;
+use crate::tensor::ByteSize;
 use std::io::{self, IsTerminal, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -63,7 +63,7 @@ impl Drop for Progress {
 pub(super) fn rate(bytes: u64, time: Duration) -> String {
     let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1);
     let rate = u128::from(bytes) * 1000 / u128::from(millis);
-    format!("{}/s", Size(u64::try_from(rate).unwrap_or(u64::MAX)).rounded())
+    format!("{}/s", ByteSize(u64::try_from(rate).unwrap_or(u64::MAX)))
 }
 
 fn line(what: &str, done: u64, total: u64, time: Duration) -> String {
@@ -72,8 +72,8 @@ fn line(what: &str, done: u64, total: u64, time: Duration) -> String {
     let left = left.div_ceil(1000);
     format!(
         "{what}: {} of {} ({percent} %), {}, {}:{:02} left",
-        Size(done).rounded(),
-        Size(total).rounded(),
+        ByteSize(done),
+        ByteSize(total),
         rate(done, time),
         left / 60,
         left % 60

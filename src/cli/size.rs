@@ -32,18 +32,6 @@ const BINARY: [(&str, u64); 4] =
 const DECIMAL: [(&str, u64); 4] =
     [("TB", 1_000_000_000_000), ("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1000)];
 
-impl Size {
-    /// Rounded for reading, in binary units: `1.5 GiB`.
-    pub(super) fn rounded(self) -> String {
-        // Rounding to two digits is what makes the loss of a float harmless here.
-        let bytes = self.0 as f64;
-        match BINARY.iter().find(|(_, unit)| self.0 >= *unit) {
-            Some((name, unit)) => format!("{:.1} {name}", bytes / *unit as f64),
-            None => format!("{} B", self.0),
-        }
-    }
-}
-
 impl FromStr for Size {
     type Err = SizeError;
 
@@ -154,13 +142,6 @@ mod tests {
         for (bytes, text) in table {
             assert_eq!(Size(bytes).to_string(), text);
             assert_eq!(text.parse(), Ok(Size(bytes)));
-        }
-    }
-
-    #[test]
-    fn rounded_sizes_have_one_decimal() {
-        for (bytes, text) in [(999, "999 B"), (1536, "1.5 KiB"), (5_000_000_000, "4.7 GiB")] {
-            assert_eq!(Size(bytes).rounded(), text);
         }
     }
 }

@@ -6,9 +6,9 @@ use super::output;
 use super::pieces::for_each_piece;
 use super::progress::{Progress, rate};
 use super::request::ViewRequest;
-use super::size::Size;
 use crate::plan::{TensorId, TensorPlan};
 use crate::read::{BlockAudit, Engine, EngineOptions, audit};
+use crate::tensor::ByteSize;
 use anyhow::Context as _;
 use serde::Serialize;
 use std::sync::Arc;
@@ -62,7 +62,7 @@ pub(super) fn run(
 
 fn told(verdict: &Verdict) -> String {
     let passed = verdict.tensors - verdict.failures;
-    let size = Size(verdict.bytes).rounded();
+    let size = ByteSize(verdict.bytes);
     let rate = rate(verdict.bytes, std::time::Duration::from_secs_f64(verdict.seconds));
     let blocks = verdict.fp8_blocks.map_or_else(String::new, |audit| {
         format!(

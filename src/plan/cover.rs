@@ -1,6 +1,6 @@
 //! Checks on a finished tensor: complete cover, and whether its bytes are the source's own.
 
-use super::{Computed, Fragment, Grid, Matrix, Origin, Run};
+use super::{Computed, Fragment, Grid, Matrix, Origin, SourceRange};
 use crate::tensor::{BoxMap, DType, Shape};
 
 /// Whether the fragments cover a tensor of this shape, each element once.
@@ -43,21 +43,21 @@ pub(super) fn verbatim_runs(
     dtype: DType,
     fragments: &[Fragment],
     matrices: &[Matrix],
-) -> Option<Vec<Run>> {
+) -> Option<Vec<SourceRange>> {
     let bits = u64::from(dtype.bits());
     let bytes = |elements: u64| {
         let bits = elements.checked_mul(bits)?;
         bits.is_multiple_of(8).then_some(bits / 8)
     };
     let strides = shape.strides();
-    let mut runs: Vec<Run> = Vec::with_capacity(fragments.len());
+    let mut runs: Vec<SourceRange> = Vec::with_capacity(fragments.len());
     for f in fragments {
         let matrix = &matrices[f.matrix.index()];
         if matrix.scales.is_some() || matrix.dtype != dtype {
             return None;
         }
         let (at, from) = contiguous(&f.map, &strides, &matrix.shape.strides())?;
-        let run = Run {
+        let run = SourceRange {
             at: bytes(at)?,
             bytes: bytes(f.map.elements())?,
             origin: Origin::Source,

@@ -90,7 +90,7 @@ pub(crate) struct MatrixScales {
     /// Scales in a row of the scale tensor.
     pub cols: u64,
     /// Which scale rows serve which matrix rows; in order, without gaps.
-    pub bands: Vec<Band<SourceId>>,
+    pub bands: Vec<ScaleBand<SourceId>>,
 }
 
 impl MatrixScales {
@@ -106,7 +106,7 @@ impl MatrixScales {
 /// band is needed where the grid starts anew (stacked experts) or where a block reaches over the
 /// boundary of two tensors that were quantized as one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Band<S> {
+pub(crate) struct ScaleBand<S> {
     /// Rows of the matrix, all axes but the last taken together.
     pub rows: Range<u64>,
     /// The scale tensor.
@@ -117,10 +117,15 @@ pub(crate) struct Band<S> {
     pub skip: u64,
 }
 
-impl<S: Copy> Band<S> {
+impl<S: Copy> ScaleBand<S> {
     /// The same band with its scale tensor named in another way.
-    pub(crate) fn map_scale<T>(&self, name: impl Fn(S) -> T) -> Band<T> {
-        Band { rows: self.rows.clone(), scale: name(self.scale), row: self.row, skip: self.skip }
+    pub(crate) fn map_scale<T>(&self, name: impl Fn(S) -> T) -> ScaleBand<T> {
+        ScaleBand {
+            rows: self.rows.clone(),
+            scale: name(self.scale),
+            row: self.row,
+            skip: self.skip,
+        }
     }
 
     /// Scale row of a matrix row of the band, with `block` rows to a scale.
@@ -165,7 +170,7 @@ pub(super) fn fused_bands<S: Copy>(
     scale_rows: [u64; 2],
     scales: [S; 2],
     block: u64,
-) -> Option<(u64, [Vec<Band<S>>; 2])> {
+) -> Option<(u64, [Vec<ScaleBand<S>>; 2])> {
     let explains = |t: u64| {
         (0..2).all(|i| {
             rows[i].is_multiple_of(t) && t * (rows[i] / t).div_ceil(block) == scale_rows[i]
@@ -175,7 +180,8 @@ pub(super) fn fused_bands<S: Copy>(
     let shards = (1..=most).find(|&t| explains(t))?;
     // One shard is a plain grid on each tensor: nothing was fused.
     if shards == 1 {
-        let plain = |i: usize| vec![Band { rows: 0..rows[i], scale: scales[i], row: 0, skip: 0 }];
+        let plain =
+            |i: usize| vec![ScaleBand { rows: 0..rows[i], scale: scales[i], row: 0, skip: 0 }];
         return Some((1, [plain(0), plain(1)]));
     }
     let (first, second) = (rows[0] / shards, rows[1] / shards);
@@ -185,10 +191,15 @@ pub(super) fn fused_bands<S: Copy>(
     let mut bands = [Vec::new(), Vec::new()];
     for s in 0..shards {
         let row = s * first_blocks;
-        bands[0].push(Band { rows: s * first..(s + 1) * first, scale: scales[0], row, skip: 0 });
+        bands[0].push(ScaleBand {
+            rows: s * first..(s + 1) * first,
+            scale: scales[0],
+            row,
+            skip: 0,
+        });
         let start = s * second;
         if shared > 0 {
-            bands[1].push(Band {
+            bands[1].push(ScaleBand {
                 rows: start..start + shared,
                 scale: scales[0],
                 row: row + first_blocks - 1,
@@ -196,7 +207,7 @@ pub(super) fn fused_bands<S: Copy>(
             });
         }
         if shared < second {
-            bands[1].push(Band {
+            bands[1].push(ScaleBand {
                 rows: start + shared..start + second,
                 scale: scales[1],
                 row: s * second_blocks,
@@ -219,9 +230,9 @@ mod tests {
         // MiMo's full-attention layers: 4 heads of 192 K rows and 128 V rows.
         let (shards, [k, v]) = fused_bands([768, 512], [8, 4], [K, V], 128).unwrap();
         assert_eq!(shards, 4);
-        assert_eq!(k[1], Band { rows: 192..384, scale: K, row: 2, skip: 0 });
-        assert_eq!(v[2], Band { rows: 128..192, scale: K, row: 3, skip: 64 });
-        assert_eq!(v[3], Band { rows: 192..256, scale: V, row: 1, skip: 0 });
+        assert_eq!(k[1], ScaleBand { rows: 192..384, scale: K, row: 2, skip: 0 });
+        assert_eq!(v[2], ScaleBand { rows: 128..192, scale: K, row: 3, skip: 64 });
+        assert_eq!(v[3], ScaleBand { rows: 192..256, scale: V, row: 1, skip: 0 });
     }
 
     #[test]
@@ -229,8 +240,8 @@ mod tests {
         // Its sliding layers: 8 heads, 1536 rows are 12 blocks.
         let (shards, [k, v]) = fused_bands([1536, 1024], [12, 8], [K, V], 128).unwrap();
         assert_eq!(shards, 1);
-        assert_eq!(k, [Band { rows: 0..1536, scale: K, row: 0, skip: 0 }]);
-        assert_eq!(v, [Band { rows: 0..1024, scale: V, row: 0, skip: 0 }]);
+        assert_eq!(k, [ScaleBand { rows: 0..1536, scale: K, row: 0, skip: 0 }]);
+        assert_eq!(v, [ScaleBand { rows: 0..1024, scale: V, row: 0, skip: 0 }]);
     }
 
     #[test]

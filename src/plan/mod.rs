@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 pub(crate) use grid::{ChunkBox, Grid};
 pub use matrix::ScaleReading;
-pub(crate) use matrix::{Band, Matrix, MatrixScales};
+pub(crate) use matrix::{Matrix, MatrixScales, ScaleBand};
 pub use options::{PlanOptions, Quantize, Unmapped};
 pub use problems::PlanError;
 pub(crate) use problems::Problem;
@@ -70,7 +70,7 @@ pub struct Plan {
     /// What the tensors are computed from.
     pub(crate) matrices: Vec<Matrix>,
     /// Matrices that tensors hold quantized.
-    pub(crate) quantized: Vec<Quantized>,
+    pub(crate) quantized: Vec<EncodedMatrix>,
     /// The checkpoint that scales are taken from.
     pub(crate) original: Option<Arc<Checkpoint>>,
     /// The checkpoints that the view offers; the first is the root.
@@ -88,7 +88,7 @@ impl Plan {
     }
 
     /// A matrix that tensors hold quantized.
-    pub(crate) fn quantized(&self, id: QuantizedId) -> &Quantized {
+    pub(crate) fn quantized(&self, id: EncodedMatrixId) -> &EncodedMatrix {
         &self.quantized[usize::try_from(id.0).expect("a usize has at least 32 bits")]
     }
 
@@ -145,7 +145,7 @@ impl TensorPlan {
 #[derive(Debug)]
 pub(crate) enum Body {
     /// Runs of source bytes, one behind the other.
-    Verbatim(Vec<Run>),
+    Verbatim(Vec<SourceRange>),
     /// Fragments that are decoded, cast or moved.
     Computed(Computed),
     /// Payload or scales of a matrix that the view holds quantized.
@@ -156,7 +156,7 @@ pub(crate) enum Body {
 
 /// Position of a matrix in [`Plan::quantized`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct QuantizedId(pub u32);
+pub(crate) struct EncodedMatrixId(pub u32);
 
 /// A facet of a quantized matrix, in chunks of whole rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,7 +164,7 @@ pub(crate) struct Encoded {
     /// How the tensor is cut into chunks. Rows are those of the matrix, or of the scales.
     pub grid: Grid,
     /// The matrix.
-    pub quantized: QuantizedId,
+    pub quantized: EncodedMatrixId,
     /// Which of the matrices that share scales.
     pub member: usize,
     /// What of it.
@@ -182,7 +182,7 @@ pub(crate) enum Facet {
 
 /// A matrix that the view holds quantized; two where a block reaches over both.
 #[derive(Debug)]
-pub(crate) struct Quantized {
+pub(crate) struct EncodedMatrix {
     /// Codes and geometry.
     pub scheme: Scheme,
     /// How scales are stored.
@@ -193,7 +193,7 @@ pub(crate) struct Quantized {
     pub members: Vec<Member>,
 }
 
-/// One matrix of a [`Quantized`].
+/// One matrix of a [`EncodedMatrix`].
 #[derive(Debug)]
 pub(crate) struct Member {
     /// Extents of the matrix.
@@ -201,7 +201,7 @@ pub(crate) struct Member {
     /// Its numbers, as F32.
     pub values: Computed,
     /// Which scale rows serve which rows; in order, without gaps.
-    pub bands: Vec<Band<ScaleOf>>,
+    pub bands: Vec<ScaleBand<ScaleOf>>,
     /// Scales in a row of its scale tensor.
     pub scale_cols: u64,
 }
@@ -238,7 +238,7 @@ pub(crate) enum Origin {
 
 /// A run of bytes that a source tensor holds as the view shows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
+pub(crate) struct SourceRange {
     /// First byte within the view's tensor.
     pub at: u64,
     /// Number of bytes.

@@ -7,11 +7,11 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::assemble::Target;
-use super::matrix::{Band, Matrix, fused_bands};
+use super::matrix::{Matrix, ScaleBand, fused_bands};
 use super::problems::{Problem, Problems};
 use super::{
-    Body, Computed, Encoded, Facet, Fragment, Grid, Member, Origin, Quantized, QuantizedId, Run,
-    ScaleOf, cover,
+    Body, Computed, Encoded, EncodedMatrix, EncodedMatrixId, Facet, Fragment, Grid, Member, Origin,
+    ScaleOf, SourceRange, cover,
 };
 use crate::codec::Scheme;
 use crate::mapping::{Bindings, Encoding, Resolved};
@@ -31,7 +31,7 @@ pub(super) struct FacetTensor {
 #[derive(Debug, Default)]
 pub(super) struct Facets {
     pub tensors: Vec<FacetTensor>,
-    pub quantized: Vec<Quantized>,
+    pub quantized: Vec<EncodedMatrix>,
     /// Dtypes that plain tensors have in the original, by name.
     pub plain_dtypes: BTreeMap<String, DType>,
 }
@@ -68,14 +68,14 @@ pub(super) fn by_original(
             facets.plain_dtypes.insert(target.name.clone(), matrix.dtype);
             return true;
         };
-        let stored = |b: &Band<SourceId>| b.map_scale(ScaleOf::Original);
+        let stored = |b: &ScaleBand<SourceId>| b.map_scale(ScaleOf::Original);
         let member = Member {
             shape: matrix.shape.clone(),
             values: values_of(target, matrix.transposed),
             bands: scales.bands.iter().map(stored).collect(),
             scale_cols: scales.cols,
         };
-        let id = facets.add(Quantized {
+        let id = facets.add(EncodedMatrix {
             scheme: scales.scheme,
             scale: scales.scale,
             block: scales.block,
@@ -91,8 +91,13 @@ pub(super) fn by_original(
         });
         for source in matrix.own_scale.into_iter().chain(matrix.shape_tensor) {
             let tensor = original.tensor(source);
-            let run =
-                Run { at: 0, bytes: tensor.bytes, origin: Origin::Original, source, offset: 0 };
+            let run = SourceRange {
+                at: 0,
+                bytes: tensor.bytes,
+                origin: Origin::Original,
+                source,
+                offset: 0,
+            };
             facets.tensors.push(FacetTensor {
                 name: tensor.name.to_string(),
                 dtype: tensor.dtype,
@@ -121,7 +126,13 @@ pub(super) fn as_stored(
         let parts = [Some(matrix.payload), matrix.own_scale, matrix.shape_tensor];
         for source in parts.into_iter().flatten() {
             let tensor = checkpoint.tensor(source);
-            let run = Run { at: 0, bytes: tensor.bytes, origin: Origin::Source, source, offset: 0 };
+            let run = SourceRange {
+                at: 0,
+                bytes: tensor.bytes,
+                origin: Origin::Source,
+                source,
+                offset: 0,
+            };
             facets.tensors.push(FacetTensor {
                 name: published(&tensor.name),
                 dtype: tensor.dtype,
@@ -169,10 +180,10 @@ pub(super) fn by_mapping(
 }
 
 impl Facets {
-    fn add(&mut self, quantized: Quantized) -> QuantizedId {
+    fn add(&mut self, quantized: EncodedMatrix) -> EncodedMatrixId {
         let id = u32::try_from(self.quantized.len()).expect("the source numbers its tensors");
         self.quantized.push(quantized);
-        QuantizedId(id)
+        EncodedMatrixId(id)
     }
 
     fn encode(
@@ -208,7 +219,7 @@ impl Facets {
             });
         }
         let block = encoding.block;
-        let id = self.add(Quantized { scheme, scale, block, members });
+        let id = self.add(EncodedMatrix { scheme, scale, block, members });
         let name = |t: &crate::mapping::NameTemplate| {
             t.format(bindings, &encoding.vars).unwrap_or_default()
         };
@@ -254,7 +265,7 @@ struct Geometry {
     matrix: Shape,
     payload: Shape,
     scale: Shape,
-    bands: Vec<Band<ScaleOf>>,
+    bands: Vec<ScaleBand<ScaleOf>>,
 }
 
 /// The geometry of every member; `None` where the scheme cannot hold one.
@@ -275,7 +286,7 @@ fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
         scale.extend([scale_rows, scale_cols]);
         let planes: u64 = outer.iter().product();
         let bands = (0..planes)
-            .map(|p| Band {
+            .map(|p| ScaleBand {
                 rows: p * rows..(p + 1) * rows,
                 scale: ScaleOf::Member(member),
                 row: p * scale_rows,

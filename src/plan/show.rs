@@ -6,10 +6,10 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use super::matrix::ScaleReading;
-use super::{Body, Computed, Directory, Facet, Origin, Plan, Quantized, TensorPlan, Unmapped};
+use super::{Body, Computed, Directory, EncodedMatrix, Facet, Origin, Plan, TensorPlan, Unmapped};
 use crate::mapping::{LayoutName, Resolved};
 use crate::source::{Checkpoint, printable};
-use crate::tensor::Float;
+use crate::tensor::{ByteSize, Float};
 
 /// What a mount reports of its plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub(super) struct SummaryParts<'a> {
     pub to: LayoutName,
     pub dtype: Float,
     pub fused: Option<(ScaleReading, u64)>,
-    pub quantized: &'a [Quantized],
+    pub quantized: &'a [EncodedMatrix],
     pub dropped: BTreeMap<String, u64>,
     pub unmapped: Option<(Unmapped, u64)>,
     pub lacking: Vec<String>,
@@ -86,7 +86,7 @@ impl Summary {
             };
             (what, n)
         });
-        let encoded = |q: &Quantized| {
+        let encoded = |q: &EncodedMatrix| {
             let [rows, cols] = q.block;
             format!("{} {rows}x{cols}", q.scheme.name())
         };
@@ -113,9 +113,9 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Summary { model, from, to, .. } = self;
         let (n, bytes) = self.view;
-        write!(f, "{model}, {from} -> {to}: {n} tensors, {}", Bytes(bytes))?;
+        write!(f, "{model}, {from} -> {to}: {n} tensors, {}", ByteSize(bytes))?;
         let (verbatim, verbatim_bytes) = self.verbatim;
-        write!(f, " ({verbatim} verbatim, {})", Bytes(verbatim_bytes))?;
+        write!(f, " ({verbatim} verbatim, {})", ByteSize(verbatim_bytes))?;
         if self.ranks > 0 {
             write!(f, "; {} expert-parallel directories", self.ranks)?;
         }
@@ -148,25 +148,6 @@ impl fmt::Display for Summary {
             }
         }
         Ok(())
-    }
-}
-
-/// A number of bytes in binary units.
-pub(super) struct Bytes(pub u64);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-        let mut unit = 0;
-        while unit + 1 < UNITS.len() && self.0 >> (10 * (unit + 1)) > 0 {
-            unit += 1;
-        }
-        if unit == 0 {
-            return write!(f, "{} B", self.0);
-        }
-        // One decimal, rounded down: integers keep this exact.
-        let tenths = (u128::from(self.0) * 10) >> (10 * unit);
-        write!(f, "{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
     }
 }
 
@@ -222,7 +203,7 @@ impl Plan {
     pub fn made_of(&self, tensor: &TensorPlan) -> Vec<&str> {
         let mut names: Vec<&str> = match &tensor.body {
             Body::Verbatim(runs) => {
-                let of = |r: &super::Run| match (r.origin, &self.original) {
+                let of = |r: &super::SourceRange| match (r.origin, &self.original) {
                     (Origin::Original, Some(original)) => &*original.tensor(r.source).name,
                     (Origin::Source | Origin::Original, _) => {
                         let at = self.matrices.partition_point(|m| m.payload < r.source);
@@ -298,18 +279,5 @@ impl fmt::Display for Plan {
             writeln!(f, "{name} {} {shape}\n    {} <- {first}{more}", t.dtype, self.how(t))?;
         }
         write!(f, "{}", self.summary)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bytes_are_shown_in_binary_units() {
-        let cases = [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")];
-        for (n, text) in cases {
-            assert_eq!(Bytes(n).to_string(), text);
-        }
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use super::assemble::MOST_PIECES;
-use super::matrix::{Band, Matrix, MatrixScales, ScaleReading, fused_bands};
+use super::matrix::{Matrix, MatrixScales, ScaleBand, ScaleReading, fused_bands};
 use super::orphans::one_of;
 use super::problems::{PlanError, Problem, Problems};
 use crate::codec::{ScaleGrid, Scheme};
@@ -272,7 +272,7 @@ impl<'a> Grouping<'a> {
             ScaleReading::Automodel => {
                 let enough = (0..2).all(|i| scale_shapes[i][0] >= rows[i].div_ceil(block[0]));
                 let plain =
-                    |i: usize, scale| vec![Band { rows: 0..rows[i], scale, row: 0, skip: 0 }];
+                    |i: usize, scale| vec![ScaleBand { rows: 0..rows[i], scale, row: 0, skip: 0 }];
                 enough.then(|| (1, [plain(0, first.scale), plain(1, second.scale)]))
             }
         });
@@ -313,7 +313,7 @@ impl<'a> Grouping<'a> {
         encoding: &Encoding,
         q: Quantized,
         grid: &ScaleGrid,
-        bands: Vec<Band<SourceId>>,
+        bands: Vec<ScaleBand<SourceId>>,
         shape_tensor: Option<SourceId>,
     ) {
         let scales = MatrixScales {
@@ -376,15 +376,15 @@ fn is_only_a_payload(encoding: &Encoding, tensor: &SourceTensor) -> bool {
     encoding.scheme == Scheme::Fp8 && tensor.dtype == DType::F8E4M3
 }
 
-fn plain_bands(q: &Quantized, grid: &ScaleGrid) -> Vec<Band<SourceId>> {
+fn plain_bands(q: &Quantized, grid: &ScaleGrid) -> Vec<ScaleBand<SourceId>> {
     let all_rows: u64 = q.shape.dims()[..q.shape.rank() - 1].iter().product();
     let planes = all_rows.checked_div(grid.plane_rows).unwrap_or(0);
     if grid.block[0] == 1 {
         // One scale row a matrix row: planes run on.
-        return vec![Band { rows: 0..all_rows, scale: q.scale, row: 0, skip: 0 }];
+        return vec![ScaleBand { rows: 0..all_rows, scale: q.scale, row: 0, skip: 0 }];
     }
     (0..planes)
-        .map(|p| Band {
+        .map(|p| ScaleBand {
             rows: p * grid.plane_rows..(p + 1) * grid.plane_rows,
             scale: q.scale,
             row: p * grid.rows,

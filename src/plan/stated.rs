@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::assemble::Target;
 use super::problems::PlanError;
-use super::{Body, Origin, Quantized, Stated, TensorPlan};
+use super::{Body, EncodedMatrix, Origin, Stated, TensorPlan};
 use crate::codec::{ScaleCode, Scheme};
 use crate::mapping::{QuantizationConfig, Resolved};
 use crate::source::{Checkpoint, Config};
@@ -24,7 +24,7 @@ pub(super) fn stated(
     mapping: &Resolved,
     targets: &[Target],
     tensors: &[TensorPlan],
-    quantized: &[Quantized],
+    quantized: &[EncodedMatrix],
 ) -> Result<Stated, PlanError> {
     let dtype = usual_dtype(tensors);
     if !is_quantized {
@@ -46,7 +46,7 @@ pub(super) fn stated(
 
 /// Puts what was written into the mapping's `quantization_config`: blocks, groups, how scales are
 /// rounded, and the modules that stay plain.
-fn describe(config: &mut QuantizationConfig, targets: &[Target], quantized: &[Quantized]) {
+fn describe(config: &mut QuantizationConfig, targets: &[Target], quantized: &[EncodedMatrix]) {
     let unquantized = config.unquantized.clone();
     let Some(value) = config.value.as_object_mut() else { return };
     let mut fp8 = quantized.iter().filter(|q| q.scheme == Scheme::Fp8);

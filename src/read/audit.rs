@@ -3,11 +3,12 @@
 //! A block whose scale is its largest magnitude divided by 448 holds the code 0x7E or 0xFE (448).
 //! Read on a grid that is not the one it was quantized on, many blocks do not.
 
+use crate::tensor::to_usize;
 use std::collections::BTreeMap;
 
 use crate::codec::{ScaleCode, Scheme};
 use crate::plan::{Matrix, Plan};
-use crate::source::{Checkpoint, ReadError, SourceId};
+use crate::source::{Checkpoint, SourceId, SourceReadError};
 
 /// Blocks of FP8 matrices with F32 scales.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -33,7 +34,7 @@ const LARGEST: u8 = 0x7E;
 ///
 /// # Errors
 /// What the source fails with.
-pub(crate) fn audit(checkpoint: &Checkpoint, plan: &Plan) -> Result<BlockAudit, ReadError> {
+pub(crate) fn audit(checkpoint: &Checkpoint, plan: &Plan) -> Result<BlockAudit, SourceReadError> {
     // A block can reach over two matrices, so blocks are found by their scales.
     let mut blocks: BTreeMap<SourceId, Vec<Holds>> = BTreeMap::new();
     for matrix in &plan.matrices {
@@ -51,8 +52,7 @@ fn mark(
     checkpoint: &Checkpoint,
     matrix: &Matrix,
     blocks: &mut BTreeMap<SourceId, Vec<Holds>>,
-) -> Result<(), ReadError> {
-    let len = |n: u64| usize::try_from(n).expect("a block fits in memory");
+) -> Result<(), SourceReadError> {
     let Some(scales) = &matrix.scales else { return Ok(()) };
     if scales.scheme != Scheme::Fp8 || scales.scale != ScaleCode::F32 {
         return Ok(());
@@ -67,15 +67,15 @@ fn mark(
             let end = band.rows_of(scale_row, rows_of_block).end;
             // A scale for all rows of a matrix can serve more than memory holds.
             let end = end.min(row + rows_of_block.min(128));
-            codes.resize(len((end - row) * cols), 0);
+            codes.resize(to_usize((end - row) * cols), 0);
             checkpoint.read(matrix.payload, row * cols, &mut codes)?;
             let grid = blocks.entry(band.scale).or_default();
-            let first = len(scale_row * scales.cols);
-            let last = first + len(scales.cols);
+            let first = to_usize(scale_row * scales.cols);
+            let last = first + to_usize(scales.cols);
             grid.resize(grid.len().max(last), Holds::Zeros);
-            for line in codes.chunks(len(cols)) {
+            for line in codes.chunks(to_usize(cols)) {
                 for (holds, block) in
-                    grid[first..last].iter_mut().zip(line.chunks(len(cols_of_block)))
+                    grid[first..last].iter_mut().zip(line.chunks(to_usize(cols_of_block)))
                 {
                     // 0x7F is NaN.
                     let codes = block.iter().map(|c| c & 0x7F).filter(|c| *c <= LARGEST);

@@ -1,5 +1,6 @@
 //! Decodes one chunk of a computed tensor: every fragment that reaches into it, into place.
 
+use crate::tensor::{to_u64, to_usize};
 use std::cell::RefCell;
 use std::sync::Arc;
 
@@ -7,8 +8,8 @@ use super::counters::{Counters, add};
 use super::placement::{Placement, Span, placements};
 use super::slabs::{Keep, Slabs, Stored};
 use crate::codec::{Code, Orientation, Scales, Tile, copy2d, decode, scale_to_f32};
-use crate::plan::{Band, ChunkBox, Computed, Grid, Matrix, MatrixId, MatrixScales};
-use crate::source::{Checkpoint, ReadError, SourceId};
+use crate::plan::{ChunkBox, Computed, Grid, Matrix, MatrixId, MatrixScales, ScaleBand};
+use crate::source::{Checkpoint, SourceId, SourceReadError};
 use crate::tensor::{DType, Float, Shape};
 
 /// Buffers that a thread keeps from chunk to chunk.
@@ -24,27 +25,17 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// A file position or count as a length in memory: boxes of a chunk fit in memory.
-pub(super) fn len(n: u64) -> usize {
-    usize::try_from(n).expect("a box of a chunk fits in memory")
-}
-
-/// A length in memory as a file position or count.
-pub(super) fn to_u64(n: usize) -> u64 {
-    u64::try_from(n).expect("a usize fits in 64 bits")
-}
-
 /// Why a chunk could not be made; shared by all who wait for it.
 #[derive(Clone, Debug)]
 pub(super) enum Failure {
     /// The source gave an error.
-    Source(Arc<ReadError>),
+    Source(Arc<SourceReadError>),
     /// Whoever read the rows that this chunk waited for died of it.
     Abandoned,
 }
 
-impl From<ReadError> for Failure {
-    fn from(error: ReadError) -> Failure {
+impl From<SourceReadError> for Failure {
+    fn from(error: SourceReadError) -> Failure {
         Failure::Source(Arc::new(error))
     }
 }
@@ -83,8 +74,8 @@ impl ChunkReader<'_> {
         chunk: ChunkBox,
         out: &mut [u8],
     ) -> Result<(), Failure> {
-        let element = len(u64::from(dtype.bits() / 8));
-        let row_bytes = len(computed.grid.row_bytes);
+        let element = to_usize(u64::from(dtype.bits() / 8));
+        let row_bytes = to_usize(computed.grid.row_bytes);
         let lead = lead(&computed.grid);
         let wanted = |p: &Placement| {
             let end = p.to_cols.start + p.to_cols.step * (p.to_cols.count - 1) + 1;
@@ -145,8 +136,9 @@ impl ChunkReader<'_> {
         place: &mut Place<'_>,
         scratch: &mut Scratch,
     ) -> Result<(), Failure> {
-        let at = len(p.to_rows.start) * place.row_bytes + len(p.to_cols.start) * place.element;
-        let stride = place.row_bytes * len(p.to_rows.step);
+        let at =
+            to_usize(p.to_rows.start) * place.row_bytes + to_usize(p.to_cols.start) * place.element;
+        let stride = place.row_bytes * to_usize(p.to_rows.step);
         let orientation =
             if p.transposed { Orientation::Transposed } else { Orientation::Straight };
         let (element, dtype, lead) = (place.element, place.dtype, place.lead);
@@ -171,9 +163,9 @@ impl ChunkReader<'_> {
         let rows = around(p.rows, p.rows.start);
         let cols = around(p.cols, p.cols.start - p.cols.start % 2);
         let element = place.element;
-        let stride = len(cols.count) * element;
+        let stride = to_usize(cols.count) * element;
         let mut decoded = std::mem::take(&mut scratch.decoded);
-        decoded.resize(len(rows.count) * stride, 0);
+        decoded.resize(to_usize(rows.count) * stride, 0);
         let orientation = Orientation::Straight;
         let (dtype, lead) = (place.dtype, place.lead);
         let out = Out { at: 0, stride, orientation, element, dtype, lead };
@@ -183,10 +175,10 @@ impl ChunkReader<'_> {
             for r in 0..p.rows.count {
                 for c in 0..p.cols.count {
                     let (i, j) = if p.transposed { (c, r) } else { (r, c) };
-                    let to = len(p.to_rows.start + i * p.to_rows.step) * place.row_bytes
-                        + len(p.to_cols.start + j * p.to_cols.step) * element;
-                    let from =
-                        len(r * p.rows.step) * stride + len(first_col + c * p.cols.step) * element;
+                    let to = to_usize(p.to_rows.start + i * p.to_rows.step) * place.row_bytes
+                        + to_usize(p.to_cols.start + j * p.to_cols.step) * element;
+                    let from = to_usize(r * p.rows.step) * stride
+                        + to_usize(first_col + c * p.cols.step) * element;
                     place.out[to..to + element].copy_from_slice(&decoded[from..from + element]);
                 }
             }
@@ -216,7 +208,7 @@ impl ChunkReader<'_> {
             let halves = [(cols.start, before), (out.lead, cols.count - before)];
             for (start, count) in halves {
                 let cols = Span { start, count, ..cols };
-                let at = out.at + len(start - part.cols.start) * out.stride;
+                let at = out.at + to_usize(start - part.cols.start) * out.stride;
                 let out = Out { at, ..*out };
                 self.decode_box(matrix, rows, cols, &out, bytes, scratch)?;
             }
@@ -233,8 +225,8 @@ impl ChunkReader<'_> {
                     let source = (self.checkpoint, self.counters);
                     match self.slabs.get(source, band, wait)? {
                         Some(slab) => {
-                            let codes = &slab.rows_from(rows.start)[len(first - stored.at)..];
-                            let codes = Codes { bytes: codes, stride: len(stored.width) };
+                            let codes = &slab.rows_from(rows.start)[to_usize(first - stored.at)..];
+                            let codes = Codes { bytes: codes, stride: to_usize(stored.width) };
                             self.decode_rows(&part, rows, codes, out, bytes, scratch)?;
                         }
                         None => busy.push(band),
@@ -244,7 +236,7 @@ impl ChunkReader<'_> {
             }
             return Ok(());
         }
-        let (width, height) = (len(width), len(rows.count));
+        let (width, height) = (to_usize(width), to_usize(rows.count));
         let mut payload = std::mem::take(&mut scratch.payload);
         payload.resize((width * height).max(payload.len()), 0);
         let at = rows.start * stored.row_bytes + first;
@@ -293,9 +285,9 @@ impl ChunkReader<'_> {
     ) -> Result<(), Failure> {
         let Part { matrix, cols, .. } = *part;
         let Codes { bytes: payload, stride } = codes;
-        let wide = len(cols.count);
+        let wide = to_usize(cols.count);
         let to_of = |row: u64| {
-            let first = len(row - part.rows.start);
+            let first = to_usize(row - part.rows.start);
             out.at
                 + match out.orientation {
                     Orientation::Straight => first * out.stride,
@@ -304,7 +296,7 @@ impl ChunkReader<'_> {
         };
         let Some(quantized) = &matrix.scales else {
             let to = &mut bytes[to_of(rows.start)..];
-            let height = len(rows.count);
+            let height = to_usize(rows.count);
             match (matrix.dtype.as_float(), out.float()) {
                 (Some(from), Some(float)) if from.dtype() != float.dtype() => {
                     let code = code_of_float(from);
@@ -344,15 +336,15 @@ impl ChunkReader<'_> {
             self.scales(quantized, band, scale_rows, scale_cols, out.orientation, scratch)?;
             let tile = Tile {
                 code: quantized.code(),
-                bytes: &payload[len(start - rows.start) * stride..],
+                bytes: &payload[to_usize(start - rows.start) * stride..],
                 stride,
-                rows: len(end - start),
+                rows: to_usize(end - start),
                 cols: wide,
                 scales: Some(Scales {
                     values: &scratch.scales,
-                    stride: len(scale_cols.count),
-                    block: [len(block[0]), len(block[1])],
-                    phase: [len(into % block[0]), len(cols.start % block[1])],
+                    stride: to_usize(scale_cols.count),
+                    block: [to_usize(block[0]), to_usize(block[1])],
+                    phase: [to_usize(into % block[0]), to_usize(cols.start % block[1])],
                 }),
             };
             let float = out.float().expect("the planner gives quantized tensors a float dtype");
@@ -365,7 +357,7 @@ impl ChunkReader<'_> {
     fn scales(
         &self,
         quantized: &MatrixScales,
-        band: &Band<SourceId>,
+        band: &ScaleBand<SourceId>,
         rows: Span,
         cols: Span,
         orientation: Orientation,
@@ -374,9 +366,9 @@ impl ChunkReader<'_> {
         let element = u64::try_from(quantized.scale.bytes()).expect("a few bytes");
         let stored = self.stored_scales(quantized, band.scale);
         let row_bytes = stored.row_bytes;
-        let (first, width) = (len(cols.start * element), len(cols.count * element));
+        let (first, width) = (to_usize(cols.start * element), to_usize(cols.count * element));
         let dense = &mut scratch.scale_bytes;
-        dense.resize(width * len(rows.count), 0);
+        dense.resize(width * to_usize(rows.count), 0);
         let worth = self.worth(orientation, stored, cols.count * element, rows.count);
         match self.panel(stored, rows.start, 0, 0).filter(|_| worth) {
             Some(stored) => {
@@ -385,9 +377,9 @@ impl ChunkReader<'_> {
                     let source = (self.checkpoint, self.counters);
                     let slab = self.slabs.get(source, band, true)?;
                     let slab = slab.expect("it was waited for");
-                    let from = slab.rows_from(part.start).chunks(len(row_bytes));
-                    let dense = &mut dense[len(part.start - rows.start) * width..];
-                    let dense = dense.chunks_exact_mut(width).take(len(part.count));
+                    let from = slab.rows_from(part.start).chunks(to_usize(row_bytes));
+                    let dense = &mut dense[to_usize(part.start - rows.start) * width..];
+                    let dense = dense.chunks_exact_mut(width).take(to_usize(part.count));
                     // Copies of a known length are single moves.
                     match width {
                         4 => dense.zip(from).for_each(|(to, row)| copy::<4>(to, &row[first..])),
@@ -400,10 +392,10 @@ impl ChunkReader<'_> {
             }
             None => {
                 let at = rows.start * row_bytes + cols.start * element;
-                self.read_rows(band.scale, at, width, row_bytes, len(rows.count), dense)?;
+                self.read_rows(band.scale, at, width, row_bytes, to_usize(rows.count), dense)?;
             }
         }
-        scratch.scales.resize(len(rows.count * cols.count), 0.0);
+        scratch.scales.resize(to_usize(rows.count * cols.count), 0.0);
         scale_to_f32(quantized.scale, dense, &mut scratch.scales);
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! What readers and those who work ahead of them share: how bytes of a plane are made, into a chunk
 //! that is kept or where a reader wants them.
 
+use crate::tensor::{to_u64, to_usize};
 use std::cell::RefCell;
 use std::fs::File;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::ReadError;
 use super::buffer::Buffer;
 use super::cache::{Bytes, Cache, Outcome, Wanted};
-use super::chunk::{ChunkReader, Failure, len, to_u64};
+use super::chunk::{ChunkReader, Failure};
 use super::counters::{Counters, add};
 use super::encode::Encoder;
 use super::engine::EngineOptions;
@@ -17,7 +18,8 @@ use super::placement::transposes;
 use super::slabs::{Keep, MAX_SLAB_BYTES, Slabs};
 use super::streams::Streams;
 use crate::plan::{
-    Body, ChunkBox, Computed, Encoded, Grid, MatrixId, Origin, Plan, Run, TensorId, TensorPlan,
+    Body, ChunkBox, Computed, Encoded, Grid, MatrixId, Origin, Plan, SourceRange, TensorId,
+    TensorPlan,
 };
 use crate::source::Checkpoint;
 
@@ -128,7 +130,7 @@ impl Core {
     pub(super) fn verbatim(
         &self,
         tensor: &TensorPlan,
-        runs: &[Run],
+        runs: &[SourceRange],
         at: u64,
         out: &mut [u8],
     ) -> Result<(), ReadError> {
@@ -154,7 +156,7 @@ impl Core {
 
     /// Where bytes `at..at + bytes` of a tensor that is made of `runs` lie in the source, where that
     /// is one place.
-    pub(super) fn stored(&self, runs: &[Run], at: u64, bytes: u64) -> Option<(&File, u64)> {
+    pub(super) fn stored(&self, runs: &[SourceRange], at: u64, bytes: u64) -> Option<(&File, u64)> {
         let run = runs_from(runs, at).first()?;
         let into = at - run.at;
         let checkpoint = self.of(run.origin);
@@ -195,11 +197,11 @@ impl Core {
         let reader =
             ChunkReader { bytes: one_row.then(|| (into, into + to_u64(out.len()))), ..reader };
         ROWS.with_borrow_mut(|buffer| {
-            let bytes = len(rows * row_bytes);
+            let bytes = to_usize(rows * row_bytes);
             buffer.grow(bytes);
             let buffer = &mut buffer[..bytes];
             self.decode(tensor, computed, chunk, reader, buffer)?;
-            out.copy_from_slice(&buffer[len(part.at - first * row_bytes)..][..out.len()]);
+            out.copy_from_slice(&buffer[to_usize(part.at - first * row_bytes)..][..out.len()]);
             Ok(out.len())
         })
     }
@@ -223,7 +225,7 @@ impl Core {
             Outcome::Waited => add(&self.counters.chunk_waits, 1),
             Outcome::Made => add(&self.counters.chunk_misses, 1),
         }
-        let into = len(at - grid.extent(chunk).0);
+        let into = to_usize(at - grid.extent(chunk).0);
         let n = (bytes.len() - into).min(out.len());
         out[..n].copy_from_slice(&bytes[into..into + n]);
         drop(bytes);
@@ -244,7 +246,7 @@ impl Core {
     ) -> Result<(Bytes, Outcome), ReadError> {
         let grid = made.grid();
         let bytes = grid.extent(chunk).1;
-        let wanted = Wanted { key: (id, chunk), len: len(bytes), uses: bytes };
+        let wanted = Wanted { key: (id, chunk), len: to_usize(bytes), uses: bytes };
         let place = grid.chunk_box(chunk);
         self.chunks.get(wanted, ReadError::Abandoned, |buffer| {
             add(&self.counters.decoded_bytes, bytes);
@@ -376,7 +378,7 @@ impl Core {
     fn stated_shape(
         &self,
         id: crate::source::SourceId,
-    ) -> Result<[i64; 2], crate::source::ReadError> {
+    ) -> Result<[i64; 2], crate::source::SourceReadError> {
         let mut bytes = [0; 16];
         let size = usize::try_from(self.checkpoint.tensor(id).bytes).map_or(16, |n| n.min(16));
         self.checkpoint.read(id, 0, &mut bytes[..size])?;
@@ -392,7 +394,7 @@ impl Core {
 }
 
 /// The runs from the one on that holds byte `at` of their tensor.
-fn runs_from(runs: &[Run], at: u64) -> &[Run] {
+fn runs_from(runs: &[SourceRange], at: u64) -> &[SourceRange] {
     &runs[runs.partition_point(|r| r.at + r.bytes <= at)..]
 }
 

@@ -3,12 +3,15 @@
 //! The matrix's rows are decoded to F32 as if they were a tensor of the view, a block of rows that
 //! share their scales at a time.
 
+use crate::tensor::{to_u64, to_usize};
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::chunk::{ChunkReader, Failure, len, to_u64};
+use super::chunk::{ChunkReader, Failure};
 use crate::codec::{Scales, block_amax, encode, f32_to_scale, scale_to_f32};
-use crate::plan::{Band, ChunkBox, Encoded, Facet, Matrix, MatrixId, Member, Quantized, ScaleOf};
+use crate::plan::{
+    ChunkBox, Encoded, EncodedMatrix, Facet, Matrix, MatrixId, Member, ScaleBand, ScaleOf,
+};
 use crate::source::Checkpoint;
 use crate::tensor::DType;
 
@@ -40,7 +43,7 @@ pub(super) struct Encoder<'a, F> {
     pub reader: ChunkReader<'a>,
     pub original: Option<&'a Checkpoint>,
     pub matrix_of: F,
-    pub quantized: &'a Quantized,
+    pub quantized: &'a EncodedMatrix,
 }
 
 impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
@@ -72,8 +75,8 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
     ) -> Result<(), Failure> {
         let member = &self.quantized.members[facet.member];
         let block = self.quantized.block;
-        let row_bytes = len(facet.grid.row_bytes);
-        let cols = len(member.cols());
+        let row_bytes = to_usize(facet.grid.row_bytes);
+        let cols = to_usize(member.cols());
         let mut row = rows.start;
         while row < rows.end {
             let band = band_of(member, row);
@@ -86,15 +89,15 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
             let end = until_block.min(band.rows.end).min(rows.end).min(member.plane_end(row));
             self.scales_of(band, row..end, member, scratch)?;
             self.values(member, row..end, &mut scratch.values)?;
-            let n = len(end - row);
+            let n = to_usize(end - row);
             let into = row - band.rows.start + band.skip;
             let scales = Scales {
                 values: &scratch.scales,
-                stride: len(member.scale_cols),
-                block: [len(block[0]), len(block[1])],
-                phase: [len(into % block[0]), 0],
+                stride: to_usize(member.scale_cols),
+                block: [to_usize(block[0]), to_usize(block[1])],
+                phase: [to_usize(into % block[0]), 0],
             };
-            let at = len(row - rows.start) * row_bytes;
+            let at = to_usize(row - rows.start) * row_bytes;
             let code = self.quantized.scheme.code();
             let numbers = &scratch.values.numbers;
             encode(code, numbers, cols, n, cols, Some(&scales), &mut out[at..], row_bytes);
@@ -106,7 +109,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
     /// Scales (into `scratch.scales`) of the rows of a band, from the first row's scale row on.
     fn scales_of(
         &self,
-        band: &Band<ScaleOf>,
+        band: &ScaleBand<ScaleOf>,
         rows: Range<u64>,
         member: &Member,
         scratch: &mut Scratch,
@@ -114,7 +117,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         let block = self.quantized.block[0];
         let first = band.scale_row(rows.start, block);
         let last = band.scale_row(rows.end - 1, block);
-        let n = len(last - first + 1) * len(member.scale_cols);
+        let n = to_usize(last - first + 1) * to_usize(member.scale_cols);
         match band.scale {
             ScaleOf::Member(of) => self.made(of, first..last + 1, scratch),
             ScaleOf::Original(id) => {
@@ -142,13 +145,13 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         scratch: &mut Scratch,
     ) -> Result<(), Failure> {
         let width = self.quantized.scale.bytes();
-        let row_bytes = len(self.quantized.members[member].scale_cols) * width;
+        let row_bytes = to_usize(self.quantized.members[member].scale_cols) * width;
         let mut row = rows.start;
         while row < rows.end {
             let end = (row + ROWS_AT_A_TIME).min(rows.end);
             self.made(member, row..end, scratch)?;
-            let at = len(row - rows.start) * row_bytes;
-            let bytes = &mut out[at..][..len(end - row) * row_bytes];
+            let at = to_usize(row - rows.start) * row_bytes;
+            let bytes = &mut out[at..][..to_usize(end - row) * row_bytes];
             f32_to_scale(self.quantized.scale, &scratch.scales, bytes);
             row = end;
         }
@@ -163,12 +166,12 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         scale_rows: Range<u64>,
         scratch: &mut Scratch,
     ) -> Result<(), Failure> {
-        let Quantized { scheme, scale, block, ref members } = *self.quantized;
-        let cols = len(members[of].scale_cols);
+        let EncodedMatrix { scheme, scale, block, ref members } = *self.quantized;
+        let cols = to_usize(members[of].scale_cols);
         scratch.scales.clear();
-        scratch.scales.resize(len(scale_rows.end - scale_rows.start) * cols, 0.0);
+        scratch.scales.resize(to_usize(scale_rows.end - scale_rows.start) * cols, 0.0);
         for member in members {
-            let serving = |b: &&Band<ScaleOf>| b.scale == ScaleOf::Member(of);
+            let serving = |b: &&ScaleBand<ScaleOf>| b.scale == ScaleOf::Member(of);
             for band in member.bands.iter().filter(serving) {
                 let mut row = scale_rows.start;
                 while row < scale_rows.end {
@@ -188,14 +191,14 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
                     self.values(member, first.start..end, &mut scratch.others)?;
                     let numbers = &scratch.others.numbers;
                     let served = if block[0] == 1 { end - first.start } else { 1 };
-                    let height = if block[0] == 1 { 1 } else { len(end - first.start) };
-                    let width = len(member.cols());
+                    let height = if block[0] == 1 { 1 } else { to_usize(end - first.start) };
+                    let width = to_usize(member.cols());
                     for i in 0..served {
-                        let line = len(row - scale_rows.start + i) * cols;
+                        let line = to_usize(row - scale_rows.start + i) * cols;
                         for c in 0..cols {
-                            let from = c * len(block[1]);
-                            let wide = len(block[1]).min(width - from);
-                            let start = len(i) * width + from;
+                            let from = c * to_usize(block[1]);
+                            let wide = to_usize(block[1]).min(width - from);
+                            let start = to_usize(i) * width + from;
                             let amax = block_amax(&numbers[start..], width, height, wide);
                             let so_far = &mut scratch.scales[line + c];
                             // A NaN stays: nothing is greater.
@@ -221,8 +224,8 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         rows: Range<u64>,
         values: &mut Values,
     ) -> Result<(), Failure> {
-        let cols = len(member.cols());
-        let n = len(rows.end - rows.start) * cols;
+        let cols = to_usize(member.cols());
+        let n = to_usize(rows.end - rows.start) * cols;
         values.bytes.resize(n * 4, 0);
         let plane_rows = member.values.grid.rows;
         let chunk = ChunkBox {
@@ -245,7 +248,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
     }
 }
 
-fn band_of(member: &Member, row: u64) -> &Band<ScaleOf> {
+fn band_of(member: &Member, row: u64) -> &ScaleBand<ScaleOf> {
     let i = member.bands.partition_point(|b| b.rows.end <= row);
     &member.bands[i]
 }

@@ -3,13 +3,14 @@
 //! A read of many rows of a large plane is decoded in place, all others are served from chunks. What a
 //! reader that goes forward will want next is begun before it asks.
 
+use crate::tensor::{to_u64, to_usize};
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use super::ReadError;
 use super::ahead::Ahead;
-use super::chunk::{LEADING, len, to_u64};
+use super::chunk::LEADING;
 use super::core::{Core, Job, Made, Part};
 use super::counters::{CounterSnapshot, add};
 use super::slabs::Keep;
@@ -144,7 +145,7 @@ impl Engine {
                 }
                 Body::Encoded(encoded) => self.made(id, tensor, Made::Encoded(encoded), at, out),
                 Body::Literal(bytes) => {
-                    let start = len(at);
+                    let start = to_usize(at);
                     out.copy_from_slice(&bytes[start..start + out.len()]);
                     Ok(())
                 }
@@ -228,7 +229,7 @@ impl Engine {
             };
             let part = Part { plane: now / plane_bytes, at: within, keep };
             let size = here.min(AT_A_TIME);
-            let (out, _) = left.split_at_mut(len(size));
+            let (out, _) = left.split_at_mut(to_usize(size));
             // Requests cut small planes anywhere, and so would decode much of them twice.
             let rows = end - at >= IN_PLACE && size >= 2 * grid.row_bytes && plane_bytes > LEADING;
             let page = run == 0 && size <= ALONE;

@@ -36,7 +36,7 @@ pub enum ReadError {
         /// The tensor of the view.
         tensor: Box<str>,
         /// What the source says.
-        source: Arc<crate::source::ReadError>,
+        source: Arc<crate::source::SourceReadError>,
     },
     /// A tensor that states the extents of a matrix states others.
     #[error("tensor `{tensor}`: `{matrix}` is stored as {expected}, but its shape tensor says [{}, {}]", got[0], got[1])]

@@ -7,10 +7,11 @@
 
 use super::buffer::{Buffer, HUGE_PAGE};
 use super::cache::{Bytes, Cache, Wanted};
-use super::chunk::{Failure, len};
+use super::chunk::Failure;
 use super::counters::{Counters, add};
 use super::placement::Span;
 use crate::source::{Checkpoint, SourceId};
+use crate::tensor::to_usize;
 
 /// Most bytes of stored rows that are kept for the next chunk, or asked for ahead of strips: one
 /// expert's gate and up of the largest models are 32 MiB, and more than a few are not read at a time.
@@ -77,7 +78,7 @@ pub(super) struct Slab {
 impl Slab {
     /// Bytes of the panel from a row on, without gaps between rows.
     pub(super) fn rows_from(&self, row: u64) -> &[u8] {
-        &self.bytes[len((row - self.band.start) * self.band.key.width)..]
+        &self.bytes[to_usize((row - self.band.start) * self.band.key.width)..]
     }
 }
 
@@ -104,8 +105,8 @@ impl Stored {
     /// The bands that hold rows `start..start + count`.
     pub(super) fn bands(self, start: u64, count: u64) -> impl Iterator<Item = Band> {
         let each = self.band_rows();
-        let whole = HUGE_PAGE.max(len(each * self.width));
-        let len = if self.rows > each { whole } else { len(self.rows * self.width) };
+        let whole = HUGE_PAGE.max(to_usize(each * self.width));
+        let len = if self.rows > each { whole } else { to_usize(self.rows * self.width) };
         (start / each..(start + count).div_ceil(each)).map(move |index| {
             let start = index * each;
             let key = Key { tensor: self.tensor, index, at: self.at, width: self.width };
@@ -171,9 +172,17 @@ impl Slabs {
             let (checkpoint, counters) = source;
             let Key { tensor, at, width, .. } = band.key;
             add(&counters.source_bytes, band.rows * width);
-            let (at, rows) = (band.start * band.row_bytes + at, len(band.rows));
+            let (at, rows) = (band.start * band.row_bytes + at, to_usize(band.rows));
             checkpoint
-                .read_rows(tensor, at, len(width), band.row_bytes, rows, buffer, len(width))
+                .read_rows(
+                    tensor,
+                    at,
+                    to_usize(width),
+                    band.row_bytes,
+                    rows,
+                    buffer,
+                    to_usize(width),
+                )
                 .map_err(Failure::from)
         };
         let found = if wait {

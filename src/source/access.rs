@@ -1,15 +1,16 @@
 //! Reading tensor bytes, by `pread`.
 //!
 //! Never through a map: a file that shrinks under a map kills the process, a `pread` comes up
-//! short and becomes a [`ReadError`].
+//! short and becomes a [`SourceReadError`].
 
+use crate::tensor::to_u64;
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::checkpoint::{Checkpoint, SourceId, SourceTensor};
-use super::error::ReadError;
+use super::error::SourceReadError;
 
 /// Bytes of a span that is read at once and then picked apart: stays in the L2 cache; spans of
 /// 256 KiB and 1 MiB were no faster.
@@ -26,7 +27,7 @@ impl Checkpoint {
     /// # Errors
     /// Where the request leaves the tensor, the shard has become shorter, or the system reports
     /// an error. What `out` holds then is not defined.
-    pub fn read(&self, id: SourceId, at: u64, out: &mut [u8]) -> Result<(), ReadError> {
+    pub fn read(&self, id: SourceId, at: u64, out: &mut [u8]) -> Result<(), SourceReadError> {
         let t = self.tensor(id);
         check_range(t, at, Some(to_u64(out.len())))?;
         self.pread(t, at, out)
@@ -53,7 +54,7 @@ impl Checkpoint {
         rows: usize,
         out: &mut [u8],
         out_stride: usize,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), SourceReadError> {
         if rows == 0 || width == 0 {
             return Ok(());
         }
@@ -91,7 +92,7 @@ impl Checkpoint {
         out: &mut [u8],
         out_stride: usize,
         mut rows: usize,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), SourceReadError> {
         let runs_of_a_span = (SPAN_BYTES - width) / stride.max(1) + 1;
         SPAN.with_borrow_mut(|span| {
             span.resize(SPAN_BYTES, 0);
@@ -129,20 +130,20 @@ impl Checkpoint {
     }
 
     /// Reads from a range that lies within the tensor.
-    fn pread(&self, t: &SourceTensor, at: u64, out: &mut [u8]) -> Result<(), ReadError> {
+    fn pread(&self, t: &SourceTensor, at: u64, out: &mut [u8]) -> Result<(), SourceReadError> {
         let shard = self.shard(t.shard);
         let offset = t.offset + at;
         shard.file().read_exact_at(out, offset).map_err(|source| {
             let (shard_path, tensor) = (shard.path().to_owned(), t.name.clone());
             match (source.kind(), shard.file().metadata()) {
-                (io::ErrorKind::UnexpectedEof, Ok(now)) => ReadError::Truncated {
+                (io::ErrorKind::UnexpectedEof, Ok(now)) => SourceReadError::Truncated {
                     shard: shard_path,
                     tensor,
                     offset,
                     wanted: to_u64(out.len()),
                     actual: now.len(),
                 },
-                _ => ReadError::Io { shard: shard_path, tensor, offset, source },
+                _ => SourceReadError::Io { shard: shard_path, tensor, offset, source },
             }
         })
     }
@@ -153,14 +154,10 @@ thread_local! {
     static SPAN: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-fn check_range(t: &SourceTensor, at: u64, length: Option<u64>) -> Result<(), ReadError> {
+fn check_range(t: &SourceTensor, at: u64, length: Option<u64>) -> Result<(), SourceReadError> {
     let end = length.and_then(|n| at.checked_add(n));
     match end {
         Some(end) if end <= t.bytes => Ok(()),
-        _ => Err(ReadError::OutOfRange { tensor: t.name.clone(), bytes: t.bytes, end }),
+        _ => Err(SourceReadError::OutOfRange { tensor: t.name.clone(), bytes: t.bytes, end }),
     }
-}
-
-fn to_u64(n: usize) -> u64 {
-    u64::try_from(n).expect("no address space is beyond 64 bits")
 }

@@ -309,7 +309,7 @@ impl fmt::Display for StoredTwice {
 
 /// Why bytes of a tensor cannot be had.
 #[derive(Debug, thiserror::Error)]
-pub enum ReadError {
+pub enum SourceReadError {
     /// The shard has shrunk since it was opened.
     #[error(
         "shard `{shard}` was truncated after it was opened: expected {wanted} bytes of `{tensor}` \

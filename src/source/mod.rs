@@ -21,7 +21,7 @@ mod tests;
 mod text;
 
 pub(crate) use checkpoint::SourceId;
-pub(crate) use error::ReadError;
+pub(crate) use error::SourceReadError;
 pub(crate) use header::MAX_HEADER_BYTES;
 pub(crate) use index::INDEX;
 pub(crate) use shard::Shard;

@@ -5,7 +5,9 @@
 mod boxmap;
 mod dtype;
 mod shape;
+mod size;
 
 pub(crate) use boxmap::{Axis, BoxMap, coalesce};
 pub use dtype::{DType, Float};
 pub use shape::Shape;
+pub(crate) use size::{ByteSize, to_u64, to_usize};

@@ -9,12 +9,11 @@
 //! is compact, its keys stand in the order of the data, and the same tensors give the same bytes
 //! in every mount.
 
+use crate::tensor::to_u64;
 use std::io::Write;
 
 use crate::plan::TensorPlan;
 use crate::tensor::{DType, Shape};
-
-use super::wide;
 
 /// Where the data of a file starts: at a multiple of so many bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,14 +69,14 @@ impl Entry<'_> {
         // an extent is 20 digits and a comma.
         const FIXED: u64 = 96;
         const EXTENT: u64 = 21;
-        let extents = wide(self.shape.rank()).saturating_mul(EXTENT);
+        let extents = to_u64(self.shape.rank()).saturating_mul(EXTENT);
         json_bound(self.name).saturating_add(extents).saturating_add(FIXED)
     }
 }
 
 /// Most bytes that `text` takes between the quotes of a JSON string.
 fn json_bound(text: &str) -> u64 {
-    let bytes = wide(text.len());
+    let bytes = to_u64(text.len());
     let plain = text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\');
     if plain { bytes } else { bytes.saturating_mul(6) }
 }
@@ -107,7 +106,7 @@ pub(super) fn header<'a>(
         at = end;
     }
     out.push(b'}');
-    let start = wide(out.len()).next_multiple_of(alignment.bytes());
+    let start = to_u64(out.len()).next_multiple_of(alignment.bytes());
     out[..8].copy_from_slice(&(start - 8).to_le_bytes());
     (out, start)
 }
@@ -184,7 +183,7 @@ mod tests {
         {
             let name = "x".repeat(n);
             let text = padded(&[entry(&name, DType::U8, &shape)], alignment);
-            assert_eq!(wide(text.len()) % alignment.bytes(), 0);
+            assert_eq!(to_u64(text.len()) % alignment.bytes(), 0);
             let json = u64::from_le_bytes(text[..8].try_into().expect("eight bytes"));
             assert_eq!(json + 8, text.len() as u64);
             assert!(text[8..].trim_ascii_end().ends_with(b"}}"));

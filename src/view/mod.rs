@@ -33,6 +33,7 @@ pub(crate) mod testing;
 mod tests;
 mod tree;
 
+use crate::tensor::to_u64;
 use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -270,7 +271,7 @@ impl View {
     /// or read.
     pub fn read(&self, ino: Ino, at: u64, out: &mut [u8]) -> Result<usize, ViewError> {
         let done = self.read_uncounted(ino, at, out);
-        self.served.count(done.as_ref().ok().map(|&n| wide(n)));
+        self.served.count(done.as_ref().ok().map(|&n| to_u64(n)));
         done
     }
 
@@ -301,9 +302,9 @@ impl View {
     ) -> bool {
         let of_shard = |shard: &Shard| {
             let (tensor, at, n) = shard.within(at, len)?;
-            let (file, offset) = self.engine.stored(tensor, at, wide(n))?;
+            let (file, offset) = self.engine.stored(tensor, at, to_u64(n))?;
             send(file, offset, n).then(|| {
-                self.engine.count_stored(wide(n));
+                self.engine.count_stored(to_u64(n));
                 n
             })
         };
@@ -313,7 +314,7 @@ impl View {
             Some(Place::Node(..)) | None => None,
         };
         if let Some(n) = sent {
-            self.served.count(Some(wide(n)));
+            self.served.count(Some(to_u64(n)));
         }
         sent.is_some()
     }
@@ -355,7 +356,7 @@ impl View {
     /// Number of files and directories, the per-tensor tree included.
     pub(crate) fn files(&self) -> u64 {
         let of = |node: &Node| match &node.body {
-            Body::Tensors(tensors) => 1 + wide(tensors.len()),
+            Body::Tensors(tensors) => 1 + to_u64(tensors.len()),
             Body::Directory(_)
             | Body::Shard(_)
             | Body::Bytes(_)
@@ -451,9 +452,4 @@ fn common_files(engine: &Engine, checkpoint: &Checkpoint, newest: SystemTime) ->
 fn newest_shard(checkpoint: &Checkpoint) -> SystemTime {
     let changed = |shard: &crate::source::Shard| shard.file().metadata()?.modified();
     checkpoint.shards().iter().filter_map(|s| changed(s).ok()).max().unwrap_or(UNIX_EPOCH)
-}
-
-/// A length in memory as a length in a file.
-fn wide(n: usize) -> u64 {
-    u64::try_from(n).expect("memory is smaller than 2^64 bytes")
 }

@@ -5,6 +5,7 @@
 //! without a hole each starts at a multiple of its own (where the data does): of its element, and
 //! those that are whole mebibytes where the kernel's requests start.
 
+use crate::tensor::to_u64;
 use std::cmp::Reverse;
 use std::ops::Range;
 
@@ -12,7 +13,6 @@ use crate::plan::TensorId;
 use crate::source::MAX_HEADER_BYTES;
 
 use super::header::{self, Alignment, Entry};
-use super::wide;
 
 /// Cuts tensors, in their order, into shards of at most `shard_size` bytes of data.
 ///
@@ -119,11 +119,13 @@ impl Shard {
         mut fetch: impl FnMut(TensorId, u64, &mut [u8]) -> Result<(), E>,
     ) -> Result<usize, E> {
         let mut done = copy_from(&self.header, at, out);
-        let padding =
-            clamp(self.data_start.saturating_sub(at.saturating_add(wide(done))), out.len() - done);
+        let padding = clamp(
+            self.data_start.saturating_sub(at.saturating_add(to_u64(done))),
+            out.len() - done,
+        );
         out[done..done + padding].fill(header::PADDING);
         done += padding;
-        let mut at = at.saturating_add(wide(done));
+        let mut at = at.saturating_add(to_u64(done));
         let mut i = self.index_at(at);
         while done < out.len() && i < self.ends.len() {
             let start = self.start(i);
@@ -132,7 +134,7 @@ impl Shard {
                 fetch(self.tensors[i], at - start, &mut out[done..done + n])?;
             }
             done += n;
-            at += wide(n);
+            at += to_u64(n);
             i += 1;
         }
         Ok(done)
@@ -320,7 +322,7 @@ mod tests {
                 let n = tensors[id.0 as usize].entry().bytes;
                 expected.extend((0..n).map(|at| byte(*id, at)));
             }
-            prop_assert_eq!(wide(expected.len()), shard.size());
+            prop_assert_eq!(to_u64(expected.len()), shard.size());
             let mut cuts: Vec<u64> = cuts.into_iter().map(|c| c.min(shard.size())).collect();
             cuts.extend([0, shard.size()]);
             cuts.sort_unstable();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::mapping::LayoutName;
 use crate::plan::{
-    Body, Directory, Matrix, Origin, Plan, Run, Stated, Summary, TensorId, TensorPlan,
+    Body, Directory, Matrix, Origin, Plan, SourceRange, Stated, Summary, TensorId, TensorPlan,
 };
 use crate::read::{Engine, EngineOptions};
 use crate::source::testing::Dir;
@@ -61,7 +61,7 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
         name: tensor.name.clone(),
         dtype: tensor.dtype,
         shape: tensor.shape.clone(),
-        body: Body::Verbatim(vec![Run {
+        body: Body::Verbatim(vec![SourceRange {
             at: 0,
             bytes: tensor.bytes,
             origin: Origin::Source,

@@ -1,5 +1,6 @@
 //! The view as a whole.
 
+use crate::tensor::to_u64;
 use std::fs;
 
 use serde_json::Value;
@@ -61,8 +62,8 @@ fn every_directory_holds_a_checkpoint() {
             assert!(got.data() == bytes_of(name), "{name}");
             let (_, dtype, dims) = TENSORS.iter().find(|(n, ..)| n == name).expect("known");
             assert_eq!(got.dtype().to_string(), dtype.name(), "{name}");
-            assert!(got.shape().iter().map(|&d| wide(d)).eq(dims.iter().copied()), "{name}");
-            total += wide(got.data().len());
+            assert!(got.shape().iter().map(|&d| to_u64(d)).eq(dims.iter().copied()), "{name}");
+            total += to_u64(got.data().len());
         }
         assert_eq!(map.len(), count, "{path}");
         assert_eq!(index["metadata"]["total_size"], total, "{path}");

@@ -4,16 +4,17 @@
 //! per-tensor tree have no node; the number of the one at `position` in the directory with number
 //! `d` is `d * 2^32 + position`. The same plan over the same files gives the same numbers.
 
+use crate::tensor::to_u64;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::plan::TensorId;
 
+use super::Ino;
 use super::host::Host;
 use super::shard::Shard;
 use super::status::Live;
 use super::tensors::{self, TensorDirectory};
-use super::{Ino, wide};
 
 /// Index of a node; its number is one more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +54,7 @@ impl Body {
         match self {
             Body::Directory(_) | Body::Tensors(_) | Body::Live(_) => 0,
             Body::Shard(shard) => shard.size(),
-            Body::Bytes(bytes) => wide(bytes.len()),
+            Body::Bytes(bytes) => to_u64(bytes.len()),
             Body::Host(host) => host.size(),
         }
     }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use proptest::prelude::*;
 
 use crate::source::testing::{Dir, safetensors};
-use crate::source::{Checkpoint, ReadError, SourceId};
+use crate::source::{Checkpoint, SourceId, SourceReadError};
 use crate::tensor::DType;
 
 /// Bytes in which no two places look alike.
@@ -65,7 +65,7 @@ fn a_truncated_shard_is_an_error_that_names_it() {
     assert_eq!(out, bytes[..1000]);
 
     let got = checkpoint.read(id, 500, &mut out).expect_err("cut off");
-    assert!(matches!(got, ReadError::Truncated { wanted: 1000, .. }));
+    assert!(matches!(got, SourceReadError::Truncated { wanted: 1000, .. }));
     let expected = format!(
         "shard `{}` was truncated after it was opened: expected 1000 bytes of `x` at offset {}, \
          got a file of {} bytes",
@@ -76,7 +76,7 @@ fn a_truncated_shard_is_an_error_that_names_it() {
     assert_eq!(got.to_string(), expected);
     for stride in [100, 40_000] {
         let got = checkpoint.read_rows(id, 950, 50, stride, 5, &mut out, 50).expect_err("cut off");
-        assert!(matches!(got, ReadError::Truncated { .. }), "{got}");
+        assert!(matches!(got, SourceReadError::Truncated { .. }), "{got}");
     }
 }
 
