@@ -8,12 +8,14 @@ use super::args::ExportArgs;
 use super::open;
 use super::output;
 use super::pieces::for_each_piece;
-use super::progress::{Progress, rate};
+use super::progress::{bar, rate};
 use super::request::ViewRequest;
 use crate::read::{Engine, EngineOptions};
-use crate::tensor::ByteSize;
+use crate::tensor::{ByteSize, to_u64};
 use crate::view::{Ino, Kind, View};
 use anyhow::{Context as _, bail, ensure};
+use indicatif::ProgressBar;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -59,14 +61,15 @@ pub(super) fn run(
     let marker = marker(&source, &plan.to_json(), &files)?;
     claim(&out, &marker)?;
     let missing = missing(&out, &files)?;
-    let progress = Progress::new("export", missing.iter().map(|file| file.bytes).sum());
+    let progress = bar("export", missing.iter().map(|file| file.bytes).sum());
+    let pool = ThreadPoolBuilder::new().num_threads(options.threads).build()?;
     check_room(&out, &missing)?;
     for file in &missing {
-        write(&view, file, &out, options.threads, &progress)
+        write(&view, file, &out, &pool, &progress)
             .map_err(|error| explain(error, &out, &missing))?;
     }
-    let written = ByteSize(progress.done());
-    let rate = rate(progress.done(), progress.elapsed());
+    let written = ByteSize(progress.position());
+    let rate = rate(progress.position(), progress.elapsed());
     let kept = files.len() - missing.len();
     drop(progress);
     output::print(&format!(
@@ -274,8 +277,8 @@ fn write(
     view: &View,
     file: &ViewFile,
     out: &Path,
-    threads: usize,
-    progress: &Progress,
+    pool: &ThreadPool,
+    progress: &ProgressBar,
 ) -> anyhow::Result<()> {
     let path = out.join(&file.path);
     let partial = partial(&path);
@@ -284,10 +287,10 @@ fn write(
         fs::create_dir_all(directory).with_context(writing)?;
     }
     let target = File::create(&partial).with_context(writing)?;
-    for_each_piece(file.bytes, threads, |at, piece| {
+    for_each_piece(pool, file.bytes, |at, piece| {
         read_file(view, file, at, piece)?;
         target.write_all_at(piece, at).with_context(writing)?;
-        progress.add(u64::try_from(piece.len()).expect("a piece is below 2^64 bytes"));
+        progress.inc(to_u64(piece.len()));
         Ok(())
     })?;
     // On disk before it has its name: a name means complete, also after a power failure.

@@ -1,50 +1,41 @@
-//! Long byte ranges cut into pieces that threads take in order.
+//! Long byte ranges cut into pieces that threads work on in order.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use crate::tensor::to_usize;
+use rayon::ThreadPool;
+use rayon::iter::{ParallelBridge, ParallelIterator};
 
-/// Bytes of a piece: a few chunks, so that a thread stays on one for a while.
+/// Bytes of a piece: several chunks, so that each thread reads sequentially for a while.
 pub(super) const PIECE: u64 = 8 << 20;
 
-/// Calls `work(at, buffer)` for every piece of `bytes` bytes, on `threads` threads, each with a
-/// buffer of its own of the piece's length.
+/// Calls `work(at, buffer)` for every piece of `bytes` bytes on the threads of `pool`. The buffer has
+/// the length of the piece. Pieces are started in the order of their offsets.
 ///
 /// # Errors
-/// The first error of `work`; pieces that nobody has begun are left then.
+/// The first error of `work`; no piece is started after it.
 pub(super) fn for_each_piece(
+    pool: &ThreadPool,
     bytes: u64,
-    threads: usize,
     work: impl Fn(u64, &mut [u8]) -> anyhow::Result<()> + Sync,
 ) -> anyhow::Result<()> {
-    let next = AtomicU64::new(0);
-    let failed = AtomicBool::new(false);
-    let first_error = Mutex::new(None);
-    let run = || {
-        let mut buffer = Vec::new();
-        while !failed.load(Ordering::Relaxed) {
-            let at = next.fetch_add(PIECE, Ordering::Relaxed);
-            let Some(left) = bytes.checked_sub(at).filter(|left| *left > 0) else { break };
-            let length = usize::try_from(left.min(PIECE)).expect("a piece fits into memory");
-            buffer.resize(length, 0);
-            if let Err(error) = work(at, &mut buffer) {
-                failed.store(true, Ordering::Relaxed);
-                first_error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            }
-        }
-    };
-    let pieces = usize::try_from(bytes.div_ceil(PIECE)).unwrap_or(usize::MAX);
-    std::thread::scope(|scope| {
-        for _ in 1..threads.min(pieces) {
-            scope.spawn(run);
-        }
-        run();
-    });
-    first_error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    let offsets = (0..bytes.div_ceil(PIECE)).map(|piece| piece * PIECE);
+    pool.install(|| {
+        offsets.par_bridge().try_for_each_init(Vec::new, |buffer, at| {
+            buffer.resize(to_usize(PIECE.min(bytes - at)), 0);
+            work(at, buffer)
+        })
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rayon::ThreadPoolBuilder;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    fn pool(threads: usize) -> ThreadPool {
+        ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+    }
 
     #[test]
     fn pieces_cover_the_whole_once() {
@@ -55,7 +46,7 @@ mod tests {
                     seen.lock().unwrap().push((at, u64::try_from(buffer.len()).unwrap()));
                     Ok(())
                 };
-                for_each_piece(bytes, threads, work).unwrap();
+                for_each_piece(&pool(threads), bytes, work).unwrap();
                 let mut seen = seen.into_inner().unwrap();
                 seen.sort_unstable();
                 let end = seen.iter().fold(0, |end, (at, n)| {
@@ -75,7 +66,7 @@ mod tests {
             anyhow::ensure!(at != PIECE, "no piece at {at}");
             Ok(())
         };
-        let error = for_each_piece(100 * PIECE, 1, work).unwrap_err();
+        let error = for_each_piece(&pool(1), 100 * PIECE, work).unwrap_err();
         assert_eq!(error.to_string(), format!("no piece at {PIECE}"));
         assert_eq!(done.into_inner(), 2);
     }

@@ -1,100 +1,60 @@
-//! One line on stderr that says how far a long command is, where a person is looking.
+//! A progress bar on stderr for long commands, if stderr is a terminal.
 
 use crate::tensor::ByteSize;
-use std::io::{self, IsTerminal, Write};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressState, ProgressStyle};
+use std::fmt::Write;
+use std::time::Duration;
 
-/// How often the line changes.
-const PACE: Duration = Duration::from_millis(200);
-
-/// Bytes done of bytes to do, shared by the threads that do them.
-#[derive(Debug)]
-pub(super) struct Progress {
-    what: &'static str,
-    total: u64,
-    done: AtomicU64,
-    start: Instant,
-    /// When the line was last drawn; `None` where nobody looks.
-    drawn: Option<Mutex<Instant>>,
+/// A bar for `total` bytes that says `what` is being done. It clears its line when it is dropped.
+pub(super) fn bar(what: &'static str, total: u64) -> ProgressBar {
+    let template = "{msg}: {done} of {total} ({percent} %), {rate}, {eta_precise} left";
+    let style = ProgressStyle::with_template(template)
+        .expect("the template is valid")
+        .with_key("done", |state: &ProgressState, out: &mut dyn Write| {
+            let _ = write!(out, "{}", ByteSize(state.pos()));
+        })
+        .with_key("total", |state: &ProgressState, out: &mut dyn Write| {
+            let _ = write!(out, "{}", ByteSize(state.len().unwrap_or_default()));
+        })
+        .with_key("rate", |state: &ProgressState, out: &mut dyn Write| {
+            let _ = out.write_str(&rate(state.pos(), state.elapsed()));
+        });
+    // Draws nothing if stderr is not a terminal.
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+    bar.with_style(style).with_message(what).with_finish(ProgressFinish::AndClear)
 }
 
-impl Progress {
-    /// Of `total` bytes, none done.
-    pub(super) fn new(what: &'static str, total: u64) -> Progress {
-        let start = Instant::now();
-        let drawn = io::stderr().is_terminal().then(|| Mutex::new(start));
-        Progress { what, total, done: AtomicU64::new(0), start, drawn }
-    }
-
-    /// `bytes` more are done.
-    pub(super) fn add(&self, bytes: u64) {
-        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        // One thread draws; the others have work to do.
-        let Some(Ok(mut drawn)) = self.drawn.as_ref().map(Mutex::try_lock) else { return };
-        if drawn.elapsed() >= PACE {
-            *drawn = Instant::now();
-            let line = line(self.what, done, self.total, self.start.elapsed());
-            let _ = write!(io::stderr(), "\r\x1b[K{line}");
-        }
-    }
-
-    /// Bytes done so far.
-    pub(super) fn done(&self) -> u64 {
-        self.done.load(Ordering::Relaxed)
-    }
-
-    /// Time since the start.
-    pub(super) fn elapsed(&self) -> Duration {
-        self.start.elapsed()
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        if self.drawn.is_some() {
-            let _ = write!(io::stderr(), "\r\x1b[K");
-        }
-    }
-}
-
-/// Bytes a second, for reading.
+/// The mean rate of `bytes` in `time`, as text: `512.0 MiB/s`.
 pub(super) fn rate(bytes: u64, time: Duration) -> String {
     let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1);
     let rate = u128::from(bytes) * 1000 / u128::from(millis);
     format!("{}/s", ByteSize(u64::try_from(rate).unwrap_or(u64::MAX)))
 }
 
-fn line(what: &str, done: u64, total: u64, time: Duration) -> String {
-    let percent = u128::from(done) * 100 / u128::from(total.max(1));
-    let left = u128::from(total.saturating_sub(done)) * time.as_millis() / u128::from(done.max(1));
-    let left = left.div_ceil(1000);
-    format!(
-        "{what}: {} of {} ({percent} %), {}, {}:{:02} left",
-        ByteSize(done),
-        ByteSize(total),
-        rate(done, time),
-        left / 60,
-        left % 60
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use indicatif::InMemoryTerm;
 
     #[test]
-    fn the_line_tells_rate_and_time_left() {
-        let table = [
-            (1 << 30, 4 << 30, 2, "export: 1.0 GiB of 4.0 GiB (25 %), 512.0 MiB/s, 0:06 left"),
-            (0, 100, 0, "export: 0 B of 100 B (0 %), 0 B/s, 0:00 left"),
-            (1 << 20, 1 << 30, 1, "export: 1.0 MiB of 1.0 GiB (0 %), 1.0 MiB/s, 17:03 left"),
-            (5, 5, 1, "export: 5 B of 5 B (100 %), 5 B/s, 0:00 left"),
-            (0, 0, 1, "export: 0 B of 0 B (0 %), 0 B/s, 0:00 left"),
-        ];
-        for (done, total, seconds, want) in table {
-            assert_eq!(line("export", done, total, Duration::from_secs(seconds)), want);
+    fn the_bar_says_how_far_and_how_fast() {
+        let terminal = InMemoryTerm::new(1, 100);
+        let bar = bar("export", 4 << 30);
+        bar.set_draw_target(ProgressDrawTarget::term_like(Box::new(terminal.clone())));
+        bar.inc(1 << 30);
+        bar.tick();
+        let shown = terminal.contents();
+        assert!(shown.starts_with("export: 1.0 GiB of 4.0 GiB (25 %), "), "{shown}");
+        assert!(shown.contains("iB/s, ") && shown.ends_with(" left"), "{shown}");
+        drop(bar);
+        assert_eq!(terminal.contents(), "");
+    }
+
+    #[test]
+    fn a_rate_is_bytes_by_seconds() {
+        let table = [(1 << 30, 2000, "512.0 MiB/s"), (0, 1000, "0 B/s"), (5, 0, "4.8 KiB/s")];
+        for (bytes, millis, text) in table {
+            assert_eq!(rate(bytes, Duration::from_millis(millis)), text);
         }
     }
 }

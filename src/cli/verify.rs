@@ -4,12 +4,13 @@ use super::args::VerifyArgs;
 use super::open;
 use super::output;
 use super::pieces::for_each_piece;
-use super::progress::{Progress, rate};
+use super::progress::{bar, rate};
 use super::request::ViewRequest;
 use crate::plan::{TensorId, TensorPlan};
 use crate::read::{BlockAudit, Engine, EngineOptions, audit};
-use crate::tensor::ByteSize;
+use crate::tensor::{ByteSize, to_u64};
 use anyhow::Context as _;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -41,7 +42,8 @@ pub(super) fn run(
     let source = checkpoint.dir().display().to_string();
     let summary = plan.summary.to_string();
     let engine = Engine::new(Arc::clone(&checkpoint), Arc::clone(&plan), options);
-    let mut verdict = read_all(&engine, options.threads);
+    let pool = ThreadPoolBuilder::new().num_threads(options.threads).build()?;
+    let mut verdict = read_all(&engine, &pool);
     if verdict.ok {
         verdict.fp8_blocks = Some(audit(&checkpoint, &plan)?).filter(|a| a.blocks > 0);
     }
@@ -78,15 +80,15 @@ fn told(verdict: &Verdict) -> String {
 }
 
 /// Reads every tensor to its end, those after a failure too.
-fn read_all(engine: &Engine, threads: usize) -> Verdict {
+fn read_all(engine: &Engine, pool: &ThreadPool) -> Verdict {
     let tensors = &engine.plan().tensors;
-    let progress = Progress::new("verify", tensors.iter().map(TensorPlan::bytes).sum());
+    let progress = bar("verify", tensors.iter().map(TensorPlan::bytes).sum());
     let mut failures = Vec::new();
     for (tensor, id) in tensors.iter().zip(0..) {
-        let read = for_each_piece(tensor.bytes(), threads, |at, piece| {
+        let read = for_each_piece(pool, tensor.bytes(), |at, piece| {
             let read = engine.read(TensorId(id), at, piece);
             read.with_context(|| format!("tensor `{}`", tensor.name))?;
-            progress.add(u64::try_from(piece.len()).expect("a piece is below 2^64 bytes"));
+            progress.inc(to_u64(piece.len()));
             Ok(())
         });
         if let Err(error) = read {
@@ -96,7 +98,7 @@ fn read_all(engine: &Engine, threads: usize) -> Verdict {
     Verdict {
         ok: failures.is_empty(),
         tensors: tensors.len(),
-        bytes: progress.done(),
+        bytes: progress.position(),
         seconds: progress.elapsed().as_secs_f64(),
         fp8_blocks: None,
         failures: failures.len(),
