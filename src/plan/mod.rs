@@ -87,6 +87,12 @@ impl Plan {
         &self.tensors[id.index()]
     }
 
+    /// The tensor of this name in the root of the view.
+    pub fn find(&self, name: &str) -> Option<TensorId> {
+        let mut root = self.directories.first()?.tensors.iter();
+        root.find(|id| *self.tensor(**id).name == *name).copied()
+    }
+
     /// A matrix that tensors hold quantized.
     pub(crate) fn quantized(&self, id: EncodedMatrixId) -> &EncodedMatrix {
         &self.quantized[usize::try_from(id.0).expect("a usize has at least 32 bits")]
