@@ -5,6 +5,7 @@ use super::choices::{
     ScaleFloatChoice, UnmappedChoice,
 };
 use super::size::Size;
+use crate::codec::Level;
 use clap::{Args, Parser, Subcommand};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 #[command(
     name = "mount-ckpt",
     version,
+    long_version = long_version(),
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     args_override_self = true,
@@ -35,6 +37,20 @@ pub struct Cli {
     /// The default command.
     #[command(flatten)]
     pub mount: MountArgs,
+}
+
+/// What `--version` says: of what the program was built, and what it runs on this machine.
+fn long_version() -> String {
+    let commit = option_env!("MOUNT_CKPT_COMMIT").unwrap_or("unknown");
+    // Fastest first; the first is the one that decodes.
+    let kernels: Vec<&str> = Level::available().into_iter().rev().map(Level::name).collect();
+    format!(
+        "{}\ncommit {commit}, {}, kernels: {} ({} is used)",
+        env!("CARGO_PKG_VERSION"),
+        env!("MOUNT_CKPT_TARGET"),
+        kernels.join(", "),
+        Level::best().name()
+    )
 }
 
 /// The subcommands.
