@@ -30,12 +30,6 @@ EXPERTS = "model.layers.1.mlp.experts.gate_and_up_projs"
 NORM = "model.layers.1.input_layernorm.weight"
 
 
-def mounts() -> list:
-    """Mount points of views, as the kernel has them."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line.split()[4] for line in lines if " - fuse.mount-ckpt " in line]
-
-
 def eventually(holds) -> bool:
     """Whether something comes to hold. What never does costs the test a minute."""
     for _ in range(600):
@@ -66,17 +60,31 @@ def python(program: str, *args: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
 
 
-class Mounts(unittest.TestCase):
+class Case(unittest.TestCase):
+    """A test in a directory for temporary files of its own, which has to be empty at the end."""
+
     def setUp(self) -> None:
-        self.before = mounts()
+        contexts = contextlib.ExitStack()
+        self.addCleanup(contexts.close)
+        self.directory = Path(contexts.enter_context(tempfile.TemporaryDirectory())).resolve()
+        contexts.enter_context(mock.patch.object(tempfile, "tempdir", str(self.directory)))
+        contexts.enter_context(mock.patch.dict(os.environ, {"TMPDIR": str(self.directory)}))
+
+    def mounts(self) -> list:
+        """Mount points below the directory, as the kernel has them."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [at for at in (line.split()[4] for line in lines) if self.directory in Path(at).parents]
 
     def tearDown(self) -> None:
-        self.assertEqual(mounts(), self.before, "everything is unmounted")
+        self.assertEqual(self.mounts(), [], "everything is unmounted")
+        self.assertEqual(os.listdir(self.directory), [], "and temporary directories are removed")
 
+
+class Mounts(Case):
     def test_a_block_reads_what_the_reference_made(self) -> None:
         with mount_ckpt.mount(CHECKPOINT) as path:
             self.assertIsInstance(path, Path)
-            self.assertIn(str(path), mounts())
+            self.assertIn(str(path), self.mounts())
             got = tensors(path)
         expected = dict(deserialize((GOLDEN / "mimo-v2-flash/native.safetensors").read_bytes()))
         reference = expected[EXPERTS]
@@ -85,8 +93,9 @@ class Mounts(unittest.TestCase):
         self.assertFalse(path.exists(), "the temporary directory is removed")
 
     def test_options_reach_the_command(self) -> None:
-        options = {"include": [r".*\.experts\.", r".*layernorm"], "exclude": [r".*down_projs"]}
-        with mount_ckpt.mount(CHECKPOINT, dtype="f32", ep_size=3, file_mode=0o440, **options) as path:
+        options = {"include": [r".*\.experts\.", r".*layernorm"], "exclude": r".*down_projs"}
+        options.update(dtype="f32", ep_size=3, file_mode=0o440)
+        with mount_ckpt.mount(CHECKPOINT, **options) as path:
             self.assertEqual((path / "config.json").stat().st_mode & 0o777, 0o440)
             ranks = sorted(entry.name for entry in path.glob("ep-*"))
             self.assertEqual(ranks, [f"ep-{rank:04}-of-0003" for rank in range(3)])
@@ -115,7 +124,7 @@ class Mounts(unittest.TestCase):
     def test_an_error_in_the_block_unmounts_and_is_raised(self) -> None:
         with self.assertRaises(ZeroDivisionError):
             with mount_ckpt.mount(SMALL) as path:
-                self.assertIn(str(path), mounts())
+                self.assertIn(str(path), self.mounts())
                 1 / 0
         self.assertFalse(path.exists())
 
@@ -155,13 +164,14 @@ class Mounts(unittest.TestCase):
         self.assertFalse(path.exists())
 
     def test_two_views_at_once(self) -> None:
-        with mount_ckpt.mount(SMALL, dtype="bf16") as one, mount_ckpt.mount(SMALL, dtype="f32") as two:
+        bf16, f32 = mount_ckpt.mount(SMALL, dtype="bf16"), mount_ckpt.mount(SMALL, dtype="f32")
+        with bf16 as one, f32 as two:
             self.assertNotEqual(one, two)
             listed = {mount["mount"]: mount for mount in mount_ckpt.status()}
             for path in (one, two):
                 self.assertEqual(listed[str(path)]["source"], str(SMALL))
                 self.assertIs(listed[str(path)]["alive"], True)
-            (name,) = [name for name in tensors(one) if name.endswith("layers.0.mlp.experts.down_projs")]
+            name = "model.layers.0.mlp.experts.down_projs"
             self.assertEqual((tensors(one)[name][0], tensors(two)[name][0]), ("BF16", "F32"))
 
     def test_a_view_outlives_the_thread_that_mounted_it(self) -> None:
@@ -210,11 +220,11 @@ with mount_ckpt.mount(src) as path:
     def test_a_process_that_is_killed_leaves_no_view(self) -> None:
         for number in [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]:
             with self.subTest(number):
-                program = "kept = mount_ckpt.mount(src)\nprint(kept.path, flush=True)\nsignal.pause()"
-                process = python(program, stderr=subprocess.DEVNULL)
+                program = "kept = mount_ckpt.mount(src); print(kept.path, flush=True)\n"
+                process = python(program + "signal.pause()", stderr=subprocess.DEVNULL)
                 with process.stdout:
                     path = process.stdout.readline().strip()
-                self.assertIn(path, mounts())
+                self.assertIn(path, self.mounts())
                 process.send_signal(number)
                 process.wait()
                 self.assertTrue(eventually(lambda: not Path(path).exists()))
@@ -233,7 +243,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         with process.stdin as stdin, process.stdout as stdout:
             path = stdout.readline().strip()
             process.wait()
-            self.assertIn(path, mounts())
+            self.assertIn(path, self.mounts())
             stdin.write("\n")
             stdin.flush()
             self.assertGreater(int(stdout.readline()), 0)
@@ -258,23 +268,7 @@ with mount_ckpt.mount(src) as path:
         self.assertFalse(Path(path).exists())
 
 
-class Refusals(unittest.TestCase):
-    def setUp(self) -> None:
-        self.before = mounts()
-        # Temporary directories of mounts that fail are to be gone too.
-        self.directory = self.enter(tempfile.TemporaryDirectory())
-        self.enter(mock.patch.object(tempfile, "tempdir", self.directory))
-
-    def enter(self, context):
-        """`enterContext` of Python 3.11."""
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        return stack.enter_context(context)
-
-    def tearDown(self) -> None:
-        self.assertEqual(mounts(), self.before)
-        self.assertEqual(os.listdir(self.directory), [])
-
+class Refusals(Case):
     def test_an_option_that_does_not_exist_is_a_usage_error(self) -> None:
         for call in (mount_ckpt.mount, mount_ckpt.inspect, mount_ckpt.verify):
             with self.assertRaises(mount_ckpt.UsageError) as caught:
@@ -292,7 +286,7 @@ class Refusals(unittest.TestCase):
                 mount_ckpt.mount(SMALL, **options)
 
     def test_a_refusal_is_the_message_of_the_command(self) -> None:
-        absent = Path(self.directory) / "absent"
+        absent = self.directory / "absent"
         for src, message in [(absent, f"`{absent}`"), (GOLDEN, "config.json")]:
             words = [_command.find_command(), "inspect", str(src)]
             said = subprocess.run(words, stderr=subprocess.PIPE, text=True).stderr
@@ -321,7 +315,7 @@ class Refusals(unittest.TestCase):
                 mount_ckpt.mount(SMALL)
 
 
-class Commands(unittest.TestCase):
+class Commands(Case):
     def test_inspect_is_the_plan(self) -> None:
         plan = mount_ckpt.inspect(SMALL, include=".*embed_tokens")
         self.assertEqual(

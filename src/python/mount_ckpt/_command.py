@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Union
 
 #: A path, or a name where the command takes one.
@@ -128,9 +127,7 @@ def run(words: Sequence[PathLike]) -> str:
         Error: with the command's message, where it exits with anything but 0.
     """
     command = [find_command(), *words]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode != 0:
         raise failure(done.returncode, done.stderr)
     return os.fsdecode(done.stdout)
