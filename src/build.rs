@@ -2,7 +2,7 @@
 //!
 //! Sets `MOUNT_CKPT_TARGET`, and `MOUNT_CKPT_COMMIT` where the package is a git checkout and git
 //! runs. A package of crates.io, an sdist and a directory copied without `.git` have no commit, and
-//! that is no error.
+//! that is no error; who builds one can set the variable himself, as `examples/docker` does.
 
 use std::path::Path;
 use std::process::Command;
