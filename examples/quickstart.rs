@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example quickstart
-//! cargo run --release --example quickstart -- write DIR    # the checkpoint alone, mounted by nobody
+//! cargo run --release --example quickstart -- write DIR    # writes the checkpoint, mounts nothing
 //! ```
 //! [`mount`] is the way through the library, from a directory to a mount. The numbers that the mount
 //! has to show are computed once more from the bytes that were written, one element at a time and
