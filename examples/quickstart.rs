@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example quickstart
+//! cargo run --release --example quickstart -- write DIR    # writes the checkpoint, mounts nothing
 //! ```
 //! [`mount`] is the way through the library, from a directory to a mount. The numbers that the mount
 //! has to show are computed once more from the bytes that were written, one element at a time and
@@ -10,6 +11,7 @@
 #[path = "quickstart/checkpoint.rs"]
 mod checkpoint;
 
+use std::env;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -28,13 +30,25 @@ use mount_ckpt::{
 use safetensors::{Dtype, SafeTensors};
 
 fn main() -> ExitCode {
-    match run() {
+    let arguments: Vec<_> = env::args_os().skip(1).collect();
+    let done = match arguments.as_slice() {
+        [] => run(),
+        [word, directory] if word == "write" => write(Path::new(directory)),
+        _ => Err(anyhow::anyhow!("expected no arguments, or `write DIR`")),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("quickstart: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Writes the checkpoint to `directory`, for a command or a program of one's own to mount.
+fn write(directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory)?;
+    Written::model().save(directory)
 }
 
 fn run() -> Result<()> {

@@ -73,7 +73,7 @@ fn what_was_asked_for_goes_to_stdout() {
     let table: [(&[&str], &str); 9] = [
         (&["--help"], "Without a subcommand, mounts SRC at MNT"),
         (&["-h"], "--kv-scales <R>"),
-        (&["--version"], "mount-ckpt 0."),
+        (&["-V"], concat!("mount-ckpt ", env!("CARGO_PKG_VERSION"), "\n")),
         (&["completions", "bash"], "_mount__ckpt"),
         (&["man"], ".TH mount-ckpt 1"),
         (&["models"], "qwen3_vl_moe"),
@@ -89,6 +89,32 @@ fn what_was_asked_for_goes_to_stdout() {
     }
     let plan = run(&["inspect", src, "--json"]);
     assert!(serde_json::from_slice::<serde_json::Value>(&plan.stdout).unwrap().is_object());
+}
+
+#[test]
+fn the_long_version_names_commit_target_and_kernels() {
+    assert_eq!(stdout(&run(&["-V"])), concat!("mount-ckpt ", env!("CARGO_PKG_VERSION"), "\n"));
+    let said = stdout(&run(&["--version"]));
+    let (first, second) = said.trim_end().split_once('\n').unwrap();
+    assert_eq!(first, concat!("mount-ckpt ", env!("CARGO_PKG_VERSION")));
+
+    // The commit of the checkout that this test is compiled in; a package has none.
+    let git = Command::new("git")
+        .args(["-c", "safe.directory=*", "rev-parse", "--short", "HEAD"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output();
+    let head = git.ok().filter(|git| git.status.success()).map(|git| stdout(&git));
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join(".git").exists();
+    let commit = head.filter(|_| checkout).unwrap_or("unknown".to_owned());
+    let (built, kernels) = second.split_once(", kernels: ").unwrap();
+    let target = built.strip_prefix(&format!("commit {}, ", commit.trim())).unwrap();
+    assert!(target.starts_with(std::env::consts::ARCH), "{said}");
+
+    let (names, used) = kernels.strip_suffix(" is used)").unwrap().split_once(" (").unwrap();
+    let names: Vec<&str> = names.split(", ").collect();
+    assert_eq!((names[0], names[names.len() - 1]), (used, "portable"), "fastest first");
+    // A manual page that is made on one machine is read on another.
+    assert!(!stdout(&run(&["man"])).contains("kernels:"));
 }
 
 #[test]

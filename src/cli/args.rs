@@ -4,6 +4,7 @@ use super::choices::{
     DTYPES, KV_SCALES, LAYOUTS, LOG_FORMATS, LOG_LEVELS, QUANTIZE, SCALE_DTYPES, UNMAPPED, one_of,
 };
 use super::size::Size;
+use crate::codec::Level as SimdLevel;
 use crate::mapping::LayoutName;
 use crate::plan::{ScaleReading, Unmapped};
 use crate::tensor::Float;
@@ -24,6 +25,7 @@ use tracing::Level;
 #[command(
     name = "mount-ckpt",
     version,
+    long_version = long_version(),
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     args_override_self = true,
@@ -39,6 +41,21 @@ pub(super) struct Cli {
     /// The default command.
     #[command(flatten)]
     pub mount: MountArgs,
+}
+
+/// What `--version` says: of what the program was built, and what it runs on this machine.
+fn long_version() -> String {
+    let commit = option_env!("MOUNT_CKPT_COMMIT").unwrap_or("unknown");
+    // Fastest first; the first is the one that decodes.
+    let kernels: Vec<&str> =
+        SimdLevel::available().into_iter().rev().map(SimdLevel::name).collect();
+    format!(
+        "{}\ncommit {commit}, {}, kernels: {} ({} is used)",
+        env!("CARGO_PKG_VERSION"),
+        env!("MOUNT_CKPT_TARGET"),
+        kernels.join(", "),
+        SimdLevel::best().name()
+    )
 }
 
 /// The subcommands.

@@ -38,7 +38,8 @@ pub(super) fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
 /// # Errors
 /// Where it cannot be written.
 pub(super) fn man(args: &ManArgs) -> anyhow::Result<()> {
-    let command = Cli::command();
+    // The page is the same from every build and on every machine, which the long version is not.
+    let command = Cli::command().long_version(None);
     if let Some(dir) = &args.dir {
         let written =
             std::fs::create_dir_all(dir).and_then(|()| clap_mangen::generate_to(command, dir));
