@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use common::{Tensor, Zeros, assert_same, engine, golden, tensors_of_engine};
+use common::{Tensor, Zeros, assert_same, copy_files, engine, golden, tensors_of_engine};
 use half::{bf16, f16};
 use mount_ckpt::codec::reference;
 use mount_ckpt::mapping::{LayoutName, Mapping};
@@ -155,10 +155,7 @@ fn config_json_chooses_the_mapping() {
 #[test]
 fn mtp_beyond_the_configs_depth_is_left_out_and_counted() {
     let dir = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(checkpoint("deepseek-v4-base")).unwrap() {
-        let path = entry.unwrap().path();
-        std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
-    }
+    copy_files(&checkpoint("deepseek-v4-base"), dir.path());
     let config = dir.path().join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     let none = text.replace("\"num_nextn_predict_layers\": 1", "\"num_nextn_predict_layers\": 0");

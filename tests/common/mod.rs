@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+pub mod mount;
 pub mod toy;
 
 use std::collections::BTreeMap;
@@ -38,11 +39,20 @@ pub const FAMILIES: [&str; 10] = [
 /// Exports a view by the built command; its message where it fails.
 pub fn exported(checkpoint: &Path, options: &[&str]) -> Result<tempfile::TempDir, String> {
     let out = tempfile::tempdir().unwrap();
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_mount-ckpt"));
+    let mut command = std::process::Command::new(mount::BINARY);
     command.arg("export").args(options).arg(checkpoint).arg(out.path());
     let done = command.output().unwrap();
     let message = String::from_utf8_lossy(&done.stderr).into_owned();
     if done.status.success() { Ok(out) } else { Err(message) }
+}
+
+/// Copies the files of a directory, which has no directories, to one that need not be there.
+pub fn copy_files(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
 }
 
 /// config.json of a directory.
