@@ -116,6 +116,43 @@ fn signals_unmount_and_end_with_success() {
     }
 }
 
+/// The scheduling policies of a process's threads that answer requests: the 41st field of their
+/// `stat`, proc(5).
+fn request_policies(child: &Child) -> Vec<i32> {
+    let threads = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    let stats = threads.map(|t| fs::read_to_string(t.unwrap().path().join("stat")).unwrap());
+    let policy = |stat: String| {
+        // Fields from the third on follow the name in parentheses.
+        let (name, fields) = stat.rsplit_once(')').unwrap();
+        let policy = fields.split_whitespace().nth(41 - 3).unwrap().parse().unwrap();
+        (name.contains("(fuser-") && !name.ends_with("-bg")).then_some(policy)
+    };
+    stats.filter_map(policy).collect()
+}
+
+/// A reader whose page is there is not interrupted by the threads that work for it.
+#[test]
+fn request_threads_are_batch_threads_unless_readers_wait_for_them() {
+    let Some(scratch) = Scratch::new() else { return };
+    for (name, options, policy) in [
+        ("cached", &["-f", "--threads", "3"][..], libc::SCHED_BATCH),
+        ("direct", &["-f", "--threads", "3", "--direct-io"], libc::SCHED_OTHER),
+    ] {
+        let command = scratch.command(name, checkpoint(), options);
+        let process = scratch.foreground(name, command);
+        assert_eq!(request_policies(&process), [policy; 3], "{name}");
+    }
+}
+
+#[test]
+fn a_log_file_is_appended_to() {
+    let Some(place) = Place::new() else { return };
+    fs::write(place.0.path().join("mnt.log"), "before\n").unwrap();
+    assert_eq!(place.mount(&[]).status.code(), Some(0));
+    let log = place.0.log("mnt");
+    assert!(log.starts_with("before\n") && log.contains("mounted `"), "{log}");
+}
+
 #[test]
 fn an_unmount_from_outside_ends_the_process_with_success() {
     let Some(place) = Place::new() else { return };

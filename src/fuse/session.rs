@@ -278,7 +278,7 @@ mod tests {
 
     fn options(extra: Vec<MountOption>) -> MountOptions {
         MountOptions {
-            threads: 0,
+            threads: 1,
             read_ahead: 0,
             direct_io: false,
             acl: SessionACL::Owner,
@@ -303,29 +303,6 @@ mod tests {
         ] {
             assert_eq!(of(&extra), [&expected[..], &named[..]].concat(), "{extra:?}");
         }
-    }
-
-    #[test]
-    fn one_thread_at_least() {
-        let config = config(&options(Vec::new()));
-        assert_eq!((config.n_threads, config.clone_fd), (Some(1), false));
-    }
-
-    #[test]
-    fn threads_that_it_starts_interrupt_nobody_either() {
-        let policy = || {
-            let stat = fs::read_to_string("/proc/thread-self/stat").expect("Linux tells");
-            // Fields from the third on follow the name in parentheses; the policy is the 41st.
-            let (_, fields) = stat.rsplit_once(')').expect("a name");
-            fields.split_whitespace().nth(41 - 3).map(|field| field.parse()).expect("a field")
-        };
-        let started = thread::spawn(move || {
-            interrupt_nobody();
-            (policy(), thread::spawn(policy).join().expect("no panic"))
-        });
-        let batch = Ok(libc::SCHED_BATCH);
-        assert_eq!(started.join().expect("no panic"), (batch.clone(), batch));
-        assert_eq!(policy(), Ok(libc::SCHED_OTHER), "it is the thread's own");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 
 use fuser::SessionACL;
 use nix::sys::stat::{major, minor};
@@ -20,7 +21,7 @@ const SOURCE: &str = "/source, with a comma";
 /// The view of `source`, mounted, and where. `None` where nothing can be mounted: the test is then
 /// not run, which stderr says, and which under CI is a failure. (tests/common/mount.rs mounts the
 /// command for all other tests; these reach into the crate.)
-fn mounted(source: &Dir, direct_io: bool) -> Option<(Mounted, TempDir)> {
+fn mounted(source: &Dir, change: impl Fn(&mut MountOptions)) -> Option<(Mounted, TempDir)> {
     if let Err(e) = File::options().read(true).write(true).open("/dev/fuse") {
         assert!(std::env::var_os("CI").is_none(), "/dev/fuse cannot be opened: {e}");
         let said = format!("NOT TESTED: /dev/fuse cannot be opened: {e}\n");
@@ -28,14 +29,15 @@ fn mounted(source: &Dir, direct_io: bool) -> Option<(Mounted, TempDir)> {
         return None;
     }
     let at = tempfile::tempdir().expect("a directory");
-    let options = MountOptions {
+    let mut options = MountOptions {
         threads: 2,
         read_ahead: 4 << 20,
-        direct_io,
+        direct_io: false,
         acl: SessionACL::Owner,
         fs_name: SOURCE.to_owned(),
         extra: Vec::new(),
     };
+    change(&mut options);
     let filesystem = Filesystem::new(Arc::new(view(source)), options.direct_io);
     let mounted = mount(filesystem, at.path(), &options).expect("a mount");
     Some((mounted, at))
@@ -89,7 +91,7 @@ fn a_mount_shows_the_view_in_every_mode() {
     let expected = tree_of(&view(&source));
     assert_eq!(expected.len(), 21);
     for direct_io in [false, true] {
-        let Some((mount, _at)) = mounted(&source, direct_io) else { return };
+        let Some((mount, _at)) = mounted(&source, |o| o.direct_io = direct_io) else { return };
         for time in ["first", "second"] {
             assert!(tree(mount.at()) == expected, "{time} time, direct_io: {direct_io}");
         }
@@ -102,10 +104,28 @@ fn a_mount_shows_the_view_in_every_mode() {
     }
 }
 
+/// Without a thread nobody would answer, and whoever touched the mount would wait for ever.
+#[test]
+fn a_mount_that_is_given_no_threads_has_one() {
+    let (send, done) = channel();
+    let reader = std::thread::spawn(move || {
+        let source = source();
+        let Some((mount, _at)) = mounted(&source, |o| o.threads = 0) else { return };
+        let bytes = fs::read(mount.at().join("sub/code.py")).expect("readable");
+        send.send(bytes).expect("somebody waits");
+    });
+    match done.recv_timeout(Duration::from_secs(60)) {
+        Ok(bytes) => assert_eq!(bytes, b"pass\n"),
+        Err(RecvTimeoutError::Timeout) => panic!("nobody answers"),
+        // It failed, or said that nothing can be mounted here.
+        Err(RecvTimeoutError::Disconnected) => reader.join().expect("no panic"),
+    }
+}
+
 #[test]
 fn live_files_are_made_when_they_are_opened() {
     let source = source();
-    let Some((mount, _at)) = mounted(&source, false) else { return };
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let status = |name: &str| {
         fs::read_to_string(mount.at().join(".mount-ckpt").join(name)).expect("readable")
     };
@@ -129,7 +149,7 @@ fn live_files_are_made_when_they_are_opened() {
 #[test]
 fn whatever_writes_is_refused() {
     let source = source();
-    let Some((mount, _at)) = mounted(&source, false) else { return };
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let at = |name: &str| mount.at().join(name);
     let config = || at("config.json");
     for (what, result) in [
@@ -153,7 +173,7 @@ fn whatever_writes_is_refused() {
 #[test]
 fn an_error_of_the_source_is_eio_and_the_mount_lives_on() {
     let source = source();
-    let Some((mount, _at)) = mounted(&source, false) else { return };
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let shard = File::options().write(true).open(source.join("model.safetensors")).expect("there");
     shard.set_len(shard.metadata().expect("there").len() - 50_000).expect("cut");
     let file =
@@ -167,7 +187,7 @@ fn an_error_of_the_source_is_eio_and_the_mount_lives_on() {
 #[test]
 fn the_mount_table_and_the_device_say_what_was_asked() {
     let source = source();
-    let Some((mount, _at)) = mounted(&source, false) else { return };
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let table = fs::read_to_string("/proc/self/mountinfo").expect("readable");
     let at = mount.at().to_str().expect("UTF-8");
     let line = table.lines().find(|line| line.contains(at)).expect("mounted");
@@ -192,7 +212,7 @@ fn the_mount_table_and_the_device_say_what_was_asked() {
 #[test]
 fn a_busy_mount_stays_and_a_detached_one_drains() {
     let source = source();
-    let Some((mount, _at)) = mounted(&source, false) else { return };
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let open = File::open(mount.at().join("config.json")).expect("there");
     assert_eq!(mount.unmount().expect_err("in use").kind(), ErrorKind::ResourceBusy);
     assert!(mount.wait_timeout(Duration::from_millis(10)).is_none());
@@ -208,7 +228,7 @@ fn a_busy_mount_stays_and_a_detached_one_drains() {
 #[test]
 fn an_unmount_from_outside_ends_the_wait() {
     let source = source();
-    let Some((mount, _at)) = mounted(&source, false) else { return };
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     std::thread::scope(|scope| {
         let waiter = scope.spawn(|| mount.wait());
         let umount = Command::new("umount").arg(mount.at()).status().expect("umount is installed");
@@ -220,7 +240,7 @@ fn an_unmount_from_outside_ends_the_wait() {
 #[test]
 fn a_dropped_mount_is_gone() {
     let source = source();
-    let Some((mount, at)) = mounted(&source, false) else { return };
+    let Some((mount, at)) = mounted(&source, |_| {}) else { return };
     assert!(at.path().join("config.json").exists());
     drop(mount);
     assert!(!at.path().join("config.json").exists());
