@@ -83,8 +83,13 @@ fn is_index(part: &str) -> bool {
 
 /// Indices between dots as `{}`.
 fn fold(name: &str) -> String {
-    let parts = name.split('.').map(|part| if is_index(part) { "{}" } else { part });
-    parts.collect::<Vec<_>>().join(".")
+    let mut folded = String::with_capacity(name.len());
+    for part in name.split('.') {
+        folded.push_str(if is_index(part) { "{}" } else { part });
+        folded.push('.');
+    }
+    folded.pop();
+    folded
 }
 
 fn lines(tensors: &Tensors) -> BTreeSet<Line> {

@@ -166,6 +166,10 @@ pub fn assert_same(
         let (got_dtype, got_shape, got_bytes) = &got[name];
         assert_eq!((got_dtype, got_shape), (dtype, shape), "{name}");
         assert_eq!(got_bytes.len(), bytes.len(), "{name}");
+        // Element by element it takes a hundred times as long.
+        if got_bytes == bytes {
+            continue;
+        }
         let width = match dtype.as_str() {
             "BF16" | "F16" => 2,
             "F32" => 4,
