@@ -9,6 +9,7 @@ use std::sync::Arc;
 use common::toy::Toy;
 use common::{
     Tensor, Zeros, assert_same, engine, golden, tensors_of, tensors_of_dir, tensors_of_engine,
+    write_checkpoint,
 };
 use half::{bf16, f16};
 use mount_ckpt::mapping::LayoutName;
@@ -30,18 +31,7 @@ const FAMILIES: [(&str, &str); 5] = [
 /// Writes tensors as a checkpoint of one file.
 fn write(dir: &Path, config: &[u8], tensors: &Tensors) {
     std::fs::create_dir_all(dir).unwrap();
-    std::fs::write(dir.join("config.json"), config).unwrap();
-    let view = |(name, (dtype, shape, bytes)): (&String, &Tensor)| {
-        let dtype = common::dtype_of(dtype);
-        let view = safetensors::tensor::TensorView::new(dtype, shape.clone(), bytes);
-        // Borrowed for as long as `tensors` is.
-        (name.clone(), view.unwrap().dtype(), shape.clone(), bytes.clone())
-    };
-    let owned: Vec<_> = tensors.iter().map(view).collect();
-    let views = owned.iter().map(|(name, dtype, shape, bytes)| {
-        (name.as_str(), safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap())
-    });
-    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+    write_checkpoint(dir, str::from_utf8(config).unwrap(), tensors);
 }
 
 fn to(layout: LayoutName) -> PlanOptions {

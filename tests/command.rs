@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::mount::BINARY;
-use common::{copy_files, golden};
+use common::{copy_files, golden, shards_of};
 
 fn checkpoint() -> PathBuf {
     golden("qwen3-vl-moe").join("checkpoint")
@@ -115,11 +115,7 @@ fn an_export_goes_on_where_it_was_interrupted() {
     let args = ["export", checkpoint.to_str().unwrap(), out.to_str().unwrap()];
     let first = run(&args);
     assert_eq!(first.status.code(), Some(0), "{}", stderr(&first));
-    let shard = || {
-        let names = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().path());
-        names.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).min().unwrap()
-    };
-    let (shard, config) = (shard(), out.join("config.json"));
+    let (shard, config) = (shards_of(&out).remove(0), out.join("config.json"));
     let (whole, before) = (fs::read(&shard).unwrap(), inode(&config));
 
     // As an export that was killed leaves it: one file half written, under its other name.

@@ -3,18 +3,11 @@
 mod common;
 
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 
 use common::mount::Scratch;
-use common::{Zeros, assert_same, config_of, copy_files, golden, tensors_of, tensors_of_dir};
-
-fn shards(dir: &Path) -> Vec<PathBuf> {
-    let all = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
-    let mut shards: Vec<PathBuf> =
-        all.filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect();
-    shards.sort();
-    shards
-}
+use common::{
+    Zeros, assert_same, config_of, copy_files, golden, shards_of, tensors_of, tensors_of_dir,
+};
 
 #[test]
 fn every_family_is_golden_through_a_mount() {
@@ -31,7 +24,7 @@ fn every_family_is_golden_through_a_mount() {
         let at = scratch.mount(folder, &source, &["--shard-size", "200KB"]);
         let expected = tensors_of(&golden(folder).join("native.safetensors"));
         assert_same(&tensors_of_dir(&at), &expected, zeros);
-        assert!(shards(&at).len() > 1, "{folder}: one shard tests no boundary");
+        assert!(shards_of(&at).len() > 1, "{folder}: one shard tests no boundary");
 
         let index = std::fs::read(at.join("model.safetensors.index.json")).unwrap();
         let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
@@ -60,7 +53,7 @@ fn any_way_of_reading_gives_the_same_bytes() {
         ("no-cache", &["--cache-size", "0"]),
         ("direct-io", &["--direct-io"]),
     ] {
-        let shard = &shards(&scratch.mount(name, &source, options))[0];
+        let shard = &shards_of(&scratch.mount(name, &source, options))[0];
         let whole = std::fs::read(shard).unwrap();
         let file = std::fs::File::open(shard).unwrap();
         for (at, len) in [(0, 1), (7, 4096), (4095, 2), (100_001, 300_003), (whole.len() - 5, 5)] {
@@ -81,7 +74,7 @@ fn many_readers_read_the_same_bytes() {
     let source = golden("deepseek-v4-flash").join("checkpoint");
     let Some(scratch) = Scratch::new() else { return };
     let options = ["--cache-size", "1MiB", "--direct-io"];
-    let shard = &shards(&scratch.mount("view", &source, &options))[0];
+    let shard = &shards_of(&scratch.mount("view", &source, &options))[0];
     let whole = std::fs::read(shard).unwrap();
     std::thread::scope(|scope| {
         for reader in 0..8 {
@@ -185,7 +178,7 @@ fn a_shard_that_is_cut_under_the_mount_is_an_error_and_no_end() {
     let at = scratch.mount("view", &source, &[]);
     let shard = source.join("model-00003-of-00003.safetensors");
     std::fs::OpenOptions::new().write(true).open(&shard).unwrap().set_len(5000).unwrap();
-    let error = std::fs::read(&shards(&at)[0]).unwrap_err();
+    let error = std::fs::read(&shards_of(&at)[0]).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
     // What the cut shard does not serve is still there.
     let whole = tensors_of(&golden("mimo-v2-flash").join("native.safetensors"));

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mount_ckpt::mapping::Mapping;
-use mount_ckpt::plan::{Plan, PlanError, PlanOptions, TensorId};
+use mount_ckpt::plan::{Plan, PlanOptions, TensorId};
 use mount_ckpt::read::{Engine, EngineOptions};
 use mount_ckpt::source::Checkpoint;
 
@@ -60,13 +60,18 @@ pub fn config_of(dir: &Path) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()
 }
 
+/// A directory's safetensors files, in the order of their names.
+pub fn shards_of(dir: &Path) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut shards: Vec<PathBuf> =
+        files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
+    shards.sort();
+    shards
+}
+
 /// All tensors of a directory's safetensors files.
 pub fn tensors_of_dir(dir: &Path) -> BTreeMap<String, Tensor> {
-    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-    files
-        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
-        .flat_map(|path| tensors_of(&path))
-        .collect()
+    shards_of(dir).iter().flat_map(|path| tensors_of(path)).collect()
 }
 
 /// All tensors of a safetensors file.
@@ -95,7 +100,7 @@ pub fn write_checkpoint(dir: &Path, config: &str, tensors: &BTreeMap<String, Ten
 }
 
 /// The plan of a checkpoint's view, by the shipped mapping `model`.
-pub fn plan(model: &str, dir: &Path, options: &PlanOptions) -> Result<Plan, PlanError> {
+pub fn plan(model: &str, dir: &Path, options: &PlanOptions) -> Result<Plan, String> {
     planned(&Mapping::named(model).unwrap(), dir, options).map(|(_, plan)| plan)
 }
 
@@ -106,22 +111,30 @@ pub fn engine(model: &str, dir: &Path, options: &PlanOptions) -> Engine {
 
 /// An engine over a checkpoint, by any mapping.
 pub fn engine_of(mapping: &Mapping, dir: &Path, options: &PlanOptions) -> Engine {
-    let (checkpoint, plan) = planned(mapping, dir, options).unwrap_or_else(|e| panic!("{e}"));
-    Engine::new(
-        checkpoint,
-        Arc::new(plan),
-        EngineOptions { cache_bytes: 64 << 20, keep_given: false, threads: 2 },
-    )
+    let engine = EngineOptions { cache_bytes: 64 << 20, keep_given: false, threads: 2 };
+    open(mapping, dir, options, engine).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The same with options for the engine; the message where the checkpoint is refused.
+pub fn open(
+    mapping: &Mapping,
+    dir: &Path,
+    options: &PlanOptions,
+    engine: EngineOptions,
+) -> Result<Engine, String> {
+    let (checkpoint, plan) = planned(mapping, dir, options)?;
+    Ok(Engine::new(checkpoint, Arc::new(plan), engine))
 }
 
 fn planned(
     mapping: &Mapping,
     dir: &Path,
     options: &PlanOptions,
-) -> Result<(Arc<Checkpoint>, Plan), PlanError> {
-    let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
-    let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned())?;
-    let plan = Plan::build(&checkpoint, &mapping, options)?;
+) -> Result<(Arc<Checkpoint>, Plan), String> {
+    let checkpoint = Arc::new(Checkpoint::open(dir).map_err(|e| e.to_string())?);
+    let mapping = mapping.resolve(&|key| checkpoint.config().get(key).cloned());
+    let mapping = mapping.map_err(|e| e.to_string())?;
+    let plan = Plan::build(&checkpoint, &mapping, options).map_err(|e| e.to_string())?;
     Ok((checkpoint, plan))
 }
 
