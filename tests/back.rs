@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use common::toy::Toy;
 use common::{
-    Tensor, Zeros, assert_same, config_of_view, engine, golden, tensors_of, tensors_of_engine,
+    Tensor, Zeros, assert_same, config_of_view, engine, golden, tensors_of, tensors_of_dir,
+    tensors_of_engine, write_checkpoint,
 };
 use half::{bf16, f16};
 use mount_ckpt::{Checkpoint, Float, LayoutName, PlanOptions, Quantize};
@@ -26,18 +28,7 @@ const FAMILIES: [(&str, &str); 5] = [
 /// Writes tensors as a checkpoint of one file.
 fn write(dir: &Path, config: &[u8], tensors: &Tensors) {
     std::fs::create_dir_all(dir).unwrap();
-    std::fs::write(dir.join("config.json"), config).unwrap();
-    let view = |(name, (dtype, shape, bytes)): (&String, &Tensor)| {
-        let dtype = common::dtype_of(dtype);
-        let view = safetensors::tensor::TensorView::new(dtype, shape.clone(), bytes);
-        // Borrowed for as long as `tensors` is.
-        (name.clone(), view.unwrap().dtype(), shape.clone(), bytes.clone())
-    };
-    let owned: Vec<_> = tensors.iter().map(view).collect();
-    let views = owned.iter().map(|(name, dtype, shape, bytes)| {
-        (name.as_str(), safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap())
-    });
-    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+    write_checkpoint(dir, str::from_utf8(config).unwrap(), tensors);
 }
 
 fn to(layout: LayoutName) -> PlanOptions {
@@ -53,13 +44,6 @@ fn config_of(dir: &Path) -> Vec<u8> {
     std::fs::read(dir.join("config.json")).unwrap()
 }
 
-/// All tensors of a checkpoint directory, whatever its shards.
-fn tensors_in(dir: &Path) -> Tensors {
-    let files = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
-    let shards = files.filter(|p| p.extension().is_some_and(|e| e == "safetensors"));
-    shards.flat_map(|p| tensors_of(&p)).collect()
-}
-
 /// A view of `source`, written as a checkpoint to `dir`.
 fn written(model: &str, source: &Path, options: &PlanOptions, dir: PathBuf) -> PathBuf {
     let view = tensors_of_engine(&engine(model, source, options));
@@ -71,7 +55,7 @@ fn written(model: &str, source: &Path, options: &PlanOptions, dir: PathBuf) -> P
 /// is no normal BF16 (MiMo's expert 0 holds them), and an F32 bias that the Kimi native layout rounds.
 fn restorable(folder: &str, dir: &Path) -> PathBuf {
     let source = golden(folder).join("checkpoint");
-    let mut tensors = tensors_in(&source);
+    let mut tensors = tensors_of_dir(&source);
     if folder == "mimo-v2-flash" {
         for part in ["gate_proj", "up_proj", "down_proj"] {
             for suffix in ["weight", "weight_scale_inv"] {
@@ -110,7 +94,7 @@ fn any_layout_gives_any_layout() {
                 let engine = engine(model, &direct[&from], &to(target));
                 assert_eq!(engine.plan().summary.from, from, "{folder}");
                 let got = tensors_of_engine(&engine);
-                let mut expected = tensors_in(&direct[&target]);
+                let mut expected = tensors_of_dir(&direct[&target]);
                 // What transformers does not hold cannot come back from it.
                 expected
                     .retain(|name, _| got.contains_key(name) || from != LayoutName::Transformers);
@@ -121,20 +105,22 @@ fn any_layout_gives_any_layout() {
     }
 }
 
-/// As [`assert_same`] with floats of both sides widened: the Kimi native layout casts all of them.
+/// As [`assert_same`], but BF16 on one side may be F32 on the other: the Kimi native layout casts all
+/// floats.
 fn same_numbers(got: &Tensors, expected: &Tensors) {
-    let widened = |tensors: &Tensors| -> Tensors {
-        let widen = |(name, (dtype, shape, bytes)): (&String, &Tensor)| match dtype.as_str() {
-            "BF16" => {
-                let wide = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]).to_f32().to_le_bytes();
-                let bytes = bytes.chunks(2).flat_map(wide).collect();
-                (name.clone(), ("F32".to_owned(), shape.clone(), bytes))
+    let widened = |tensors: &Tensors, others: &Tensors| -> Tensors {
+        let widen = |(name, tensor): (&String, &Tensor)| {
+            let (dtype, shape, bytes) = tensor;
+            if dtype != "BF16" || others.get(name).is_none_or(|other| other.0 == "BF16") {
+                return (name.clone(), tensor.clone());
             }
-            _ => (name.clone(), (dtype.clone(), shape.clone(), bytes.clone())),
+            let wide = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]).to_f32().to_le_bytes();
+            let bytes = bytes.chunks(2).flat_map(wide).collect();
+            (name.clone(), ("F32".to_owned(), shape.clone(), bytes))
         };
         tensors.iter().map(widen).collect()
     };
-    assert_same(&widened(got), &widened(expected), Zeros::Signed);
+    assert_same(&widened(got, expected), &widened(expected, got), Zeros::Signed);
 }
 
 #[test]
@@ -146,7 +132,7 @@ fn scales_of_the_original_give_its_bytes() {
             let native = PlanOptions { dtype, ..to(LayoutName::Native) };
             let native = written(model, &checkpoint, &native, dir.path().join("native"));
             let engine = engine(model, &native, &quantized(Some(&checkpoint)));
-            let (got, expected) = (tensors_of_engine(&engine), tensors_in(&checkpoint));
+            let (got, expected) = (tensors_of_engine(&engine), tensors_of_dir(&checkpoint));
             assert!(got.keys().eq(expected.keys()), "{folder}");
             for (name, tensor) in &expected {
                 assert!(
@@ -167,7 +153,7 @@ fn codes_that_cannot_come_back_are_the_only_ones_that_do_not() {
     let values = tensors_of_engine(&engine(folder, &checkpoint, &to(LayoutName::Hf)));
     let back = tensors_of_engine(&engine(folder, &native, &quantized(Some(&checkpoint))));
     let mut differ = 0;
-    for (name, (_, _, bytes)) in &tensors_in(&checkpoint) {
+    for (name, (_, _, bytes)) in &tensors_of_dir(&checkpoint) {
         for (i, (got, expected)) in back[name].2.iter().zip(bytes).enumerate() {
             if got == expected {
                 continue;
@@ -247,6 +233,21 @@ fn fp8_is_that_of_pytorch() {
 }
 
 #[test]
+fn the_summary_names_the_schemes_that_were_written() {
+    for (family, schemes) in [
+        ("mimo-v2-flash", "fp8 128x128"),
+        ("deepseek-v4-flash", "fp4 1x32; quantized as fp8 128x128"),
+        ("kimi-k25-vl", "int4 1x32"),
+        ("gpt-oss", "mxfp4 1x32"),
+    ] {
+        let native = Toy::in_layout(family, LayoutName::Native);
+        let mounted = native.mount(&quantized(None), |_| {}).unwrap();
+        let summary = mounted.engine.plan().summary.to_string();
+        assert!(summary.ends_with(&format!("; quantized as {schemes}")), "{summary}");
+    }
+}
+
+#[test]
 fn a_second_round_trip_equals_the_first() {
     for (folder, model) in FAMILIES {
         let dir = tempfile::tempdir().unwrap();
@@ -257,7 +258,7 @@ fn a_second_round_trip_equals_the_first() {
         let first = written(model, &first, &quantized(None), at("hf-1"));
         let second = written(model, &first, &native, at("native-2"));
         let second = written(model, &second, &quantized(None), at("hf-2"));
-        let (first, second) = (tensors_in(&first), tensors_in(&second));
+        let (first, second) = (tensors_of_dir(&first), tensors_of_dir(&second));
         assert!(first.keys().eq(second.keys()), "{folder}");
         for (name, tensor) in &first {
             assert!(
@@ -294,7 +295,7 @@ fn what_is_quantized_is_within_half_a_step() {
         let f32s = PlanOptions { dtype: Float::F32, ..to(LayoutName::Hf) };
         let before = tensors_of_engine(&engine(model, &checkpoint, &f32s));
         let back = written(model, &checkpoint, &quantized(None), dir.path().join("back"));
-        let stored = tensors_in(&back);
+        let stored = tensors_of_dir(&back);
         let after = tensors_of_engine(&engine(model, &back, &f32s));
         let number = |b: &[u8]| f32::from_le_bytes(b.try_into().unwrap());
         let mut checked = 0;

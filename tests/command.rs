@@ -1,15 +1,20 @@
 //! The command as a person runs it: exit codes, messages, and what needs no mount.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::mount::BINARY;
+use common::{copy_files, golden, shards_of};
+
 fn checkpoint() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/qwen3-vl-moe/checkpoint")
+    golden("qwen3-vl-moe").join("checkpoint")
 }
 
 fn run(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_mount-ckpt")).args(args).output().unwrap()
+    Command::new(BINARY).args(args).output().unwrap()
 }
 
 fn stdout(output: &Output) -> String {
@@ -18,14 +23,6 @@ fn stdout(output: &Output) -> String {
 
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
 }
 
 #[test]
@@ -121,7 +118,7 @@ fn the_long_version_names_commit_target_and_kernels() {
 fn verify_reads_everything_and_finds_a_cut_shard() {
     let dir = tempfile::tempdir().unwrap();
     let broken = dir.path().join("checkpoint");
-    copy(&checkpoint(), &broken);
+    copy_files(&checkpoint(), &broken);
     let whole = run(&["verify", broken.to_str().unwrap(), "--json"]);
     assert_eq!(whole.status.code(), Some(0), "{}", stderr(&whole));
     let verdict: serde_json::Value = serde_json::from_slice(&whole.stdout).unwrap();
@@ -144,11 +141,7 @@ fn an_export_goes_on_where_it_was_interrupted() {
     let args = ["export", checkpoint.to_str().unwrap(), out.to_str().unwrap()];
     let first = run(&args);
     assert_eq!(first.status.code(), Some(0), "{}", stderr(&first));
-    let shard = || {
-        let names = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().path());
-        names.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).min().unwrap()
-    };
-    let (shard, config) = (shard(), out.join("config.json"));
+    let (shard, config) = (shards_of(&out).remove(0), out.join("config.json"));
     let (whole, before) = (fs::read(&shard).unwrap(), inode(&config));
 
     // As an export that was killed leaves it: one file half written, under its other name.
@@ -164,7 +157,7 @@ fn an_export_goes_on_where_it_was_interrupted() {
     assert!(stdout(&third).contains("files written: 0 "), "{}", stdout(&third));
 
     let other = dir.path().join("other");
-    copy(&checkpoint, &other);
+    copy_files(&checkpoint, &other);
     let output = run(&["export", other.to_str().unwrap(), out.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("holds an export of another checkpoint"));

@@ -96,6 +96,8 @@ fn int4_experts_of_a_release_stand_beside_plain_layers() {
     let plain = tensors_of_dir(plain.path());
     let view = view(&toy, &BACK);
     let tensors = tensors_of_dir(view.path());
+    assert!(tensors.contains_key("model.layers.1.mlp.experts.0.up_proj.weight_packed"));
+    assert!(tensors.contains_key("model.layers.1.self_attn.o_proj.weight"));
     for (name, (dtype, shape, bytes)) in &tensors {
         if name.contains(".experts.") {
             let ends = ["weight_packed", "weight_scale", "weight_shape"];

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{
-    Tensor, Zeros, assert_same, config_of_view, engine, golden, plan, tensors_of,
+    Tensor, Zeros, assert_same, config_of_view, engine, golden, plan, tensors_of, tensors_of_dir,
     tensors_of_engine, write_checkpoint,
 };
 use mount_ckpt::{
@@ -20,9 +20,7 @@ type Tensors = BTreeMap<String, Tensor>;
 fn published(folder: &str) -> (Value, Tensors) {
     let dir = golden(folder).join("checkpoint");
     let config = std::fs::read(dir.join("config.json")).unwrap();
-    let files = std::fs::read_dir(dir).unwrap().map(|f| f.unwrap().path());
-    let shards = files.filter(|f| f.extension().is_some_and(|e| e == "safetensors"));
-    (serde_json::from_slice(&config).unwrap(), shards.flat_map(|f| tensors_of(&f)).collect())
+    (serde_json::from_slice(&config).unwrap(), tensors_of_dir(&dir))
 }
 
 fn directory(config: &Value, tensors: &Tensors) -> tempfile::TempDir {

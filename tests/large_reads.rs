@@ -6,11 +6,10 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::thread;
 
 use common::{Tensor, write_checkpoint};
-use mount_ckpt::{Checkpoint, Engine, EngineOptions, Mapping, Plan, PlanOptions, TensorId};
+use mount_ckpt::{Engine, EngineOptions, Mapping, PlanOptions, TensorId};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -129,13 +128,11 @@ fn write(family: &Family, size: Size, dir: &Path) {
 }
 
 fn engine(family: &Family, dir: &Path, options: EngineOptions) -> Engine {
-    let checkpoint = Arc::new(Checkpoint::open(dir).unwrap());
     let mapping = Mapping::named(family.model).unwrap();
     // Experts alone.
     let allow_missing = vec![regex::Regex::new("").unwrap()];
-    let plan_options = PlanOptions { allow_missing, ..PlanOptions::default() };
-    let plan = Arc::new(Plan::build(&checkpoint, &mapping, &plan_options).unwrap());
-    Engine::new(checkpoint, plan, options)
+    let plan = PlanOptions { allow_missing, ..PlanOptions::default() };
+    common::open(&mapping, dir, &plan, options).unwrap()
 }
 
 /// Reads a tensor in pieces, by threads that take turns, or from behind.

@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use common::write_checkpoint;
-use common::{Tensor, Zeros, assert_same, engine, golden, tensors_of, tensors_of_engine};
+use common::{
+    Tensor, Zeros, assert_same, engine, golden, tensors_of, tensors_of_dir, tensors_of_engine,
+};
 use mount_ckpt::{Checkpoint, LayoutName, Mapping, PlanOptions, models};
 
 /// Golden folder and shipped mapping.
@@ -43,12 +45,7 @@ fn listing(tensors: &Tensors) -> Listing {
 }
 
 fn published(folder: &str) -> Tensors {
-    let dir = golden(folder).join("checkpoint");
-    let files = std::fs::read_dir(dir).unwrap().map(|f| f.unwrap().path());
-    files
-        .filter(|f| f.extension().is_some_and(|e| e == "safetensors"))
-        .flat_map(|f| tensors_of(&f))
-        .collect()
+    tensors_of_dir(&golden(folder).join("checkpoint"))
 }
 
 fn config(folder: &str) -> String {

@@ -1,88 +1,52 @@
 //! The life of a mount, as its users see it. Needs /dev/fuse and says so where it is missing.
 
+mod common;
+
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command, Output};
 
+use common::golden;
+use common::mount::{BINARY, Process, Scratch, not_tested, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const BINARY: &str = env!("CARGO_BIN_EXE_mount-ckpt");
-
 fn checkpoint() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/qwen3-vl-moe/checkpoint")
+    golden("qwen3-vl-moe").join("checkpoint")
 }
 
-fn can_mount() -> bool {
-    if File::options().read(true).write(true).open("/dev/fuse").is_ok() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none(), "CI has to have /dev/fuse");
-    eprintln!("NOT TESTED: /dev/fuse is missing or closed");
-    false
-}
-
-/// A mount point that is taken down at the end of a test, whatever became of it.
-struct Place {
-    dir: tempfile::TempDir,
-}
+/// The one mount point of a test.
+struct Place(Scratch);
 
 impl Place {
     fn new() -> Option<Place> {
-        let place = Place { dir: tempfile::tempdir().unwrap() };
-        fs::create_dir(place.at()).unwrap();
-        can_mount().then_some(place)
+        Scratch::new().map(Place)
     }
 
     fn at(&self) -> PathBuf {
-        self.dir.path().canonicalize().unwrap().join("mnt")
+        self.0.point("mnt")
     }
 
-    fn log(&self) -> PathBuf {
-        self.dir.path().join("log")
-    }
-
-    /// The command with the checkpoint and this mount point, and a log to look into.
-    fn mount(&self, options: &[&str]) -> Command {
-        let mut command = Command::new(BINARY);
-        command.args(options).arg("--log-file").arg(self.log());
-        command.arg(checkpoint()).arg(self.at());
-        command
+    fn mount(&self, options: &[&str]) -> Output {
+        self.0.command("mnt", checkpoint(), options).output().unwrap()
     }
 
     fn is_mounted(&self) -> bool {
-        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        table.contains(&format!(" {} ", self.at().display()))
+        self.0.is_mounted("mnt")
     }
 
-    fn foreground(&self) -> Child {
-        let child = self.mount(&["-f"]).stderr(Stdio::piped()).spawn().unwrap();
-        // Not when the mount can be seen: its process may still be looking at it.
-        wait_for("mount", || {
-            fs::read_to_string(self.log()).unwrap_or_default().contains("mounted `")
-        });
-        child
+    fn foreground(&self) -> Process {
+        let plain = self.0.command("mnt", checkpoint(), &["-f"]);
+        // Under nohup(1) this process ignores SIGHUP, and so would what it starts.
+        let mut command = Command::new("env");
+        command.arg("--default-signal=HUP").arg(plain.get_program()).args(plain.get_args());
+        self.0.foreground("mnt", command)
     }
 
     /// Runs `mount-ckpt COMMAND… MNT`.
     fn command(&self, args: &[&str]) -> Output {
-        Command::new(BINARY).args(args).arg(self.at()).output().unwrap()
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = self.command(&["umount", "--lazy", "--quiet"]);
-    }
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < Duration::from_secs(20), "no {what} after 20 s");
-        std::thread::sleep(Duration::from_millis(10));
+        self.0.run(args, "mnt")
     }
 }
 
@@ -90,25 +54,14 @@ fn send(child: &Child, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
 }
 
-fn end(mut child: Child) -> ExitStatus {
-    let mut status = None;
-    wait_for("end of the process", || {
-        status = child.try_wait().unwrap();
-        status.is_some()
-    });
-    status.unwrap()
-}
-
 fn ended_well(place: &Place) {
-    wait_for("word of the end in the log", || {
-        fs::read_to_string(place.log()).unwrap_or_default().contains("unmounted `")
-    });
+    wait_for("word of the end in the log", || place.0.log("mnt").contains("unmounted `"));
 }
 
 #[test]
 fn the_command_returns_once_the_mount_answers() {
     let Some(place) = Place::new() else { return };
-    let output = place.mount(&[]).output().unwrap();
+    let output = place.mount(&[]);
     let line = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(line.starts_with("mounted `") && line.lines().count() == 1, "{line}");
@@ -121,7 +74,7 @@ fn the_command_returns_once_the_mount_answers() {
     assert!(String::from_utf8_lossy(&listed.stdout).contains(": "), "{listed:?}");
     let json = place.command(&["status", "--json"]);
     assert!(serde_json::from_slice::<serde_json::Value>(&json.stdout).unwrap().is_object());
-    let again = place.mount(&[]).output().unwrap();
+    let again = place.mount(&[]);
     assert_eq!(again.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&again.stderr).contains("already shows"), "{again:?}");
 
@@ -134,10 +87,10 @@ fn the_command_returns_once_the_mount_answers() {
 #[test]
 fn an_export_is_what_a_mount_shows() {
     let Some(place) = Place::new() else { return };
-    let out = place.dir.path().join("out");
+    let out = place.0.path().join("out");
     let exported = Command::new(BINARY).arg("export").arg(checkpoint()).arg(&out).output().unwrap();
     assert_eq!(exported.status.code(), Some(0), "{exported:?}");
-    place.mount(&["-o", "ro,noatime"]).output().unwrap();
+    place.mount(&["-o", "ro,noatime"]);
     let names = |dir: &Path| {
         let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
         let mut names: Vec<_> =
@@ -152,26 +105,52 @@ fn an_export_is_what_a_mount_shows() {
     }
 }
 
-/// Whether this process was started so, and what it starts with it.
-fn hangup_is_ignored() -> bool {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
-    u64::from_str_radix(mask.trim(), 16).unwrap() & 1 == 1
-}
-
 #[test]
 fn signals_unmount_and_end_with_success() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        // Under nohup(1) a mount outlives its terminal, and its tests with it.
-        if signal == Signal::SIGHUP && hangup_is_ignored() {
-            continue;
-        }
         let Some(place) = Place::new() else { return };
         let child = place.foreground();
         send(&child, signal);
-        assert_eq!(end(child).code(), Some(0), "{signal}");
+        assert_eq!(child.end().code(), Some(0), "{signal}");
         assert!(!place.is_mounted(), "{signal}");
     }
+}
+
+/// The scheduling policies of a process's threads that answer requests: the 41st field of their
+/// `stat`, proc(5).
+fn request_policies(child: &Child) -> Vec<i32> {
+    let threads = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    let stats = threads.map(|t| fs::read_to_string(t.unwrap().path().join("stat")).unwrap());
+    let policy = |stat: String| {
+        // Fields from the third on follow the name in parentheses.
+        let (name, fields) = stat.rsplit_once(')').unwrap();
+        let policy = fields.split_whitespace().nth(41 - 3).unwrap().parse().unwrap();
+        (name.contains("(fuser-") && !name.ends_with("-bg")).then_some(policy)
+    };
+    stats.filter_map(policy).collect()
+}
+
+/// A reader whose page is there is not interrupted by the threads that work for it.
+#[test]
+fn request_threads_are_batch_threads_unless_readers_wait_for_them() {
+    let Some(scratch) = Scratch::new() else { return };
+    for (name, options, policy) in [
+        ("cached", &["-f", "--threads", "3"][..], libc::SCHED_BATCH),
+        ("direct", &["-f", "--threads", "3", "--direct-io"], libc::SCHED_OTHER),
+    ] {
+        let command = scratch.command(name, checkpoint(), options);
+        let process = scratch.foreground(name, command);
+        assert_eq!(request_policies(&process), [policy; 3], "{name}");
+    }
+}
+
+#[test]
+fn a_log_file_is_appended_to() {
+    let Some(place) = Place::new() else { return };
+    fs::write(place.0.path().join("mnt.log"), "before\n").unwrap();
+    assert_eq!(place.mount(&[]).status.code(), Some(0));
+    let log = place.0.log("mnt");
+    assert!(log.starts_with("before\n") && log.contains("mounted `"), "{log}");
 }
 
 #[test]
@@ -179,7 +158,7 @@ fn an_unmount_from_outside_ends_the_process_with_success() {
     let Some(place) = Place::new() else { return };
     let child = place.foreground();
     nix::mount::umount(&place.at()).unwrap();
-    assert_eq!(end(child).code(), Some(0));
+    assert_eq!(child.end().code(), Some(0));
 }
 
 #[test]
@@ -198,7 +177,7 @@ fn a_mount_in_use_is_detached_and_served_on() {
     file.read_to_end(&mut got).unwrap();
     assert_eq!(got, want);
     drop(file);
-    assert_eq!(end(child).code(), Some(0));
+    assert_eq!(child.end().code(), Some(0));
 }
 
 /// A session that outlives its mount must not take down the mount that came after it.
@@ -209,10 +188,10 @@ fn the_end_of_a_detached_mount_leaves_the_next_one_alone() {
     let file = File::open(place.at().join("config.json")).unwrap();
     send(&child, Signal::SIGTERM);
     wait_for("detached mount", || !place.is_mounted());
-    let next = place.mount(&[]).output().unwrap();
+    let next = place.mount(&[]);
     assert_eq!(next.status.code(), Some(0), "{next:?}");
     drop(file);
-    assert_eq!(end(child).code(), Some(0));
+    assert_eq!(child.end().code(), Some(0));
     assert!(place.is_mounted());
     assert!(place.at().join("config.json").exists());
 }
@@ -222,18 +201,18 @@ fn what_a_killed_process_leaves_is_named_and_taken_down() {
     let Some(place) = Place::new() else { return };
     let child = place.foreground();
     send(&child, Signal::SIGKILL);
-    assert_eq!(end(child).code(), None);
-    let refused = place.mount(&[]).output().unwrap();
+    assert_eq!(child.end().code(), None);
+    let refused = place.mount(&[]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && said.contains("is left over"), "{said}");
     assert_eq!(place.command(&["umount"]).status.code(), Some(0));
-    assert_eq!(place.mount(&[]).output().unwrap().status.code(), Some(0));
+    assert_eq!(place.mount(&[]).status.code(), Some(0));
 }
 
 #[test]
 fn a_mount_that_fails_in_the_background_says_why() {
     let Some(place) = Place::new() else { return };
-    let empty = place.dir.path().join("empty");
+    let empty = place.0.path().join("empty");
     fs::create_dir(&empty).unwrap();
     for options in [&[][..], &["-f"][..]] {
         let output =
@@ -250,10 +229,10 @@ fn a_mount_that_fails_in_the_background_says_why() {
 fn a_mount_hides_files_only_when_told() {
     let Some(place) = Place::new() else { return };
     fs::write(place.at().join("file"), "").unwrap();
-    let refused = place.mount(&[]).output().unwrap();
+    let refused = place.mount(&[]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("is not empty"), "{refused:?}");
-    assert_eq!(place.mount(&["-o", "nonempty"]).output().unwrap().status.code(), Some(0));
+    assert_eq!(place.mount(&["-o", "nonempty"]).status.code(), Some(0));
     assert!(!place.at().join("file").exists());
 }
 
@@ -262,8 +241,7 @@ fn a_mount_hides_files_only_when_told() {
 fn mount_8_mounts() {
     let Some(place) = Place::new() else { return };
     if !nix::unistd::geteuid().is_root() || !Path::new("/sbin/mount.fuse3").exists() {
-        assert!(std::env::var_os("CI").is_none(), "CI has to be root and to have mount.fuse3");
-        eprintln!("NOT TESTED: needs root and mount.fuse3");
+        not_tested("mount(8) needs root and mount.fuse3");
         return;
     }
     // mount(8) clears PATH, so `-t fuse.mount-ckpt` finds only what is installed; `COMMAND#SRC` is

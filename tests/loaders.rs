@@ -1,36 +1,24 @@
 //! The loaders that people use, from PyPI and unmodified, on real mounts. The scripts and what each
 //! proves are in `tests/loaders`.
 //!
-//! Needs /dev/fuse, `python3` with `venv`, and PyPI once for each set of requirements; says so
-//! where they are missing, and fails under CI.
+//! Most of these tests are ignored, since the first of them installs the loaders (about 6 GB):
+//! `cargo test --test loaders -- --ignored` runs them. They need `/dev/fuse`, `python3` with `venv`,
+//! and PyPI once for each set of requirements; where something is missing they say so on stderr,
+//! and fail under CI.
 
+mod common;
 #[path = "loaders/environment.rs"]
 mod environment;
-#[path = "loaders/place.rs"]
-mod place;
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::thread;
 
+use common::mount::{BINARY, Scratch, not_tested};
+use common::{FAMILIES as GOLDEN, golden};
 use environment::Python;
-use place::Place;
-
-const GOLDEN: [&str; 10] = [
-    "mimo-v2-flash",
-    "deepseek-v4-flash",
-    "deepseek-v4-base",
-    "kimi-k25-vl",
-    "qwen3-vl-moe",
-    "deepseek-v3",
-    "qwen3-moe",
-    "glm4-moe",
-    "minimax-m2",
-    "gpt-oss",
-];
 
 /// The families with a native layout of their own, as tests/reference names them.
 const SEEDS: [&str; 4] = ["mimo-v2-flash", "deepseek-v4", "kimi-k25-vl", "qwen3-vl-moe"];
@@ -49,18 +37,9 @@ const FAMILIES: [&str; 10] = [
     "gpt-oss",
 ];
 
-/// Says on stderr itself what the harness would capture: that something was not tested, and why.
-fn aloud(what: &str) {
-    std::io::stderr().write_all(format!("{what}\n").as_bytes()).unwrap();
-}
-
 /// A path of the repository.
 fn here(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn golden(folder: &str) -> PathBuf {
-    here("tests/golden").join(folder)
 }
 
 /// Runs a command to its end, shows what it printed, and fails with it.
@@ -86,45 +65,48 @@ fn reference() -> Option<&'static Path> {
 }
 
 /// `GOLDEN=MOUNT` for every golden folder, mounted in its native layout.
-fn golden_mounts(place: &Place) -> Vec<String> {
+fn golden_mounts(scratch: &Scratch) -> Vec<String> {
     let mount = |folder: &&str| {
         // Several shards, with tensors that share one and tensors that have their own.
         let options = ["--to", "native", "--shard-size", "300kB"];
-        let at = place.mount(folder, golden(folder).join("checkpoint"), &options);
+        let at = scratch.mount(folder, golden(folder).join("checkpoint"), &options);
         format!("{}={}", golden(folder).display(), at.display())
     };
     GOLDEN.iter().map(mount).collect()
 }
 
 #[test]
+#[ignore = "installs PyTorch and other loaders, about 6 GB"]
 fn safetensors_reads_every_golden_view() {
-    let (Some(place), Some(mut script)) =
-        (Place::new(), Python::Base.script("safetensors_files.py"))
+    let (Some(scratch), Some(mut script)) =
+        (Scratch::new(), Python::Base.script("safetensors_files.py"))
     else {
         return;
     };
-    must(script.args(golden_mounts(&place)));
+    must(script.args(golden_mounts(&scratch)));
 }
 
 #[test]
+#[ignore = "installs PyTorch and other loaders, about 6 GB"]
 fn streamers_read_every_golden_view() {
-    let (Some(place), Some(mut script)) =
-        (Place::new(), Python::Base.script("weight_streamers.py"))
+    let (Some(scratch), Some(mut script)) =
+        (Scratch::new(), Python::Base.script("weight_streamers.py"))
     else {
         return;
     };
-    must(script.args(golden_mounts(&place)));
+    must(script.args(golden_mounts(&scratch)));
 }
 
 #[test]
+#[ignore = "installs PyTorch and other loaders, about 6 GB"]
 fn transformers_loads_its_own_layout_and_the_published_names() {
-    let (Some(place), Some(reference)) = (Place::new(), reference()) else { return };
+    let (Some(scratch), Some(reference)) = (Scratch::new(), reference()) else { return };
     let mut script = Python::Base.script("transformers_classes.py").unwrap();
     script.arg(reference);
     for family in FAMILIES {
         let checkpoint = reference.join(family).join("checkpoint");
         let mount = |to: &str| {
-            let at = place.mount(&format!("{family}-{to}"), &checkpoint, &["--to", to]);
+            let at = scratch.mount(&format!("{family}-{to}"), &checkpoint, &["--to", to]);
             at.display().to_string()
         };
         script.arg(format!("{family}={}={}", mount("transformers"), mount("hf")));
@@ -133,13 +115,14 @@ fn transformers_loads_its_own_layout_and_the_published_names() {
 }
 
 #[test]
+#[ignore = "installs PyTorch and other loaders, about 6 GB"]
 fn ranks_of_dcp_read_their_experts_alone() {
-    let (Some(place), Some(mut make)) = (Place::new(), Python::Base.script("dcp_experts.py"))
+    let (Some(scratch), Some(mut make)) = (Scratch::new(), Python::Base.script("dcp_experts.py"))
     else {
         return;
     };
-    must(make.arg("make").arg(place.path()));
-    let checkpoint = place.path().join("checkpoint");
+    must(make.arg("make").arg(scratch.path()));
+    let checkpoint = scratch.path().join("checkpoint");
     let readers = [
         (Python::Base, "torch.distributed.checkpoint:HuggingFaceStorageReader"),
         (
@@ -149,27 +132,28 @@ fn ranks_of_dcp_read_their_experts_alone() {
     ];
     for (python, reader) in readers {
         // New mounts, since a second reader would find the first one's pages in the kernel.
-        let place = Place::new().unwrap();
+        let scratch = Scratch::new().unwrap();
         let mut script = python.script("dcp_experts.py").unwrap();
         script.arg("load").arg(&checkpoint);
         for rank in ["rank-0", "rank-1"] {
-            script.arg(place.mount(rank, &checkpoint, &["--read-ahead", "512KiB"]));
+            script.arg(scratch.mount(rank, &checkpoint, &["--read-ahead", "512KiB"]));
         }
-        script.arg(place.mount("slices", &checkpoint, &["--ep-size", "2"]));
+        script.arg(scratch.mount("slices", &checkpoint, &["--ep-size", "2"]));
         must(script.arg(reader));
     }
 }
 
 #[test]
+#[ignore = "installs PyTorch and other loaders, about 6 GB"]
 fn automodel_agrees_with_and_loads_native_views() {
-    let (Some(place), Some(reference)) = (Place::new(), reference()) else { return };
+    let (Some(scratch), Some(reference)) = (Scratch::new(), reference()) else { return };
     let mut script = Python::Automodel.script("automodel.py").unwrap();
     for family in SEEDS {
         let checkpoint = reference.join(family).join("checkpoint");
-        let mount = place.mount(family, &checkpoint, &["--to", "native"]);
+        let mount = scratch.mount(family, &checkpoint, &["--to", "native"]);
         let mut argument = format!("{family}={}={}", checkpoint.display(), mount.display());
         if family == "mimo-v2-flash" {
-            let view = place.mount("mimo-automodel", &checkpoint, &["--kv-scales", "automodel"]);
+            let view = scratch.mount("mimo-automodel", &checkpoint, &["--kv-scales", "automodel"]);
             argument += &format!("={}", view.display());
         }
         script.arg(argument);
@@ -178,9 +162,10 @@ fn automodel_agrees_with_and_loads_native_views() {
 }
 
 #[test]
+#[ignore = "installs PyTorch and other loaders, about 6 GB"]
 fn saves_of_training_libraries_come_back_as_published() {
-    let (Some(place), Some(reference)) = (Place::new(), reference()) else { return };
-    let saves = place.path().join("saves");
+    let (Some(scratch), Some(reference)) = (Scratch::new(), reference()) else { return };
+    let saves = scratch.path().join("saves");
     let mut transformers = Python::Base.script("saves.py").unwrap();
     transformers.arg("make").arg(reference).arg(&saves);
     let mut automodel = Python::Automodel.script("automodel_saves.py").unwrap();
@@ -189,8 +174,8 @@ fn saves_of_training_libraries_come_back_as_published() {
     for family in FAMILIES.into_iter().filter(|family| *family != "deepseek-v4-base") {
         let checkpoint = reference.join(family).join("checkpoint");
         let in_memory =
-            place.mount(&format!("{family}-in-memory"), &checkpoint, &["--to", "transformers"]);
-        let published = place.mount(&format!("{family}-published"), &checkpoint, &["--to", "hf"]);
+            scratch.mount(&format!("{family}-in-memory"), &checkpoint, &["--to", "transformers"]);
+        let published = scratch.mount(&format!("{family}-published"), &checkpoint, &["--to", "hf"]);
         transformers.arg(format!("{family}={}={}", in_memory.display(), published.display()));
         automodel.arg(format!("{family}={}", published.display()));
     }
@@ -204,7 +189,7 @@ fn saves_of_training_libraries_come_back_as_published() {
     let mut refused = Vec::new();
     for save in made.lines() {
         let name = save.replace('/', "-");
-        match place.try_mount(&name, saves.join(save), &["--to", "hf"], &[]) {
+        match scratch.try_mount(&name, saves.join(save), &["--to", "hf"]) {
             Ok(at) => _ = check.arg(format!("{save}={}", at.display())),
             Err(why) => refused.push(format!("{save}: {why}")),
         }
@@ -224,7 +209,7 @@ fn saves_of_training_libraries_come_back_as_published() {
             let aside = lost.with_extension("aside");
             fs::rename(&lost, &aside).unwrap();
             let name = format!("{family}-without-{gone}");
-            let mounted = place.try_mount(&name, &save, &["--to", "hf"], &[]);
+            let mounted = scratch.try_mount(&name, &save, &["--to", "hf"]);
             assert!(mounted.is_err(), "{family} is mounted without `{}`", lost.display());
             fs::rename(&aside, &lost).unwrap();
         }
@@ -232,12 +217,13 @@ fn saves_of_training_libraries_come_back_as_published() {
 }
 
 #[test]
+#[ignore = "installs PyTorch and other loaders, about 6 GB"]
 fn the_examples_load_a_view() {
-    let (Some(place), Some(reference)) = (Place::new(), reference()) else { return };
+    let (Some(scratch), Some(reference)) = (Scratch::new(), reference()) else { return };
     let checkpoint = reference.join("deepseek-v4/checkpoint");
     let mut example = Python::Base.command().unwrap();
     example.arg(here("examples/load_transformers.py"));
-    must(example.arg(place.mount("transformers", &checkpoint, &["--to", "transformers"])));
+    must(example.arg(scratch.mount("transformers", &checkpoint, &["--to", "transformers"])));
 
     let mut example = Python::Base.command().unwrap();
     // Both ranks are here, whatever the machine's name resolves to.
@@ -245,26 +231,29 @@ fn the_examples_load_a_view() {
     // What torchrun is.
     example.args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]);
     example.arg(here("examples/load_dcp.py"));
-    let said = must(example.arg(place.mount("native", &checkpoint, &["--to", "native"])));
+    let said = must(example.arg(scratch.mount("native", &checkpoint, &["--to", "native"])));
     assert!(said.contains("rank 0 of 2") && said.contains("rank 1 of 2"), "{said}");
 }
 
 #[test]
+#[ignore = "installs PyTorch and other loaders, about 6 GB"]
 fn an_entry_of_the_hub_cache_is_a_source() {
-    let (Some(place), Some(mut make)) = (Place::new(), Python::Base.script("hub_cache.py")) else {
+    let (Some(scratch), Some(mut make)) = (Scratch::new(), Python::Base.script("hub_cache.py"))
+    else {
         return;
     };
     let folder = golden("mimo-v2-flash");
-    let cache = place.path().join("hub");
+    let cache = scratch.path().join("hub");
     make.arg(folder.join("checkpoint")).arg(&cache).arg("XiaomiMiMo/MiMo-V2-Flash");
     let snapshot = must(&mut make);
-    let hub = [("HF_HUB_CACHE", cache.as_path())];
+    let mut by_name = scratch.command("name", "XiaomiMiMo/MiMo-V2-Flash", &[]);
+    must(by_name.env("HF_HUB_CACHE", &cache));
     let entry = cache.join("models--XiaomiMiMo--MiMo-V2-Flash");
     let mut script = Python::Base.script("safetensors_files.py").unwrap();
     for at in [
-        place.mount_with("name", "XiaomiMiMo/MiMo-V2-Flash", &[], &hub),
-        place.mount("entry", entry, &[]),
-        place.mount("snapshot", snapshot.trim(), &[]),
+        scratch.point("name"),
+        scratch.mount("entry", entry, &[]),
+        scratch.mount("snapshot", snapshot.trim(), &[]),
     ] {
         script.arg(format!("{}={}", folder.display(), at.display()));
     }
@@ -273,18 +262,19 @@ fn an_entry_of_the_hub_cache_is_a_source() {
 
 #[test]
 fn tools_copy_and_check_the_right_bytes() {
-    let Some(place) = Place::new() else { return };
+    let Some(scratch) = Scratch::new() else { return };
     for tool in ["rsync", "python3"] {
         if Command::new(tool).arg("--version").output().is_err() {
-            assert!(std::env::var_os("CI").is_none(), "CI has to have {tool}");
-            aloud(&format!("NOT TESTED: {tool} is missing"));
+            not_tested(&format!("{tool} is missing"));
             return;
         }
     }
     let checkpoint = golden("mimo-v2-flash").join("checkpoint");
     let options = ["--to", "native", "--shard-size", "300kB"];
+    let export = scratch.path().join("export");
+    must(Command::new(BINARY).arg("export").args(options).arg(&checkpoint).arg(&export));
     let mut script = Command::new(here("tests/loaders/file_tools.sh"));
-    script.arg(place.export("export", &checkpoint, &options));
-    script.arg(place.mount("native", &checkpoint, &options)).arg(place.path());
+    script.arg(export);
+    script.arg(scratch.mount("native", &checkpoint, &options)).arg(scratch.path());
     must(&mut script);
 }

@@ -5,7 +5,9 @@ mod common;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use common::{Tensor, Zeros, assert_same, dtype_of, golden, tensors_of, tensors_of_engine};
+use common::{
+    Tensor, Zeros, assert_same, dtype_of, golden, tensors_of, tensors_of_dir, tensors_of_engine,
+};
 use mount_ckpt::{LayoutName, PlanOptions};
 use safetensors::tensor::TensorView;
 
@@ -92,10 +94,7 @@ fn the_shard_of_a_process_is_missed() {
 /// Codes and scales are cut on grids of their own.
 #[test]
 fn pieces_of_a_quantized_matrix_are_refused() {
-    let checkpoint = golden("minimax-m2").join("checkpoint");
-    let shards = std::fs::read_dir(checkpoint).unwrap().map(|entry| entry.unwrap().path());
-    let shards = shards.filter(|path| path.extension().is_some_and(|e| e == "safetensors"));
-    let tensors: Tensors = shards.flat_map(|path| tensors_of(&path)).collect();
+    let tensors = tensors_of_dir(&golden("minimax-m2").join("checkpoint"));
     let dir = saved("minimax-m2", &tensors, |(dtype, ..)| dtype == "F8_E4M3");
     let message = common::plan("minimax-m2", dir.path(), &back()).unwrap_err().to_string();
     assert!(message.contains("(pieces of a quantized matrix)"), "{message}");

@@ -15,7 +15,7 @@ mod table;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use common::{golden, tensors_of};
+use common::{golden, tensors_of_dir};
 use serde_json::Value;
 use table::table;
 
@@ -59,11 +59,8 @@ fn published(name: &str) -> Tensors {
 }
 
 fn toy(folder: &str) -> Tensors {
-    let files = std::fs::read_dir(golden(folder).join("checkpoint")).unwrap();
-    let files = files.map(|f| f.unwrap().path());
-    let shards = files.filter(|f| f.extension().is_some_and(|e| e == "safetensors"));
     let wide = |shape: Vec<usize>| shape.into_iter().map(|n| u64::try_from(n).unwrap()).collect();
-    let tensors = shards.flat_map(|f| tensors_of(&f));
+    let tensors = tensors_of_dir(&golden(folder).join("checkpoint")).into_iter();
     tensors.map(|(name, (dtype, shape, _))| (name, (dtype, wide(shape)))).collect()
 }
 
@@ -83,8 +80,13 @@ fn is_index(part: &str) -> bool {
 
 /// Indices between dots as `{}`.
 fn fold(name: &str) -> String {
-    let parts = name.split('.').map(|part| if is_index(part) { "{}" } else { part });
-    parts.collect::<Vec<_>>().join(".")
+    let mut folded = String::with_capacity(name.len());
+    for part in name.split('.') {
+        folded.push_str(if is_index(part) { "{}" } else { part });
+        folded.push('.');
+    }
+    folded.pop();
+    folded
 }
 
 fn lines(tensors: &Tensors) -> BTreeSet<Line> {

@@ -138,9 +138,4 @@ not a line
             assert_eq!(unescape(field.as_bytes()), plain.as_bytes(), "{field}");
         }
     }
-
-    #[test]
-    fn the_running_table_has_a_root() {
-        assert!(read().unwrap().iter().any(|entry| entry.at == Path::new("/")));
-    }
 }

@@ -322,29 +322,6 @@ mod tests {
     }
 
     #[test]
-    fn one_thread_at_least() {
-        let config = config(&MountOptions { threads: 0, ..MountOptions::default() }, "/source");
-        assert_eq!((config.n_threads, config.clone_fd), (Some(1), false));
-    }
-
-    #[test]
-    fn threads_that_it_starts_interrupt_nobody_either() {
-        let policy = || {
-            let stat = fs::read_to_string("/proc/thread-self/stat").expect("Linux tells");
-            // Fields from the third on follow the name in parentheses; the policy is the 41st.
-            let (_, fields) = stat.rsplit_once(')').expect("a name");
-            fields.split_whitespace().nth(41 - 3).map(|field| field.parse()).expect("a field")
-        };
-        let started = thread::spawn(move || {
-            interrupt_nobody();
-            (policy(), thread::spawn(policy).join().expect("no panic"))
-        });
-        let batch = Ok(libc::SCHED_BATCH);
-        assert_eq!(started.join().expect("no panic"), (batch.clone(), batch));
-        assert_eq!(policy(), Ok(libc::SCHED_OTHER), "it is the thread's own");
-    }
-
-    #[test]
     fn the_end_is_seen_by_all_who_wait() {
         let end = End::default();
         assert!(end.wait(Some(Duration::from_millis(1))).is_none());

@@ -294,6 +294,15 @@ mod tests {
         outcome
     }
 
+    /// How many wait for a chunk that is being made, beside its maker.
+    fn waiting(cache: &Cache<u64, String>, chunk: u64) -> usize {
+        match lock(&cache.state).slots.peek(&chunk) {
+            // The slot and the maker hold it too.
+            Some(Slot::Making(flight)) => Arc::strong_count(flight) - 2,
+            Some(Slot::Ready(..)) | None => 0,
+        }
+    }
+
     #[test]
     fn least_recently_used_go_first() {
         let cache = cache(30);
@@ -318,24 +327,28 @@ mod tests {
     #[test]
     fn many_readers_decode_once() {
         let cache = cache(100);
-        let (decodings, start) = (AtomicU64::new(0), Barrier::new(8));
-        std::thread::scope(|scope| {
-            for _ in 0..8 {
+        let decodings = AtomicU64::new(0);
+        let outcomes = std::thread::scope(|scope| {
+            let readers = [(); 8].map(|()| {
                 scope.spawn(|| {
-                    start.wait();
                     let decode = |out: &mut [u8]| {
                         decodings.fetch_add(1, Ordering::SeqCst);
-                        // Others ask while this one decodes.
-                        std::thread::sleep(std::time::Duration::from_millis(20));
+                        // All others ask while this one decodes.
+                        while waiting(&cache, 1) < 7 && decodings.load(Ordering::SeqCst) == 1 {
+                            std::thread::yield_now();
+                        }
                         out.fill(7);
                         Ok(())
                     };
-                    let (bytes, _) = cache.get(ten(1), String::new(), decode).unwrap();
+                    let (bytes, outcome) = cache.get(ten(1), String::new(), decode).unwrap();
                     assert_eq!(**bytes, [7; 10]);
-                });
-            }
+                    outcome
+                })
+            });
+            readers.map(|reader| reader.join().unwrap())
         });
         assert_eq!(decodings.load(Ordering::SeqCst), 1);
+        assert_eq!(outcomes.iter().filter(|o| **o == Outcome::Waited).count(), 7);
     }
 
     #[test]
@@ -386,17 +399,18 @@ mod tests {
             let dying = scope.spawn(|| {
                 let _ = cache.get(ten(1), "abandoned".to_owned(), |_| {
                     decoding.wait();
-                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    while waiting(&cache, 1) < 1 {
+                        std::thread::yield_now();
+                    }
                     panic!("a bug in a decoder");
                 });
             });
             decoding.wait();
             let waited = cache.get(ten(1), String::new(), fill(1));
             assert!(dying.join().is_err());
-            // Whoever came in time was told; whoever came late decoded anew.
-            assert!(waited.is_ok() || waited.is_err_and(|e| e == "abandoned"));
+            assert_eq!(waited.unwrap_err(), "abandoned");
         });
-        let kept = if cache.bytes() > 0 { Outcome::Hit } else { Outcome::Made };
-        assert_eq!(outcome(&cache, 1), kept);
+        assert_eq!(cache.bytes(), 0);
+        assert_eq!(outcome(&cache, 1), Outcome::Made);
     }
 }

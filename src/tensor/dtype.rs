@@ -139,11 +139,15 @@ impl Float {
 mod tests {
     use super::*;
 
+    /// The crate `safetensors` knows each of them by the name and the size that we give it.
     #[test]
-    fn table_is_in_declaration_order() {
-        for (i, (dtype, name, _)) in DType::ALL.iter().enumerate() {
-            assert_eq!(*dtype as usize, i, "{name}");
-            assert_eq!(DType::parse(name), Some(*dtype));
+    fn names_and_sizes_are_those_of_safetensors() {
+        for dtype in DType::all() {
+            let theirs: safetensors::Dtype =
+                serde_json::from_value(dtype.name().into()).expect("a name of the format");
+            assert_eq!(format!("{theirs:?}").replace('_', ""), format!("{dtype:?}").to_uppercase());
+            assert_eq!(theirs.bitsize(), dtype.bits() as usize, "{dtype}");
+            assert_eq!(DType::parse(dtype.name()), Some(dtype));
         }
         assert_eq!(DType::parse("F8"), None);
     }

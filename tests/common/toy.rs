@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 
-use mount_ckpt::{Checkpoint, Engine, EngineOptions, LayoutName, Mapping, Plan, PlanOptions};
+use mount_ckpt::{Engine, EngineOptions, LayoutName, Mapping, PlanOptions};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use super::{dtype_of, golden, tensors_of, tensors_of_engine};
+use super::{dtype_of, golden, open, tensors_of, tensors_of_engine};
 
 /// A tensor of a [`Toy`].
 #[derive(Clone, Debug)]
@@ -243,7 +242,9 @@ impl Toy {
         let dir = tempfile::tempdir().unwrap();
         self.write(dir.path());
         damage(dir.path());
-        let opened = open(self.model, dir.path(), options);
+        let mapping = Mapping::named(self.model).unwrap();
+        let engine = EngineOptions { cache_bytes: 64 << 20, direct_io: true, threads: 2 };
+        let opened = open(&mapping, dir.path(), options, engine);
         let shown = fs::canonicalize(dir.path()).unwrap().display().to_string();
         match opened {
             Ok(engine) => Ok(Mounted { engine, _dir: dir }),
@@ -256,15 +257,4 @@ impl Toy {
 pub struct Mounted {
     pub engine: Engine,
     _dir: tempfile::TempDir,
-}
-
-fn open(model: &str, dir: &Path, options: &PlanOptions) -> Result<Engine, String> {
-    let checkpoint = Arc::new(Checkpoint::open(dir).map_err(|e| e.to_string())?);
-    let mapping = Mapping::named(model).unwrap();
-    let plan = Plan::build(&checkpoint, &mapping, options).map_err(|e| e.to_string())?;
-    Ok(Engine::new(
-        checkpoint,
-        Arc::new(plan),
-        EngineOptions { cache_bytes: 64 << 20, direct_io: true, threads: 2 },
-    ))
 }

@@ -1,10 +1,11 @@
 //! A view, mounted. Needs `/dev/fuse`.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 
 use nix::sys::stat::{major, minor};
 use serde_json::Value;
@@ -17,28 +18,23 @@ use crate::view::testing::{source, view};
 
 const SOURCE: &str = "/source, with a comma";
 
-/// Says so where no mount is possible; on a build server that is a failure.
-fn can_mount() -> bool {
-    let device = File::options().read(true).write(true).open("/dev/fuse");
-    if let Err(e) = &device {
+/// The view of `source`, mounted, and where. `None` where nothing can be mounted: the test is then
+/// not run, which stderr says, and which under CI is a failure. (tests/common/mount.rs mounts the
+/// command for all other tests; these reach into the crate.)
+fn mounted(source: &Dir, change: impl Fn(&mut MountOptions)) -> Option<(Mounted, TempDir)> {
+    if let Err(e) = File::options().read(true).write(true).open("/dev/fuse") {
         assert!(std::env::var_os("CI").is_none(), "/dev/fuse cannot be opened: {e}");
-        eprintln!("NOT TESTED: /dev/fuse cannot be opened: {e}");
+        let said = format!("NOT TESTED: /dev/fuse cannot be opened: {e}\n");
+        io::stderr().write_all(said.as_bytes()).expect("stderr");
+        return None;
     }
-    device.is_ok()
-}
-
-/// The view of `source`, mounted, and where.
-fn mounted(source: &Dir, direct_io: bool) -> (Mounted, TempDir) {
     let at = tempfile::tempdir().expect("a directory");
-    let options = MountOptions {
-        threads: 2,
-        direct_io,
-        fs_name: Some(SOURCE.to_owned()),
-        ..MountOptions::default()
-    };
+    let mut options =
+        MountOptions { threads: 2, fs_name: Some(SOURCE.to_owned()), ..MountOptions::default() };
+    change(&mut options);
     let filesystem = Filesystem::new(Arc::new(view(source)), options.direct_io);
     let mounted = mount_filesystem(filesystem, at.path(), &options).expect("a mount");
-    (mounted, at)
+    Some((mounted, at))
 }
 
 /// Every file below the root with its bytes, live files left out.
@@ -85,14 +81,11 @@ fn tree_of(view: &View) -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn a_mount_shows_the_view_in_every_mode() {
-    if !can_mount() {
-        return;
-    }
     let source = source();
     let expected = tree_of(&view(&source));
     assert_eq!(expected.len(), 21);
     for direct_io in [false, true] {
-        let (mount, _at) = mounted(&source, direct_io);
+        let Some((mount, _at)) = mounted(&source, |o| o.direct_io = direct_io) else { return };
         for time in ["first", "second"] {
             assert!(tree(mount.at()) == expected, "{time} time, direct_io: {direct_io}");
         }
@@ -105,13 +98,30 @@ fn a_mount_shows_the_view_in_every_mode() {
     }
 }
 
+/// Without a thread nobody would answer, and whoever touched the mount would wait for ever.
+#[test]
+fn a_mount_that_is_given_no_threads_has_one() {
+    let (send, done) = channel();
+    let reader = std::thread::spawn(move || {
+        let source = source();
+        let Some((mount, _at)) = mounted(&source, |o| o.threads = 0) else { return };
+        let bytes = fs::read(mount.at().join("sub/code.py")).expect("readable");
+        send.send(bytes).expect("somebody waits");
+    });
+    match done.recv_timeout(Duration::from_secs(60)) {
+        Ok(bytes) => assert_eq!(bytes, b"pass\n"),
+        Err(RecvTimeoutError::Timeout) => panic!("nobody answers"),
+        // It failed, or said that nothing can be mounted here.
+        Err(RecvTimeoutError::Disconnected) => {}
+    }
+    // It unmounts.
+    reader.join().expect("no panic");
+}
+
 #[test]
 fn live_files_are_made_when_they_are_opened() {
-    if !can_mount() {
-        return;
-    }
     let source = source();
-    let (mount, _at) = mounted(&source, false);
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let status = |name: &str| {
         fs::read_to_string(mount.at().join(".mount-ckpt").join(name)).expect("readable")
     };
@@ -134,11 +144,8 @@ fn live_files_are_made_when_they_are_opened() {
 
 #[test]
 fn whatever_writes_is_refused() {
-    if !can_mount() {
-        return;
-    }
     let source = source();
-    let (mount, _at) = mounted(&source, false);
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let at = |name: &str| mount.at().join(name);
     let config = || at("config.json");
     for (what, result) in [
@@ -161,11 +168,8 @@ fn whatever_writes_is_refused() {
 
 #[test]
 fn an_error_of_the_source_is_eio_and_the_mount_lives_on() {
-    if !can_mount() {
-        return;
-    }
     let source = source();
-    let (mount, _at) = mounted(&source, false);
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let shard = File::options().write(true).open(source.join("model.safetensors")).expect("there");
     shard.set_len(shard.metadata().expect("there").len() - 50_000).expect("cut");
     let file =
@@ -178,11 +182,8 @@ fn an_error_of_the_source_is_eio_and_the_mount_lives_on() {
 
 #[test]
 fn the_mount_table_and_the_device_say_what_was_asked() {
-    if !can_mount() {
-        return;
-    }
     let source = source();
-    let (mount, _at) = mounted(&source, false);
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let table = fs::read_to_string("/proc/self/mountinfo").expect("readable");
     let at = mount.at().to_str().expect("UTF-8");
     let line = table.lines().find(|line| line.contains(at)).expect("mounted");
@@ -206,11 +207,8 @@ fn the_mount_table_and_the_device_say_what_was_asked() {
 
 #[test]
 fn a_busy_mount_stays_and_a_detached_one_drains() {
-    if !can_mount() {
-        return;
-    }
     let source = source();
-    let (mount, _at) = mounted(&source, false);
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let open = File::open(mount.at().join("config.json")).expect("there");
     assert_eq!(mount.unmount().expect_err("in use").kind(), ErrorKind::ResourceBusy);
     assert!(mount.wait_timeout(Duration::from_millis(10)).is_none());
@@ -225,11 +223,8 @@ fn a_busy_mount_stays_and_a_detached_one_drains() {
 
 #[test]
 fn an_unmount_from_outside_ends_the_wait() {
-    if !can_mount() {
-        return;
-    }
     let source = source();
-    let (mount, _at) = mounted(&source, false);
+    let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     std::thread::scope(|scope| {
         let waiter = scope.spawn(|| mount.wait());
         let umount = Command::new("umount").arg(mount.at()).status().expect("umount is installed");
@@ -240,11 +235,8 @@ fn an_unmount_from_outside_ends_the_wait() {
 
 #[test]
 fn a_dropped_mount_is_gone() {
-    if !can_mount() {
-        return;
-    }
     let source = source();
-    let (mount, at) = mounted(&source, false);
+    let Some((mount, at)) = mounted(&source, |_| {}) else { return };
     assert!(at.path().join("config.json").exists());
     drop(mount);
     assert!(!at.path().join("config.json").exists());
