@@ -65,14 +65,8 @@ impl RowOutput<'_> {
             RowOutput::NonTemporal { non_temporal, staging, out, stride } => {
                 for i in 0..tile.rows {
                     decode(&tile.sub_tile(i, 1, 0, tile.cols), &mut staging[..len], len);
-                    non_temporal.copy(
-                        staging,
-                        len,
-                        1,
-                        len,
-                        &mut out[(row + i) * *stride + at..],
-                        *stride,
-                    );
+                    let out = &mut out[(row + i) * *stride + at..];
+                    non_temporal.copy(staging, len, 1, len, out, *stride);
                 }
             }
         }
