@@ -154,7 +154,8 @@ fn transposed_strip(
         && level.has_fast_nibble_columns()
         && scales.block[1].is_multiple_of(32)
     {
-        // 32 columns, 8 KiB, at a time: the decoded strip as a whole would not stay in the L1 cache.
+        // 32 columns, 8 KiB, at a time: the decoded strip as a whole would not stay in the L1
+        // cache.
         let (cache_lines, _) = floats.as_chunks_mut::<64>();
         for run in scales.col_runs(cols) {
             for col in (0..run.len).step_by(32) {

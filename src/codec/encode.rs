@@ -35,10 +35,10 @@ pub(crate) fn fp8_scale(amax: f32) -> f32 {
 
 /// E8M0 scale of an FP8 block: the smallest power of two with `amax / scale <= 464`.
 ///
-/// Up to 464, the largest code, 448, is within half a step of the value: steps are 32 there. A bound
-/// of 448 would encode values from 448 to 464 no better, and would not be stable: a maximum of 225
-/// scales is encoded as 224, for which the next encoding would choose half the scale. This is
-/// `scale_fmt: "ue8m0"` of DeepSeek's configurations.
+/// Up to 464, the largest code, 448, is within half a step of the value: steps are 32 there. A
+/// bound of 448 would encode values from 448 to 464 no better, and would not be stable: a maximum
+/// of 225 scales is encoded as 224, for which the next encoding would choose half the scale. This
+/// is `scale_fmt: "ue8m0"` of DeepSeek's configurations.
 ///
 /// The result is the stored byte, exponent plus 127: 127 (a scale of 1) for an all-zero block, 255
 /// for NaN, 254 for infinity.
@@ -78,10 +78,11 @@ pub(crate) fn int4_scale(amax: f32) -> f32 {
 /// Encodes a box of `rows` by `cols` values, whose rows start `stride` values apart.
 ///
 /// Row `r` starts at `out[r * out_stride]` and takes [`Code::row_bytes`] of `cols` bytes; all other
-/// bytes of `out` keep their contents. An element gets the code that is nearest to `x / scale`, ties
-/// to even. The quantized codes have no infinity and saturate: E4M3 at 448 (NaN becomes 0x7F), E2M1
-/// at 6 (-0.0 keeps its sign, NaN becomes 6), INT4 at -8 and 7 (NaN becomes 0). For 4-bit codes and
-/// an odd `cols`, the last high nibble of a row is 0. For float codes, `x / scale` is cast.
+/// bytes of `out` keep their contents. An element gets the code that is nearest to `x / scale`,
+/// ties to even. The quantized codes have no infinity and saturate: E4M3 at 448 (NaN becomes 0x7F),
+/// E2M1 at 6 (-0.0 keeps its sign, NaN becomes 6), INT4 at -8 and 7 (NaN becomes 0). For 4-bit
+/// codes and an odd `cols`, the last high nibble of a row is 0. For float codes, `x / scale` is
+/// cast.
 ///
 /// # Panics
 /// If `values`, the scales or `out` are too short for the box.

@@ -1,7 +1,7 @@
 //! Copies and transposes of 2-D arrays of 1, 2, 4 or 8 byte elements, without arithmetic.
 //!
-//! A transpose works on strips: a strip is copied into the cache with padded rows, and squares of it
-//! are transposed in registers. [`transpose_in_l1`] is the portable version of the last step.
+//! A transpose works on strips: a strip is copied into the cache with padded rows, and squares of
+//! it are transposed in registers. [`transpose_in_l1`] is the portable version of the last step.
 
 use super::scratch::{self, ROW_PAD_BYTES, STRIP_COLS, STRIP_OUT_ROW_BYTES};
 use super::{Level, Orientation};
@@ -9,8 +9,8 @@ use super::{Level, Orientation};
 /// Copies `rows` by `cols` elements of `width` bytes (1, 2, 4 or 8), straight or transposed.
 ///
 /// Element `(r, c)`, at `src[r * src_stride + c * width]`, goes to `(r, c)` (straight) or `(c, r)`
-/// (transposed) of the output, whose rows lie `out_stride` bytes apart; `out_stride` is at least the
-/// width of an output row. All other bytes of `out` keep their contents.
+/// (transposed) of the output, whose rows lie `out_stride` bytes apart; `out_stride` is at least
+/// the width of an output row. All other bytes of `out` keep their contents.
 ///
 /// # Panics
 /// If `src` or `out` is too short for the box, or a transpose has another `width`.

@@ -251,8 +251,8 @@ impl BoxMap {
     }
 }
 
-/// Joins neighbouring maps, axis by axis, into as few as that gives. The result covers the same pairs
-/// of elements and is sorted by target.
+/// Joins neighbouring maps, axis by axis, into as few as that gives. The result covers the same
+/// pairs of elements and is sorted by target.
 ///
 /// `S` identifies the source tensor of a map; only maps of the same source are joined.
 pub(crate) fn coalesce<S: PartialEq>(mut maps: Vec<(S, BoxMap)>) -> Vec<(S, BoxMap)> {

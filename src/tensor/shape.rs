@@ -31,8 +31,8 @@ impl Shape {
         Some(if self.0.contains(&0) { 0 } else { n })
     }
 
-    /// Size in bytes of a tensor of this shape; `None` on overflow or if it is not a whole number of
-    /// bytes.
+    /// Size in bytes of a tensor of this shape; `None` on overflow or if it is not a whole number
+    /// of bytes.
     pub fn bytes(&self, dtype: DType) -> Option<u64> {
         let bits = self.elements()?.checked_mul(u64::from(dtype.bits()))?;
         bits.is_multiple_of(8).then_some(bits / 8)

@@ -56,9 +56,9 @@ const REGULAR_TABLE: Range<usize> = 256..288;
 /// Index of the byte of an FP8 table that is 1 if its scale is regular.
 const IS_REGULAR: usize = 288;
 
-/// Fills the table of one FP8 scale: the low bytes of the results of codes 0 to 127, then their high
-/// bytes. Both are rows of 16 bytes; each row but the first is stored as its exclusive or with the
-/// row before, for [`look_up_any`].
+/// Fills the table of one FP8 scale: the low bytes of the results of codes 0 to 127, then their
+/// high bytes. Both are rows of 16 bytes; each row but the first is stored as its exclusive or with
+/// the row before, for [`look_up_any`].
 ///
 /// A scale is regular if every normal code becomes a normal BF16. Then the exponent of the code is
 /// simply added to the exponent of the result, and 16 results are enough: those of fractions 0 to 7
@@ -168,9 +168,9 @@ fn look_up_regular(low: &[u8; 16], high: &[u8; 16], codes: &[u8], out: &mut [u8]
     }
 }
 
-/// Decodes FP8 codes into 16-bit floats under any scale. `vpshufb` looks up the low four bits of the
-/// code in every row of the table up to the code's own row; the exclusive or of these differences is
-/// the entry of the code's row.
+/// Decodes FP8 codes into 16-bit floats under any scale. `vpshufb` looks up the low four bits of
+/// the code in every row of the table up to the code's own row; the exclusive or of these
+/// differences is the entry of the code's row.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn look_up_any(rows: &[[u8; 16]; 16], codes: &[u8], out: &mut [u8]) {
@@ -305,8 +305,8 @@ fn look_up_32_nibbles([low, high]: [__m128i; 2], codes: __m128i, out: &mut [u8; 
     }
 }
 
-/// The results of the 16 codes under `scale`, rounded to BF16 or F16: their low bytes and their high
-/// bytes.
+/// The results of the 16 codes under `scale`, rounded to BF16 or F16: their low bytes and their
+/// high bytes.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn nibble_table<const F16: bool>(values: &[f32; 16], scale: f32) -> [__m128i; 2] {
@@ -334,7 +334,8 @@ fn nibble_table<const F16: bool>(values: &[f32; 16], scale: f32) -> [__m128i; 2]
     [_mm256_castsi256_si128(planes), _mm256_extracti128_si256::<1>(planes)]
 }
 
-/// Bits of the nearest BF16, ties to even, in 32 bits each. `x` is no NaN whose payload is all ones.
+/// Bits of the nearest BF16, ties to even, in 32 bits each. `x` is no NaN whose payload is all
+/// ones.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn bf16_bits(x: __m256) -> __m256i {

@@ -28,8 +28,8 @@ fn store(bytes: &mut [u8; 64], vector: __m512i) {
     unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector) }
 }
 
-/// Fills the table of one FP8 scale: the low bytes of the results of codes 0 to 127, then their high
-/// bytes.
+/// Fills the table of one FP8 scale: the low bytes of the results of codes 0 to 127, then their
+/// high bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn fill_table(to: Half, scale: f32, table: &mut Fp8Table) {
     fp8::fill_byte_planes(to, scale, table);
@@ -282,8 +282,8 @@ fn look_up_nibble_run<const F16: bool>(
     }
 }
 
-/// Decodes 32 columns of 4-bit codes into 16-bit floats: one scale and one vector for each row. Only
-/// the first `run.len` columns are meaningful.
+/// Decodes 32 columns of 4-bit codes into 16-bit floats: one scale and one vector for each row.
+/// Only the first `run.len` columns are meaningful.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn look_up_nibble_column(
     values: &[f32; 16],
@@ -356,8 +356,8 @@ fn nibble_table<const F16: bool>(values: __m512, scale: f32) -> __m512i {
     }
 }
 
-/// Transposes the whole tiles of a box and returns how many rows and columns that covers. A tile has
-/// 64 rows by 16 columns (1 byte), 32 by 8 (2 bytes) or 16 by 4 (4 bytes); remaining rows go to
+/// Transposes the whole tiles of a box and returns how many rows and columns that covers. A tile
+/// has 64 rows by 16 columns (1 byte), 32 by 8 (2 bytes) or 16 by 4 (4 bytes); remaining rows go to
 /// [`avx2::transpose`], whose tiles have half as many rows.
 ///
 /// The loads put rows that are a quarter of a tile apart into the four 16-byte lanes of a vector.

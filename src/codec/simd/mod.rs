@@ -8,9 +8,9 @@
 //! machine with the scalar reference.
 //!
 //! Almost all `unsafe` code of the crate is here (one system call in `mount/session.rs` is the
-//! rest). It is sound for two reasons: kernels are called only through a `Level`, whose value proves
-//! that the machine has the instructions, and kernels check the lengths of their slices before they
-//! use pointers.
+//! rest). It is sound for two reasons: kernels are called only through a `Level`, whose value
+//! proves that the machine has the instructions, and kernels check the lengths of their slices
+//! before they use pointers.
 
 #![allow(unsafe_code)]
 
@@ -367,8 +367,8 @@ impl Level {
         );
     }
 
-    /// Prefetches `rows` rows of `cols` scales; the rows may end beyond `items`. Does nothing on the
-    /// portable level.
+    /// Prefetches `rows` rows of `cols` scales; the rows may end beyond `items`. Does nothing on
+    /// the portable level.
     pub(super) fn prefetch(self, items: &[f32], stride: usize, rows: usize, cols: usize) {
         kernel!(self, _ = (items, stride, rows, cols), prefetch(items, stride, rows, cols));
     }

@@ -5,8 +5,8 @@ use std::arch::x86_64::*;
 use super::super::holds;
 use super::load;
 
-/// Transposes the whole tiles of a box and returns how many rows and columns that covers. A tile has
-/// 32 rows by 16 columns (1 byte), 16 by 8 (2 bytes) or 8 by 4 (4 bytes).
+/// Transposes the whole tiles of a box and returns how many rows and columns that covers. A tile
+/// has 32 rows by 16 columns (1 byte), 16 by 8 (2 bytes) or 8 by 4 (4 bytes).
 ///
 /// The loads put rows that are half a tile apart into the two 16-byte lanes of a vector. That saves
 /// the round of shuffles across lanes that a transpose of a full square needs.
