@@ -22,7 +22,7 @@ use super::tile::{ScaleRun, Scales};
 use super::{Level, Orientation, Tile, copy2d_at};
 use crate::tensor::Float;
 
-/// Where fewer rows than this share a scale, the scales of the next strip are prefetched: they are
+/// If fewer rows than this share a scale, the scales of the next strip are prefetched: they are
 /// then a sizeable stream of memory next to the codes.
 const SCALE_PREFETCH_MAX_BLOCK_ROWS: usize = 8;
 
@@ -181,7 +181,7 @@ fn transposed_strip(
     }
 }
 
-/// Prefetches the scales of the `rows` rows below the tile, unless they are few.
+/// Prefetches the scales of the `rows` rows below the tile, if each scale covers few rows.
 fn prefetch_scales(level: Level, scales: &Scales<'_>, rows: usize, cols: usize) {
     if scales.block[0] >= SCALE_PREFETCH_MAX_BLOCK_ROWS {
         return;

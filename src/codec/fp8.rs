@@ -104,7 +104,7 @@ pub(super) fn for_each_run(
 /// Fills a table with the low bytes of the results of codes 0 to 127, then with their high bytes.
 ///
 /// Codes 128 to 255 are the negatives of codes 0 to 127, and so are their results, apart from NaN.
-/// The look-up sets their sign bit itself, so that the table takes half as many registers.
+/// The look-up flips their sign bit itself, so that the table takes half as many registers.
 #[inline(always)]
 pub(super) fn fill_byte_planes(to: Half, scale: f32, table: &mut Fp8Table) {
     let mut results = [0; 128];

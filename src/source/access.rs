@@ -35,8 +35,8 @@ impl Checkpoint {
     }
 
     /// Reads a strip of a matrix: `rows` rows of `width` bytes, the first at byte `at` of the
-    /// tensor, with a row pitch of `stride` bytes. Row `r` goes to `out[r *
-    /// out_stride..][..width]`; all other bytes of `out` keep their contents.
+    /// tensor, with a row pitch of `stride` bytes. Row `r` goes to
+    /// `out[r * out_stride..][..width]`; all other bytes of `out` keep their contents.
     ///
     /// If the gaps between the rows are at most 2 KiB, rows and gaps are read in spans of up to
     /// 64 KiB. Otherwise each row takes a system call, which dominates for rows below 1 KiB:

@@ -49,7 +49,7 @@ fn store64(bytes: &mut [u8; 64], [first, second]: [__m256i; 2]) {
     }
 }
 
-/// Where an FP8 table holds the 16 results of a regular scale: their low bytes, then their high
+/// Position in an FP8 table of the 16 results of a regular scale: their low bytes, then their high
 /// bytes.
 const REGULAR_TABLE: Range<usize> = 256..288;
 
@@ -129,7 +129,8 @@ fn look_up_regular(low: &[u8; 16], high: &[u8; 16], codes: &[u8], out: &mut [u8]
     let high = _mm256_broadcastsi128_si256(load16(high));
     let zero = _mm256_setzero_si256();
     let results = |codes| {
-        // Unpacking works in lanes of 16 bytes: codes 8k.. and 16 + 8k.. go to lane k first.
+        // Unpacking works within lanes of 16 bytes. Lane k therefore gets the eight codes from 8k
+        // on and the eight from 16 + 8k on.
         let codes = _mm256_permute4x64_epi64::<0b11_01_10_00>(codes);
         let exponent = _mm256_and_si256(codes, _mm256_set1_epi8(0x78));
         let fraction = _mm256_and_si256(codes, _mm256_set1_epi8(7));
@@ -176,7 +177,8 @@ fn look_up_regular(low: &[u8; 16], high: &[u8; 16], codes: &[u8], out: &mut [u8]
 fn look_up_any(rows: &[[u8; 16]; 16], codes: &[u8], out: &mut [u8]) {
     let sign = _mm256_set1_epi8(i8::MIN);
     let results = |codes| {
-        // Unpacking works in lanes of 16 bytes: codes 8k.. and 16 + 8k.. go to lane k first.
+        // Unpacking works within lanes of 16 bytes. Lane k therefore gets the eight codes from 8k
+        // on and the eight from 16 + 8k on.
         let codes = _mm256_permute4x64_epi64::<0b11_01_10_00>(codes);
         let mut index = _mm256_andnot_si256(sign, codes);
         let row = |i: usize, index| {
