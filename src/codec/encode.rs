@@ -1,86 +1,91 @@
-//! Encoding: block maxima, scales from them, and codes from numbers and scales.
+//! Quantization: the largest magnitude of a block, its scale, and the codes of its elements.
 //!
-//! Deterministic, in `f32`. The division `x / scale` is a division and no multiplication by a
-//! reciprocal: that is what makes the codes those of PyTorch.
+//! The result is deterministic and computed in `f32`. `x / scale` is a true division, not a
+//! multiplication by the reciprocal; therefore the codes are bit-exact with PyTorch's.
 
 use super::nibble::{self, Nibble};
 use super::{Code, Level, Scales, float, fp8};
 use crate::tensor::Float;
 
-/// Largest magnitude of `rows` by `cols` numbers, `stride` numbers from row to row; 0 for none.
+/// Largest magnitude of a box of `rows` by `cols` values, whose rows start `stride` values apart; 0
+/// for an empty box.
 ///
-/// A NaN among them makes the result a NaN, as PyTorch's `amax` does: scales made of it are NaN,
-/// and what is lost shows when it is decoded.
+/// A NaN in the box makes the result NaN, as PyTorch's `amax` does. The scale is then NaN too, and
+/// so is every decoded element: the loss is visible.
 ///
 /// # Panics
-/// Where `values` does not hold the box.
+/// If `values` is too short for the box.
 pub(crate) fn block_amax(values: &[f32], stride: usize, rows: usize, cols: usize) -> f32 {
     let mut amax = 0;
     for row in 0..rows {
         for x in &values[row * stride..][..cols] {
-            // As integers, magnitudes keep their order, and every NaN is above infinity.
+            // Bits of magnitudes, compared as integers, have the order of the magnitudes; every NaN
+            // is above infinity.
             amax = amax.max(x.to_bits() & 0x7fff_ffff);
         }
     }
     f32::from_bits(amax)
 }
 
-/// Scale of an FP8 block: `amax / 448`, and 1 where that is 0.
+/// F32 scale of an FP8 block: `amax / 448`, or 1 if that is 0.
 pub(crate) fn fp8_scale(amax: f32) -> f32 {
     let scale = amax / fp8::MAX;
     if scale == 0.0 { 1.0 } else { scale }
 }
 
-/// E8M0 scale of an FP8 block: the smallest power of two under which `amax` is coded within half a
-/// step, `amax / scale <= 464` (448 and half of the step of 32 above 256).
+/// E8M0 scale of an FP8 block: the smallest power of two with `amax / scale <= 464`.
 ///
-/// This is `scale_fmt: "ue8m0"` of DeepSeek's configurations. A bound of 448 would code what lies
-/// between it and 464 no better, and would not be stable: 225 scales is coded as 224, which the
-/// next encoding would scale by half. The stored byte is the exponent plus
-/// 127: 127 (the scale 1) for an all-zero block, 255 for a NaN, 254 for infinity.
-pub(crate) fn fp8_exponent(amax: f32) -> u8 {
+/// Up to 464, the largest code, 448, is within half a step of the value: steps are 32 there. A
+/// bound of 448 would encode values from 448 to 464 no better, and would not be stable: a maximum
+/// of 225 scales is encoded as 224, for which the next encoding would choose half the scale. This
+/// is `scale_fmt: "ue8m0"` of DeepSeek's configurations.
+///
+/// The result is the stored byte, exponent plus 127: 127 (a scale of 1) for an all-zero block, 255
+/// for NaN, 254 for infinity.
+pub(crate) fn fp8_scale_e8m0(amax: f32) -> u8 {
     // 464 = 1.8125 * 2^8.
-    if amax == 0.0 { 127 } else { power_at_least(amax, 0x68_0000, 8) }
+    if amax == 0.0 { 127 } else { e8m0_at_least(amax, 0x68_0000, 8) }
 }
 
 /// E8M0 scale of an FP4 group: the smallest power of two that is at least `amax / 6`.
 ///
-/// The stored byte is `ceil(log2(amax / 6)) + 127`, computed without a logarithm or a rounding, and
-/// clamped: 0 for an all-zero group, 254 for infinity. 255 for a NaN.
-pub(crate) fn fp4_exponent(amax: f32) -> u8 {
+/// The result is the stored byte, `ceil(log2(amax / 6)) + 127`, computed exactly and clamped: 0 for
+/// an all-zero group, 254 for infinity, 255 for NaN.
+pub(crate) fn fp4_scale_e8m0(amax: f32) -> u8 {
     // 6 = 1.5 * 2^2.
-    power_at_least(amax, 0x40_0000, 2)
+    e8m0_at_least(amax, 0x40_0000, 2)
 }
 
 /// The E8M0 byte of the smallest power of two that is at least `amax` divided by
 /// `(1 + fraction / 2^23) * 2^exponent`.
-fn power_at_least(amax: f32, fraction: u32, exponent: u32) -> u8 {
+fn e8m0_at_least(amax: f32, fraction: u32, exponent: u32) -> u8 {
     let bits = amax.to_bits() & 0x7fff_ffff;
     if bits >= f32::INFINITY.to_bits() {
         return if amax.is_nan() { 255 } else { 254 };
     }
-    // A subnormal amax has exponent 0 here, and ends at byte 0 whatever its fraction is.
+    // A subnormal amax has exponent 0 here and gives byte 0, whatever its fraction is.
     let above = u32::from(bits & 0x7f_ffff > fraction);
     let byte = (bits >> 23).saturating_add(above).saturating_sub(exponent);
     u8::try_from(byte).expect("an exponent of at most 254, plus 1, minus at least 2")
 }
 
-/// Scale of an INT4 group: `max(amax / 7, 1e-10)`; a NaN stays one.
+/// Scale of an INT4 group: `max(amax / 7, 1e-10)`; NaN if `amax` is NaN.
 pub(crate) fn int4_scale(amax: f32) -> f32 {
     let scale = amax / 7.0;
     if scale < 1e-10 { 1e-10 } else { scale }
 }
 
-/// Encodes `rows` by `cols` numbers, `stride` numbers from row to row.
+/// Encodes a box of `rows` by `cols` values, whose rows start `stride` values apart.
 ///
-/// Row `r` starts at `out[r * out_stride]` and takes [`Code::row_bytes`] of `cols` bytes; other
-/// bytes of `out` stay. The code is the one nearest to `x / scale`, ties to even, saturating in
-/// E4M3 (448; NaN becomes 0x7F), E2M1 (6; -0.0 keeps its sign; NaN becomes 6) and INT4 (-8 and 7;
-/// NaN becomes 0), which have no infinity. The last high nibble of an odd row is 0. Floats are
+/// Row `r` starts at `out[r * out_stride]` and takes [`Code::row_bytes`] of `cols` bytes; all other
+/// bytes of `out` keep their contents. An element gets the code that is nearest to `x / scale`,
+/// ties to even. The quantized codes have no infinity and saturate: E4M3 at 448 (NaN becomes 0x7F),
+/// E2M1 at 6 (-0.0 keeps its sign, NaN becomes 6), INT4 at -8 and 7 (NaN becomes 0). For 4-bit
+/// codes and an odd `cols`, the last high nibble of a row is 0. For float codes, `x / scale` is
 /// cast.
 ///
 /// # Panics
-/// Where `values`, the scales or `out` do not hold the box.
+/// If `values`, the scales or `out` are too short for the box.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn encode(
     code: Code,
@@ -95,7 +100,7 @@ pub(crate) fn encode(
     encode_at(Level::best(), code, values, stride, rows, cols, scales, out, out_stride);
 }
 
-/// [`encode`] with the kernels of one level.
+/// Does what [`encode`] does with the kernels of a given level.
 ///
 /// # Panics
 /// As [`encode`].
@@ -125,10 +130,12 @@ pub fn encode_at(
     }
 }
 
-/// Numbers that are in flight between dividing and packing; even.
+/// Elements that are divided, rounded and packed at a time; even.
 const LANES: usize = 256;
 
-/// Encodes one row, whose scales are in `row_scales`.
+/// Encodes one row; `row_scales` is its row of scales.
+///
+/// Inlined into the kernels, so that it is compiled with their instructions.
 #[inline(always)]
 pub(super) fn encode_row(
     code: Code,
@@ -141,7 +148,7 @@ pub(super) fn encode_row(
         Code::E4M3 => {
             for run in scales.col_runs(values.len()) {
                 let span = run.start..run.start + run.len;
-                fp8::pack(&values[span.clone()], row_scales[run.index], &mut out[span]);
+                fp8::encode(&values[span.clone()], row_scales[run.index], &mut out[span]);
             }
             return;
         }
@@ -151,14 +158,15 @@ pub(super) fn encode_row(
         Code::E2M1 => Nibble::E2M1,
         Code::Int4 => Nibble::Int4,
     };
-    // Runs may end between two nibbles of a byte: codes are gathered before they are packed.
+    // A scale may end between the two nibbles of a byte, so all codes are computed before any is
+    // packed.
     let mut codes = [0; LANES];
     let bytes = out.chunks_mut(LANES / 2);
     for (i, (values, out)) in values.chunks(LANES).zip(bytes).enumerate() {
         let codes = &mut codes[..values.len()];
-        for run in scales.from(0, i * LANES).col_runs(values.len()) {
+        for run in scales.offset_by(0, i * LANES).col_runs(values.len()) {
             let span = run.start..run.start + run.len;
-            nibble.nearest(&values[span.clone()], row_scales[run.index], &mut codes[span]);
+            nibble.encode(&values[span.clone()], row_scales[run.index], &mut codes[span]);
         }
         nibble::pack(codes, out);
     }
@@ -195,7 +203,8 @@ mod tests {
                     if amax <= 0.0 || amax.is_infinite() {
                         continue;
                     }
-                    for (byte, largest) in [(fp4_exponent(amax), 6.0), (fp8_exponent(amax), 464.0)]
+                    for (byte, largest) in
+                        [(fp4_scale_e8m0(amax), 6.0), (fp8_scale_e8m0(amax), 464.0)]
                     {
                         let holds = |byte: i32| f64::from(amax) <= largest * 2f64.powi(byte - 127);
                         let byte = i32::from(byte);
@@ -209,10 +218,10 @@ mod tests {
 
     #[test]
     fn scales_of_special_maxima() {
-        assert_eq!((fp4_exponent(0.0), fp8_exponent(0.0), fp8_scale(0.0)), (0, 127, 1.0));
-        assert_eq!((fp4_exponent(f32::INFINITY), fp8_exponent(f32::INFINITY)), (254, 254));
-        assert_eq!((fp4_exponent(f32::NAN), fp8_exponent(f32::NAN)), (255, 255));
-        assert_eq!((fp4_exponent(6.0), fp8_exponent(464.0)), (127, 127));
+        assert_eq!((fp4_scale_e8m0(0.0), fp8_scale_e8m0(0.0), fp8_scale(0.0)), (0, 127, 1.0));
+        assert_eq!((fp4_scale_e8m0(f32::INFINITY), fp8_scale_e8m0(f32::INFINITY)), (254, 254));
+        assert_eq!((fp4_scale_e8m0(f32::NAN), fp8_scale_e8m0(f32::NAN)), (255, 255));
+        assert_eq!((fp4_scale_e8m0(6.0), fp8_scale_e8m0(464.0)), (127, 127));
         assert_eq!(fp8_scale(f32::from_bits(1)), 1.0);
         assert_eq!((int4_scale(0.0), int4_scale(7.0)), (1e-10, 1.0));
         assert!(int4_scale(f32::NAN).is_nan() && fp8_scale(f32::NAN).is_nan());

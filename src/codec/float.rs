@@ -1,11 +1,11 @@
-//! Casts between the float types, and the types that scales are stored in.
+//! Casts between float types, and the encodings of scales.
 
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use crate::tensor::Float;
 
-/// Types that scales are stored in.
+/// Encoding of a stored scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum ScaleCode {
     /// IEEE 754 binary32, little-endian.
@@ -38,10 +38,10 @@ impl ScaleCode {
     }
 }
 
-/// Stored scales as numbers. Exact for every stored value.
+/// Decodes stored scales. Exact for every stored value.
 ///
 /// # Panics
-/// Where `bytes` does not hold exactly `out.len()` scales.
+/// If `bytes` does not hold exactly `out.len()` scales.
 pub(crate) fn scale_to_f32(code: ScaleCode, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(bytes.len(), out.len() * code.bytes(), "bytes of {} scales", out.len());
     match code.as_float() {
@@ -54,13 +54,13 @@ pub(crate) fn scale_to_f32(code: ScaleCode, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Numbers as stored scales, rounded to nearest, ties to even, as PyTorch casts them.
+/// Encodes scales as PyTorch casts them: to the nearest, ties to even.
 ///
-/// For E8M0 the sign is dropped, zero becomes 2^-127, the tie between two powers of two goes to
-/// the larger, and what is not below 1.5 * 2^127, infinities and NaN become 255, which is NaN.
+/// For E8M0 the sign is dropped, zero becomes 2^-127, and a tie between two powers of two goes to
+/// the larger. Magnitudes of 1.5 * 2^127 and above, infinities and NaN become 255, which is NaN.
 ///
 /// # Panics
-/// Where `out` does not hold exactly `values.len()` scales.
+/// If `out` does not hold exactly `values.len()` scales.
 pub(crate) fn f32_to_scale(code: ScaleCode, values: &[f32], out: &mut [u8]) {
     assert_eq!(out.len(), values.len() * code.bytes(), "bytes of {} scales", values.len());
     match code.as_float() {
@@ -88,7 +88,7 @@ fn e8m0_from_f32(value: f32) -> u8 {
     let magnitude = value.to_bits() & 0x7fff_ffff;
     let exponent = (magnitude >> 23) as u8;
     let fraction = magnitude & 0x7f_ffff;
-    // Without the implicit bit (exponent 0) the tie goes down: 2^-127 itself is stored as 0.
+    // Subnormal values (exponent 0) have no implicit bit: 1 << 22 is 2^-127 itself, stored as 0.
     let up = fraction > 1 << 22 || (fraction == 1 << 22 && exponent > 0);
     if exponent == 255 { 255 } else { exponent + u8::from(up) }
 }
@@ -97,14 +97,14 @@ fn e8m0_from_f32(value: f32) -> u8 {
 #[inline(always)]
 pub(super) fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();
-    // A carry out of the fraction steps the exponent, up to infinity: that is the rounding.
-    // It may wrap only for a NaN, which keeps its sign and payload and turns quiet instead.
+    // A carry out of the fraction correctly raises the exponent, up to infinity. The addition can
+    // wrap only for a NaN, for which `quiet` is used: it keeps the sign and the top of the payload.
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let quiet = (bits >> 16) | 0x40;
     (if x.is_nan() { quiet } else { rounded }) as u16
 }
 
-/// Numbers of floats as `f32`. Exact.
+/// Converts floats to `f32`. Exact.
 #[inline(always)]
 pub(super) fn load(from: Float, bytes: &[u8], out: &mut [f32]) {
     match from {
@@ -130,7 +130,7 @@ pub(super) fn load(from: Float, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// The float types of 16 bits.
+/// A 16-bit float type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Half {
     /// bfloat16.
@@ -140,7 +140,7 @@ pub(super) enum Half {
 }
 
 impl Half {
-    /// The 16-bit type that `float` is, or `None`.
+    /// `float` as a 16-bit type, or `None` if it is F32.
     pub(super) fn of(float: Float) -> Option<Half> {
         match float {
             Float::BF16 => Some(Half::BF16),
@@ -150,7 +150,7 @@ impl Half {
     }
 }
 
-/// Bits of numbers as 16-bit floats, rounded once.
+/// Rounds values to 16-bit floats, to nearest, ties to even, and gives their bits.
 #[inline(always)]
 pub(super) fn halves(to: Half, values: &[f32], out: &mut [u16]) {
     match to {
@@ -166,7 +166,7 @@ pub(super) fn halves(to: Half, values: &[f32], out: &mut [u16]) {
     }
 }
 
-/// Numbers as floats of type `to`, rounded once.
+/// Stores values as floats of type `to`, rounded to nearest, ties to even.
 #[inline(always)]
 pub(super) fn store(to: Float, values: &[f32], out: &mut [u8]) {
     match to {
@@ -192,7 +192,8 @@ pub(super) fn store(to: Float, values: &[f32], out: &mut [u8]) {
     }
 }
 
-/// Elements between the unaligned bytes and `half`'s slices, whose casts use F16C where it is.
+/// Elements that are copied between unaligned bytes and the aligned slices of the crate `half` at a
+/// time. Its slice casts use F16C if the processor has it.
 const LANES: usize = 64;
 
 #[cfg(test)]

@@ -1,15 +1,16 @@
-//! FP8 E4M3FN: sign, 4 exponent bits of bias 7, 3 fraction bits (OCP OFP8 1.0).
+//! FP8 E4M3FN: 1 sign bit, 4 exponent bits of bias 7, 3 fraction bits (OCP OFP8 1.0).
 //!
-//! No infinities; 0x7F and 0xFF are NaN; the largest number is 448, the smallest 2^-9.
+//! It has no infinities; 0x7F and 0xFF are NaN. The largest value is 448, the smallest positive one
+//! 2^-9. Scale blocks that are large enough are decoded by a table of 256 results.
 
 use super::Tile;
 use super::float::{Half, halves};
-use super::tile::Runs;
+use super::tile::ScaleRuns;
 
-/// The largest number.
+/// The largest value.
 pub(super) const MAX: f32 = 448.0;
 
-/// The number of every code.
+/// The value of every code.
 const VALUES: [f32; 256] = {
     let mut values = [0.0; 256];
     let mut code = 0;
@@ -20,11 +21,11 @@ const VALUES: [f32; 256] = {
     values
 };
 
-/// The number of a code, without a branch or a look-up, so that loops over it vectorise.
+/// The value of a code, without a branch or a look-up, so that loops over it vectorise.
 #[inline(always)]
 const fn value(code: u8) -> f32 {
     let magnitude = code as u32 & 0x7f;
-    // The same fraction under an exponent of bias 127.
+    // The same fraction with the exponent moved from bias 7 to bias 127.
     let normal = (magnitude << 20) + ((127 - 7) << 23);
     let subnormal = (magnitude as f32 * 0.001953125).to_bits();
     let bits = if magnitude < 8 { subnormal } else { normal };
@@ -32,27 +33,28 @@ const fn value(code: u8) -> f32 {
     f32::from_bits(bits | (code as u32 & 0x80) << 24)
 }
 
-/// Numbers of codes. Exact.
+/// The values of codes. Exact.
 #[inline(always)]
-pub(super) fn unpack(bytes: &[u8], out: &mut [f32]) {
+pub(super) fn to_f32(bytes: &[u8], out: &mut [f32]) {
     for (out, &byte) in out.iter_mut().zip(bytes) {
         *out = value(byte);
     }
 }
 
-/// What every code becomes under one scale: 512 bytes, laid out as the level's look-up wants them.
+/// The decoded 16-bit result of every code under one scale, 512 bytes. The layout is the one that
+/// the look-up of the level in use expects.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-pub(super) struct Table(pub(super) [[u8; 2]; 256]);
+pub(super) struct Fp8Table(pub(super) [[u8; 2]; 256]);
 
-impl Table {
+impl Fp8Table {
     /// A table of zeros.
-    pub(super) const ZERO: Table = Table([[0; 2]; 256]);
+    pub(super) const ZERO: Fp8Table = Fp8Table([[0; 2]; 256]);
 }
 
-/// Fills a table with the little-endian result of every code.
+/// Fills a table with the results of codes 0 to 255, little-endian, one after the other.
 #[inline(always)]
-pub(super) fn pairs(to: Half, scale: f32, table: &mut Table) {
+pub(super) fn fill_interleaved(to: Half, scale: f32, table: &mut Fp8Table) {
     let mut results = [0; 256];
     halves(to, &VALUES.map(|v| v * scale), &mut results);
     for (pair, result) in table.0.iter_mut().zip(results) {
@@ -60,31 +62,32 @@ pub(super) fn pairs(to: Half, scale: f32, table: &mut Table) {
     }
 }
 
-/// Codes to results by a table of [`pairs`] for each run of columns.
+/// Decodes rows by one table of [`fill_interleaved`] for each run of columns.
 pub(super) fn look_up(
-    tables: &[Table],
-    runs: &Runs,
+    tables: &[Fp8Table],
+    runs: &ScaleRuns,
     tile: &Tile<'_>,
     out: &mut [u8],
     out_stride: usize,
 ) {
-    each_run(tables, runs, tile, out, out_stride, |table, codes, out| {
+    for_each_run(tables, runs, tile, out, out_stride, |table, codes, out| {
         for (out, &code) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
             *out = table.0[usize::from(code)];
         }
     });
 }
 
-/// Calls `look_up` with the table, the codes and the output of every run of every row. For kernels,
-/// which are compiled around it.
+/// Calls `look_up` for every run of every row, with its table, its codes and its output.
+///
+/// Inlined into the kernels, so that it is compiled with their instructions.
 #[inline(always)]
-pub(super) fn each_run(
-    tables: &[Table],
-    runs: &Runs,
+pub(super) fn for_each_run(
+    tables: &[Fp8Table],
+    runs: &ScaleRuns,
     tile: &Tile<'_>,
     out: &mut [u8],
     out_stride: usize,
-    mut look_up: impl FnMut(&Table, &[u8], &mut [u8]),
+    mut look_up: impl FnMut(&Fp8Table, &[u8], &mut [u8]),
 ) {
     for row in 0..tile.rows {
         let (codes, out) = (tile.row(row), &mut out[row * out_stride..][..2 * tile.cols]);
@@ -98,12 +101,12 @@ pub(super) fn each_run(
     }
 }
 
-/// Fills a table with the low bytes of the results of codes 0 to 127, then their high bytes.
+/// Fills a table with the low bytes of the results of codes 0 to 127, then with their high bytes.
 ///
-/// Codes 128 to 255 are the negatives, and so are their results, NaN apart: a look-up flips the
-/// sign bit, and half the registers hold the table.
+/// Codes 128 to 255 are the negatives of codes 0 to 127, and so are their results, apart from NaN.
+/// The look-up flips their sign bit itself, so that the table takes half as many registers.
 #[inline(always)]
-pub(super) fn planes(to: Half, scale: f32, table: &mut Table) {
+pub(super) fn fill_byte_planes(to: Half, scale: f32, table: &mut Fp8Table) {
     let mut results = [0; 128];
     let values: [f32; 128] = std::array::from_fn(|code| VALUES[code] * scale);
     halves(to, &values, &mut results);
@@ -115,7 +118,7 @@ pub(super) fn planes(to: Half, scale: f32, table: &mut Table) {
 
 /// Codes nearest to `x / scale`, ties to even, saturating at 448; NaN becomes 0x7F.
 #[inline(always)]
-pub(super) fn pack(values: &[f32], scale: f32, out: &mut [u8]) {
+pub(super) fn encode(values: &[f32], scale: f32, out: &mut [u8]) {
     for (out, &x) in out.iter_mut().zip(values) {
         *out = nearest(x / scale);
     }
@@ -125,10 +128,10 @@ pub(super) fn pack(values: &[f32], scale: f32, out: &mut [u8]) {
 #[inline(always)]
 fn nearest(x: f32) -> u8 {
     let magnitude = (x.to_bits() & 0x7fff_ffff).min(MAX.to_bits());
-    // Drops 20 fraction bits; a carry steps the exponent, which is the rounding.
+    // Rounds 20 fraction bits away; a carry out of the fraction correctly raises the exponent.
     let normal = (magnitude + 0x7_ffff + (magnitude >> 20 & 1)) >> 20;
     let normal = normal.wrapping_sub((127 - 7) << 3);
-    // 2^14 has units of 2^-9 in its last place: the sum is rounded to a multiple of them.
+    // The last place of 2^14 is worth 2^-9, so the addition rounds to a multiple of 2^-9.
     let subnormal = (f32::from_bits(magnitude) + 16384.0).to_bits() - 16384f32.to_bits();
     let code = if magnitude < 0.015625f32.to_bits() { subnormal } else { normal };
     let code = code | x.to_bits() >> 24 & 0x80;

@@ -1,14 +1,14 @@
-//! Codes of 4 bits, two to a byte, the even column in the low nibble: FP4 E2M1 and INT4.
+//! Codes of 4 bits, FP4 E2M1 and INT4: packed two to a byte, the even column in the low nibble.
 //!
-//! The two differ in their sixteen numbers alone. Eight nibbles of INT4 are one little-endian
-//! int32 word of compressed-tensors `pack-quantized`: nibble `j` of word `c` is column `8c + j`,
-//! and that is the order of the bytes too.
+//! Both are decoded by the same code and differ only in the values of the sixteen codes.
+//! compressed-tensors' `pack-quantized` packs eight INT4 codes into one little-endian int32: nibble
+//! `j` of word `c` is column `8c + j`. Read as bytes, that is the same layout.
 
 use super::float::{Half, halves};
-use super::tile::Runs;
+use super::tile::ScaleRuns;
 use super::{Tile, rows};
 
-/// The 4-bit codes.
+/// A 4-bit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Nibble {
     /// Sign, 2 exponent bits of bias 1, 1 fraction bit (OCP MX 1.0).
@@ -18,7 +18,7 @@ pub(super) enum Nibble {
 }
 
 impl Nibble {
-    /// The number of every code.
+    /// The value of every code.
     pub(super) fn values(self) -> &'static [f32; 16] {
         match self {
             Nibble::E2M1 => &[
@@ -32,9 +32,9 @@ impl Nibble {
         }
     }
 
-    /// Numbers of codes that lie one to a byte.
+    /// The values of codes that lie one to a byte.
     #[inline(always)]
-    pub(super) fn numbers(self, codes: &[u8], out: &mut [f32]) {
+    pub(super) fn to_f32(self, codes: &[u8], out: &mut [f32]) {
         match self {
             Nibble::E2M1 => {
                 for (out, &code) in out.iter_mut().zip(codes) {
@@ -49,11 +49,11 @@ impl Nibble {
         }
     }
 
-    /// Codes of `x / scale`, one to a byte: nearest, ties to even, saturating.
+    /// The codes nearest to `x / scale`, one to a byte, ties to even, saturating.
     ///
-    /// A NaN becomes 6 in E2M1 (as PTX's `cvt.satfinite` has it) and 0 in INT4: neither has one.
+    /// Neither format has a NaN: it becomes 6 in E2M1, as in PTX's `cvt.satfinite`, and 0 in INT4.
     #[inline(always)]
-    pub(super) fn nearest(self, values: &[f32], scale: f32, out: &mut [u8]) {
+    pub(super) fn encode(self, values: &[f32], scale: f32, out: &mut [u8]) {
         match self {
             Nibble::E2M1 => {
                 for (out, &x) in out.iter_mut().zip(values) {
@@ -69,18 +69,18 @@ impl Nibble {
     }
 }
 
-/// Rows of nibbles to 16-bit floats, by a table of sixteen results for each scale.
+/// Decodes rows of 4-bit codes into 16-bit floats by a table of 16 results for each scale.
 ///
 /// Every run starts at an even column.
 pub(super) fn look_up(
     values: &[f32; 16],
     to: Half,
     tile: &Tile<'_>,
-    runs: &Runs,
+    runs: &ScaleRuns,
     out: &mut [u8],
     out_stride: usize,
 ) {
-    rows::each(tile, 2, out, out_stride, |codes, scales, out| {
+    rows::for_each_row(tile, 2, out, out_stride, |codes, scales, out| {
         look_up_row(values, to, codes, runs.clone(), scales, out);
     });
 }
@@ -89,7 +89,7 @@ fn look_up_row(
     values: &[f32; 16],
     to: Half,
     codes: &[u8],
-    runs: Runs,
+    runs: ScaleRuns,
     scales: &[f32],
     out: &mut [u8],
 ) {
@@ -111,7 +111,7 @@ fn look_up_row(
     }
 }
 
-/// Codes of `out.len()` columns, one to a byte; `bytes` starts with an even column.
+/// Unpacks the codes of `out.len()` columns, one to a byte; `bytes` starts with an even column.
 #[inline(always)]
 pub(super) fn unpack(bytes: &[u8], out: &mut [u8]) {
     let (pairs, last) = out.as_chunks_mut::<2>();
@@ -124,7 +124,7 @@ pub(super) fn unpack(bytes: &[u8], out: &mut [u8]) {
     }
 }
 
-/// Codes, one to a byte, two to a byte; the last high nibble of an odd count is 0.
+/// Packs codes two to a byte; if their number is odd, the last high nibble is 0.
 #[inline(always)]
 pub(super) fn pack(codes: &[u8], out: &mut [u8]) {
     let (pairs, last) = codes.as_chunks::<2>();
@@ -136,11 +136,11 @@ pub(super) fn pack(codes: &[u8], out: &mut [u8]) {
     }
 }
 
-/// The number of an E2M1 code, without a branch or a look-up, so that loops over it vectorise.
+/// The value of an E2M1 code, without a branch or a look-up, so that loops over it vectorise.
 #[inline(always)]
 fn e2m1_value(code: u8) -> f32 {
     let magnitude = code & 7;
-    // The same fraction under an exponent of bias 127; 0 and 0.5 are subnormal.
+    // The same fraction with the exponent moved from bias 1 to bias 127; 0 and 0.5 are subnormal.
     let normal = (u32::from(magnitude) << 22) + ((127 - 1) << 23);
     let subnormal = (f32::from(magnitude) * 0.5).to_bits();
     let bits = if magnitude < 2 { subnormal } else { normal };
@@ -150,10 +150,10 @@ fn e2m1_value(code: u8) -> f32 {
 #[inline(always)]
 fn e2m1_nearest(x: f32) -> u8 {
     let magnitude = (x.to_bits() & 0x7fff_ffff).min(6f32.to_bits());
-    // Drops 22 fraction bits; a carry steps the exponent, which is the rounding.
+    // Rounds 22 fraction bits away; a carry out of the fraction correctly raises the exponent.
     let normal = (magnitude + 0x1f_ffff + (magnitude >> 22 & 1)) >> 22;
     let normal = normal.wrapping_sub((127 - 1) << 1);
-    // 2^22 has units of 0.5 in its last place: the sum is rounded to a multiple of them.
+    // The last place of 2^22 is worth 0.5, so the addition rounds to a multiple of 0.5.
     let subnormal = (f32::from_bits(magnitude) + 4194304.0).to_bits() - 4194304f32.to_bits();
     let code = if magnitude < 1f32.to_bits() { subnormal } else { normal };
     let code = code | x.to_bits() >> 28 & 8;
@@ -163,8 +163,8 @@ fn e2m1_nearest(x: f32) -> u8 {
 #[inline(always)]
 fn int4_nearest(x: f32) -> u8 {
     let x = if x.is_nan() { 0.0 } else { x };
-    // 1.5 * 2^23 has units of 1 in its last place: the sum is rounded to an integer, ties to even.
-    // The bounds are integers, so clamping before rounding is clamping after it.
+    // The last place of 1.5 * 2^23 is worth 1, so the addition rounds to an integer, ties to even.
+    // The bounds are integers, so clamping before the rounding gives the same as clamping after it.
     let rounded = x.clamp(-8.0, 7.0) + 12582912.0;
     (rounded.to_bits() as u8).wrapping_add(8) & 15
 }
@@ -184,7 +184,7 @@ mod tests {
                 let bits = nibble.values()[usize::from(code)].to_bits();
                 assert_eq!(bits, defined.to_bits(), "{nibble:?} {code}");
                 let mut number = [0.0];
-                nibble.numbers(&[code], &mut number);
+                nibble.to_f32(&[code], &mut number);
                 assert_eq!(number[0].to_bits(), bits, "{nibble:?} {code}");
             }
         }

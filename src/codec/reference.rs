@@ -1,15 +1,16 @@
-//! The contract, one element at a time: what every faster path must equal bit for bit.
+//! Scalar reference implementation: one element at a time, straight from the definitions of the
+//! formats.
 //!
-//! Written from the definitions and nothing else: numbers by powers of two, nearest codes by
-//! searching all of them, half-precision casts by the `half` crate's portable code. Slow on
-//! purpose, kept for ever, and the truth in every test of this room.
+//! Every faster path must give the same bits, and the tests compare them. Values come from powers
+//! of two, the nearest code from a search of all codes, 16-bit casts from the portable code of the
+//! crate `half`. It is slow on purpose and stays in the library.
 
 use half::{bf16, f16};
 
 use super::{Code, Orientation, Scales, Tile};
 use crate::tensor::Float;
 
-/// The number of an E4M3 code.
+/// The value of an E4M3 code.
 pub fn e4m3_to_f32(code: u8) -> f32 {
     let sign = if code & 0x80 == 0 { 1.0 } else { -1.0 };
     let (exponent, fraction) = (i32::from(code >> 3 & 15), f32::from(code & 7));
@@ -20,13 +21,13 @@ pub fn e4m3_to_f32(code: u8) -> f32 {
     }
 }
 
-/// The number of an E2M1 code, 0 to 15.
+/// The value of an E2M1 code, 0 to 15.
 pub fn e2m1_to_f32(code: u8) -> f32 {
     let sign = if code & 8 == 0 { 1.0 } else { -1.0 };
     sign * [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(code & 7)]
 }
 
-/// The number of an INT4 code, 0 to 15.
+/// The value of an INT4 code, 0 to 15.
 pub fn int4_to_f32(code: u8) -> f32 {
     f32::from(code) - 8.0
 }
@@ -55,7 +56,7 @@ pub fn int4_from_f32(x: f32) -> u8 {
     (x.round_ties_even().clamp(-8.0, 7.0) + 8.0) as u8
 }
 
-/// The code from 0 to `last` whose number is nearest to `x >= 0`, ties to the even code.
+/// The code from 0 to `last` whose value is nearest to `x >= 0`, ties to the even code.
 fn nearest(x: f32, last: u8, value: fn(u8) -> f32) -> u8 {
     let distance = |code: &u8| (f64::from(x) - f64::from(value(*code))).abs();
     let x_is_beyond = x > value(last);
@@ -64,7 +65,7 @@ fn nearest(x: f32, last: u8, value: fn(u8) -> f32) -> u8 {
     if x_is_beyond { last } else { (0..=last).min_by(closer).expect("code 0 is there") }
 }
 
-/// The unscaled number of element `(row, col)` of a tile.
+/// The unscaled value of element `(row, col)` of a tile.
 pub fn value(tile: &Tile<'_>, row: usize, col: usize) -> f32 {
     let bytes = &tile.bytes[row * tile.stride..];
     let nibble = |col: usize| bytes[col / 2] >> (4 * (col % 2)) & 15;
@@ -78,7 +79,7 @@ pub fn value(tile: &Tile<'_>, row: usize, col: usize) -> f32 {
     }
 }
 
-/// Writes one number as a float of type `to`.
+/// Writes `x` as a float of type `to`.
 pub fn write(to: Float, x: f32, out: &mut [u8]) {
     match to {
         Float::BF16 => out.copy_from_slice(&bf16::from_f32_const(x).to_le_bytes()),
@@ -87,7 +88,7 @@ pub fn write(to: Float, x: f32, out: &mut [u8]) {
     }
 }
 
-/// [`decode`](super::decode()), one element at a time.
+/// Does what [`decode`](super::decode()) does, one element at a time.
 pub fn decode(
     tile: &Tile<'_>,
     to: Float,
@@ -102,14 +103,14 @@ pub fn decode(
     }
     for row in 0..tile.rows {
         for col in 0..tile.cols {
-            let at = place(orientation, row, col, width, out_stride);
+            let at = output_offset(orientation, row, col, width, out_stride);
             let scale = tile.scales.map_or(1.0, |s| s.at(row, col));
             write(to, value(tile, row, col) * scale, &mut out[at..at + width]);
         }
     }
 }
 
-/// [`copy2d`](super::copy2d()), one element at a time.
+/// Does what [`copy2d`](super::copy2d()) does, one element at a time.
 #[allow(clippy::too_many_arguments)]
 pub fn copy2d(
     width: usize,
@@ -123,21 +124,28 @@ pub fn copy2d(
 ) {
     for row in 0..rows {
         for col in 0..cols {
-            let at = place(orientation, row, col, width, out_stride);
+            let at = output_offset(orientation, row, col, width, out_stride);
             let from = row * src_stride + col * width;
             out[at..at + width].copy_from_slice(&src[from..from + width]);
         }
     }
 }
 
-fn place(o: Orientation, row: usize, col: usize, width: usize, out_stride: usize) -> usize {
-    match o {
+/// Offset of element `(row, col)` of the source in the output, in bytes.
+fn output_offset(
+    orientation: Orientation,
+    row: usize,
+    col: usize,
+    width: usize,
+    out_stride: usize,
+) -> usize {
+    match orientation {
         Orientation::Straight => row * out_stride + col * width,
         Orientation::Transposed => col * out_stride + row * width,
     }
 }
 
-/// [`encode`](super::encode()), one element at a time.
+/// Does what [`encode`](super::encode()) does, one element at a time.
 #[allow(clippy::too_many_arguments)]
 pub fn encode(
     code: Code,

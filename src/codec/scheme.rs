@@ -1,33 +1,34 @@
-//! Geometry of the quantization schemes: which stored shapes make which matrix, and which scale
-//! serves which element. Arithmetic only; the bytes are decoded elsewhere.
+//! Quantization schemes: which dtypes and shapes of payload and scale tensors belong to a matrix,
+//! and which scale covers which element.
 //!
-//! A matrix is seen as rows of its last axis: `[experts, out, in]` has `experts * out` rows.
+//! Arithmetic on shapes only; no bytes are decoded here. A tensor of any rank counts as a matrix
+//! whose columns are its last axis: `[experts, out, in]` has `experts * out` rows.
 
-use super::{Code, ScaleCode, fp4_exponent, fp8_exponent, fp8_scale, int4_scale, scale_to_f32};
+use super::{Code, ScaleCode, fp4_scale_e8m0, fp8_scale, fp8_scale_e8m0, int4_scale, scale_to_f32};
 use crate::tensor::{DType, Float, Shape};
 
-/// How a quantized matrix is stored as payload and scale tensors.
+/// How a quantized matrix is stored: a payload tensor of codes and a tensor of scales.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Scheme {
-    /// F8_E4M3 payload of the matrix's shape, a scale for each block of rows and columns.
+    /// F8_E4M3 payload of the matrix's shape; a scale for each block of rows and columns.
     Fp8,
-    /// E2M1 codes, two a byte (I8, U8 or F4), a scale for each row and group of columns.
+    /// E2M1 codes, two to a byte (I8, U8 or F4); a scale for each group of columns of a row.
     Fp4,
-    /// 4-bit integers plus 8, eight an int32 (`pack-quantized` of compressed-tensors), a scale for
-    /// each row and group of columns.
+    /// 4-bit integers stored plus 8, eight to an int32 (`pack-quantized` of compressed-tensors); a
+    /// scale for each group of columns of a row.
     Int4,
     /// E2M1 codes in blocks `[…, rows, cols / 32, 16]` U8 with E8M0 scales `[…, rows, cols / 32]`
     /// (gpt-oss's MXFP4).
     Mxfp4,
 }
 
-/// Scales of one matrix: a grid of `rows` by `cols` scales for each plane of the matrix, a plane
-/// being `plane_rows` of its rows.
+/// Layout of the scales of one matrix: a grid of `rows` by `cols` scales for each plane. A plane is
+/// `plane_rows` rows of the matrix, for example one expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ScaleGrid {
-    /// Rows and columns that one scale serves.
+    /// Rows and columns that one scale covers.
     pub block: [u64; 2],
-    /// Matrix rows after which the grid starts anew.
+    /// Rows of a plane. Each plane starts a new grid.
     pub plane_rows: u64,
     /// Scale rows of a plane.
     pub rows: u64,
@@ -49,7 +50,7 @@ impl Scheme {
         Self::ALL.iter().find(|(_, n)| *n == name).map(|(s, _)| *s)
     }
 
-    /// The name in mapping files.
+    /// The name that mapping files use.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Scheme::Fp8 => "fp8",
@@ -59,7 +60,7 @@ impl Scheme {
         }
     }
 
-    /// How its payload codes an element.
+    /// Encoding of the payload's elements.
     pub(crate) fn code(self) -> Code {
         match self {
             Scheme::Fp8 => Code::E4M3,
@@ -68,7 +69,7 @@ impl Scheme {
         }
     }
 
-    /// Whether a tensor of this dtype can be its payload.
+    /// Whether a tensor of this dtype can be a payload of the scheme.
     pub(crate) fn takes_payload(self, dtype: DType) -> bool {
         match self {
             Scheme::Fp8 => dtype == DType::F8E4M3,
@@ -78,14 +79,14 @@ impl Scheme {
         }
     }
 
-    /// How scales of this dtype are coded, where the scheme takes them.
+    /// Encoding of scales stored in this dtype, or `None` if the scheme does not allow the dtype.
     pub(crate) fn scale_code(self, dtype: DType) -> Option<ScaleCode> {
         let floats = dtype.as_float().map(|float| match float {
             Float::F32 => ScaleCode::F32,
             Float::BF16 => ScaleCode::BF16,
             Float::F16 => ScaleCode::F16,
         });
-        // Files from before safetensors had F8_E8M0 hold the same bytes as U8.
+        // Files written before safetensors had F8_E8M0 store the same bytes as U8.
         let powers = matches!(dtype, DType::F8E8M0 | DType::U8).then_some(ScaleCode::E8M0);
         match self {
             Scheme::Fp8 | Scheme::Fp4 => floats.or(powers),
@@ -104,7 +105,7 @@ impl Scheme {
         }
     }
 
-    /// Dtype of the scales that published checkpoints hold, where a mapping says nothing else.
+    /// Dtype of the scales that published checkpoints hold; a mapping may name another one.
     pub(crate) fn scale_dtype(self) -> DType {
         match self {
             Scheme::Fp8 => DType::F32,
@@ -114,7 +115,8 @@ impl Scheme {
         }
     }
 
-    /// Shape of the payload that holds a matrix; `None` where its columns do not fill it.
+    /// Shape of the payload of a matrix; `None` if the number of columns is not a multiple of what
+    /// the payload packs together.
     pub(crate) fn payload_shape(self, dtype: DType, matrix: &Shape) -> Option<Shape> {
         let (&cols, rows) = matrix.dims().split_last()?;
         let narrowed = |factor: u64, tail: &[u64]| {
@@ -132,8 +134,8 @@ impl Scheme {
         }
     }
 
-    /// The scale that codes of a block with this largest magnitude are made with; stored as
-    /// `code`, which rounds it where it cannot hold it.
+    /// The scale of a block whose largest magnitude is `amax`. `code` is how the scale will be
+    /// stored, which may round it further.
     pub(crate) fn scale_of(self, code: ScaleCode, amax: f32) -> f32 {
         let power = |byte: u8| {
             let mut value = [0.0];
@@ -141,14 +143,15 @@ impl Scheme {
             value[0]
         };
         match (self, code) {
-            (Scheme::Fp8, ScaleCode::E8M0) => power(fp8_exponent(amax)),
+            (Scheme::Fp8, ScaleCode::E8M0) => power(fp8_scale_e8m0(amax)),
             (Scheme::Fp8, ScaleCode::F32 | ScaleCode::BF16 | ScaleCode::F16) => fp8_scale(amax),
-            (Scheme::Fp4 | Scheme::Mxfp4, _) => power(fp4_exponent(amax)),
+            (Scheme::Fp4 | Scheme::Mxfp4, _) => power(fp4_scale_e8m0(amax)),
             (Scheme::Int4, _) => int4_scale(amax),
         }
     }
 
-    /// Shape of the matrix that a payload holds; `None` where it can hold none.
+    /// Shape of the matrix that a payload of this dtype and shape holds; `None` if there is no such
+    /// matrix.
     pub(crate) fn matrix_shape(self, dtype: DType, payload: &Shape) -> Option<Shape> {
         let dims = payload.dims();
         let (&last, outer) = dims.split_last()?;
@@ -162,7 +165,7 @@ impl Scheme {
         }
         match self {
             Scheme::Fp8 => Some(payload.clone()),
-            // An F4 tensor's shape counts elements, a byte tensor's counts bytes.
+            // The shape of an F4 tensor counts elements, that of a byte tensor bytes.
             Scheme::Fp4 if dtype == DType::F4 => Some(payload.clone()),
             Scheme::Fp4 => widened(last, 2, outer),
             Scheme::Int4 => widened(last, 8, outer),
@@ -176,11 +179,11 @@ impl Scheme {
         }
     }
 
-    /// The grid that a scale tensor of shape `scale` lays over a matrix, where `block` is the
-    /// model's block (rows, columns); `None` where the geometry explains no such scale.
+    /// The grid of a scale tensor of shape `scale` over a matrix. `block` is the model's scale
+    /// block (rows, columns). `None` if the shape fits no grid.
     ///
-    /// One scale for all (0-d or a single element), one a row, and a flat 1-D list of the same
-    /// scales occur in the wild and are taken.
+    /// Published checkpoints also have one scale for the whole matrix (0-d or a single element),
+    /// one scale for each row, and the scales of a grid as a flat 1-D tensor; all are accepted.
     pub(crate) fn scale_grid(
         self,
         matrix: &Shape,

@@ -1,15 +1,15 @@
-//! What is decoded: codes, the scales that serve them, and boxes of a stored matrix.
+//! The input of the decoders: element codes, scales, and boxes of a stored matrix.
 
 use crate::tensor::Float;
 
-/// How one element of a stored matrix is coded.
+/// Encoding of one element of a stored matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
     /// FP8 E4M3FN (OCP OFP8 1.0): bias 7, no infinities, 0x7F and 0xFF are NaN, largest 448.
     E4M3,
     /// FP4 E2M1 (OCP MX 1.0): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, -0.0 among them.
     E2M1,
-    /// Unsigned nibble minus 8, -8 to 7 (compressed-tensors `pack-quantized`).
+    /// 4-bit integer from -8 to 7, stored plus 8 (compressed-tensors `pack-quantized`).
     Int4,
     /// bfloat16, little-endian.
     BF16,
@@ -20,7 +20,8 @@ pub enum Code {
 }
 
 impl Code {
-    /// Bits of one element. Codes of 4 bits lie two to a byte, the even column in the low nibble.
+    /// Bits of one element. Codes of 4 bits are packed two to a byte, the even column in the low
+    /// nibble.
     pub fn bits(self) -> u32 {
         match self {
             Code::E2M1 | Code::Int4 => 4,
@@ -30,7 +31,7 @@ impl Code {
         }
     }
 
-    /// The float type that the code is, or `None` for a quantized code.
+    /// The float type of an unquantized code, or `None` for a quantized one.
     pub fn as_float(self) -> Option<Float> {
         match self {
             Code::E4M3 | Code::E2M1 | Code::Int4 => None,
@@ -40,7 +41,7 @@ impl Code {
         }
     }
 
-    /// Bytes that `cols` neighbouring elements of a row take, from an even column on.
+    /// Bytes of `cols` neighbouring elements of a row that start at an even column.
     pub fn row_bytes(self, cols: usize) -> usize {
         match self {
             Code::E2M1 | Code::Int4 => cols.div_ceil(2),
@@ -51,58 +52,62 @@ impl Code {
     }
 }
 
-/// Which scale serves which element of a tile.
+/// The scales of a tile, one for each block of elements.
 ///
 /// Element `(r, c)` has
 /// `values[((r + phase[0]) / block[0]) * stride + (c + phase[1]) / block[1]]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Scales<'a> {
-    /// Scales as numbers, row-major, `stride` from row to row.
+    /// The scales, row-major.
     pub values: &'a [f32],
-    /// Scales from one row of scales to the next.
+    /// Number of scales from one row of scales to the next.
     pub stride: usize,
     /// Rows and columns of elements that share a scale; both above 0.
     pub block: [usize; 2],
-    /// Rows and columns by which the tile's first element lies behind the origin of `values`.
+    /// Row and column of the tile's first element, counted from the first element that
+    /// `values[0]` covers.
     pub phase: [usize; 2],
 }
 
 impl Scales<'_> {
-    /// The scale 1 for every element.
+    /// A scale of 1 for every element.
     pub(super) const ONE: Scales<'static> =
         Scales { values: &[1.0], stride: 0, block: [usize::MAX; 2], phase: [0; 2] };
 
     /// The scale of element `(row, col)`.
     ///
     /// # Panics
-    /// Where `values` is too short, or a block extent is 0.
+    /// If `values` is too short or a block extent is 0.
     pub fn at(&self, row: usize, col: usize) -> f32 {
         let row = (row + self.phase[0]) / self.block[0];
         self.values[row * self.stride + (col + self.phase[1]) / self.block[1]]
     }
 
-    /// The same scales for a tile that starts at `(row, col)` of this one.
-    pub(super) fn from(self, row: usize, col: usize) -> Self {
+    /// The scales of the sub-tile that starts at element `(row, col)`.
+    pub(super) fn offset_by(self, row: usize, col: usize) -> Self {
         Scales { phase: [self.phase[0] + row, self.phase[1] + col], ..self }
     }
 
-    /// Runs of `rows` rows that share their scales; a run's index is the row in `values`.
-    pub(super) fn row_runs(&self, rows: usize) -> Runs {
-        Runs::new(rows, self.block[0], self.phase[0])
+    /// The `rows` rows of a tile, cut where one row of scales ends; a run's index is the row in
+    /// `values`.
+    pub(super) fn row_runs(&self, rows: usize) -> ScaleRuns {
+        ScaleRuns::new(rows, self.block[0], self.phase[0])
     }
 
-    /// Runs of `cols` columns that share a scale; a run's index is the column in `values`.
-    pub(super) fn col_runs(&self, cols: usize) -> Runs {
-        Runs::new(cols, self.block[1], self.phase[1])
+    /// The `cols` columns of a tile, cut where one scale ends; a run's index is the column in
+    /// `values`.
+    pub(super) fn col_runs(&self, cols: usize) -> ScaleRuns {
+        ScaleRuns::new(cols, self.block[1], self.phase[1])
     }
 }
 
 /// A 2-D box of a stored matrix, in the matrix's own orientation.
 #[derive(Clone, Copy, Debug)]
 pub struct Tile<'a> {
-    /// How the elements are coded.
+    /// Encoding of the elements.
     pub code: Code,
-    /// The rows, `stride` bytes apart. Codes of 4 bits start at an even column of the matrix.
+    /// The rows, `stride` bytes apart. A tile of 4-bit codes starts at an even column of the
+    /// matrix.
     pub bytes: &'a [u8],
     /// Bytes from one row to the next.
     pub stride: usize,
@@ -110,12 +115,12 @@ pub struct Tile<'a> {
     pub rows: usize,
     /// Columns of the box, in elements.
     pub cols: usize,
-    /// The scales, or `None` where the codes are the numbers themselves.
+    /// The scales, or `None` if the elements are not scaled.
     pub scales: Option<Scales<'a>>,
 }
 
 impl<'a> Tile<'a> {
-    /// The scales, 1 for every element where there are none.
+    /// The scales; 1 for every element if the tile has none.
     #[inline]
     pub(super) fn scales(&self) -> Scales<'a> {
         self.scales.unwrap_or(Scales::ONE)
@@ -126,19 +131,19 @@ impl<'a> Tile<'a> {
         &self.bytes[row * self.stride..][..self.code.row_bytes(self.cols)]
     }
 
-    /// The box of `rows` by `cols` at `(row, col)`; `col` is even for codes of 4 bits.
-    pub(super) fn cut(&self, row: usize, rows: usize, col: usize, cols: usize) -> Tile<'a> {
+    /// The sub-tile of `rows` by `cols` elements at `(row, col)`; `col` is even for 4-bit codes.
+    pub(super) fn sub_tile(&self, row: usize, rows: usize, col: usize, cols: usize) -> Tile<'a> {
         Tile {
             bytes: &self.bytes[row * self.stride + self.code.row_bytes(col)..],
             rows,
             cols,
-            scales: self.scales.map(|s| s.from(row, col)),
+            scales: self.scales.map(|s| s.offset_by(row, col)),
             ..*self
         }
     }
 }
 
-/// Which way a box is written.
+/// Orientation of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Orientation {
     /// Element `(r, c)` of the box is element `(r, c)` of the output.
@@ -147,78 +152,79 @@ pub enum Orientation {
     Transposed,
 }
 
-/// Neighbouring rows or columns that lie in one scale block.
+/// Neighbouring rows or columns of a tile that lie in one scale block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Run {
-    /// First row or column of the tile.
+pub(super) struct ScaleRun {
+    /// First row or column, counted from the tile's.
     pub start: usize,
-    /// Rows or columns; above 0.
+    /// Number of rows or columns; above 0.
     pub len: usize,
     /// Index of the scale block.
     pub index: usize,
 }
 
-/// The runs of an axis, in order.
+/// Iterator over the runs of an axis, in order.
 #[derive(Clone)]
-pub(super) struct Runs {
-    next: Run,
+pub(super) struct ScaleRuns {
+    next: ScaleRun,
     end: usize,
     block: usize,
 }
 
-impl Runs {
-    /// A single run, of block 0.
-    pub(super) fn one(end: usize) -> Runs {
-        Runs::new(end, usize::MAX, 0)
+impl ScaleRuns {
+    /// A single run, in block 0.
+    pub(super) fn single(end: usize) -> ScaleRuns {
+        ScaleRuns::new(end, usize::MAX, 0)
     }
 
-    fn new(end: usize, block: usize, phase: usize) -> Runs {
-        let next = Run { start: 0, len: block - phase % block, index: phase / block };
-        Runs { next, end, block }
+    fn new(end: usize, block: usize, phase: usize) -> ScaleRuns {
+        let next = ScaleRun { start: 0, len: block - phase % block, index: phase / block };
+        ScaleRuns { next, end, block }
     }
 }
 
-/// The runs of a row with the whole blocks set apart, for loops that want no division.
+/// The runs of a row with the whole blocks separated from the partial ones at both ends, so that
+/// the loop over whole blocks needs no division.
 #[derive(Clone)]
-pub(super) struct Split {
+pub(super) struct SplitRuns {
     /// All runs.
-    pub all: Runs,
+    pub all: ScaleRuns,
     /// Columns of a whole block.
     pub block: usize,
-    /// How many whole blocks there are.
+    /// Number of whole blocks.
     pub blocks: usize,
-    /// What is left of a first block; may be empty.
-    pub head: Run,
-    /// Whole blocks, with the index of the first; may be empty.
-    pub body: Run,
-    /// The beginning of a last block; may be empty.
-    pub tail: Run,
+    /// The end of a partial first block; may be empty.
+    pub head: ScaleRun,
+    /// All whole blocks, with the index of the first; may be empty.
+    pub body: ScaleRun,
+    /// The start of a partial last block; may be empty.
+    pub tail: ScaleRun,
 }
 
-impl Runs {
-    /// These runs, whole blocks set apart.
-    pub(super) fn split(self) -> Split {
-        let Runs { next: first, end, block } = self.clone();
+impl ScaleRuns {
+    /// Separates the whole blocks from the partial ones.
+    pub(super) fn split(self) -> SplitRuns {
+        let ScaleRuns { next: first, end, block } = self.clone();
         let head = if first.len < block { first.len.min(end) } else { 0 };
         let tail = (end - head) % block;
         let index = first.index + usize::from(head > 0);
-        let body = Run { start: head, len: end - head - tail, index };
+        let body = ScaleRun { start: head, len: end - head - tail, index };
         let blocks = body.len / block;
-        let tail = Run { start: end - tail, len: tail, index: index + blocks };
-        Split { all: self, block, blocks, head: Run { len: head, ..first }, body, tail }
+        let tail = ScaleRun { start: end - tail, len: tail, index: index + blocks };
+        SplitRuns { all: self, block, blocks, head: ScaleRun { len: head, ..first }, body, tail }
     }
 }
 
-impl Iterator for Runs {
-    type Item = Run;
+impl Iterator for ScaleRuns {
+    type Item = ScaleRun;
 
-    fn next(&mut self) -> Option<Run> {
+    fn next(&mut self) -> Option<ScaleRun> {
         let left = self.end - self.next.start;
         if left == 0 {
             return None;
         }
-        let run = Run { len: self.next.len.min(left), ..self.next };
-        self.next = Run { start: run.start + run.len, len: self.block, index: run.index + 1 };
+        let run = ScaleRun { len: self.next.len.min(left), ..self.next };
+        self.next = ScaleRun { start: run.start + run.len, len: self.block, index: run.index + 1 };
         Some(run)
     }
 }
@@ -249,14 +255,14 @@ mod tests {
             (0, 4, 1),
             (5, 1, 2),
         ] {
-            let runs = Runs::new(end, block, phase);
+            let runs = ScaleRuns::new(end, block, phase);
             let mut joined = Vec::new();
-            let Split { head, body, tail, .. } = runs.clone().split();
+            let SplitRuns { head, body, tail, .. } = runs.clone().split();
             for part in [head, body, tail] {
                 let whole = part.len / block * block;
                 for at in (0..whole).step_by(block) {
                     let (start, index) = (part.start + at, part.index + at / block);
-                    joined.push(Run { start, len: block, index });
+                    joined.push(ScaleRun { start, len: block, index });
                 }
                 if part.len > whole {
                     joined.push(part);

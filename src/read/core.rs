@@ -161,7 +161,7 @@ impl Core {
         let into = at - run.at;
         let checkpoint = self.of(run.origin);
         (bytes <= run.bytes - into)
-            .then(|| checkpoint.stored(run.source, run.offset + into, bytes))
+            .then(|| checkpoint.file_range(run.source, run.offset + into, bytes))
             .flatten()
     }
 

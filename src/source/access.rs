@@ -1,7 +1,7 @@
-//! Reading tensor bytes, by `pread`.
+//! Reads the bytes of a tensor with `pread`.
 //!
-//! Never through a map: a file that shrinks under a map kills the process, a `pread` comes up
-//! short and becomes a [`SourceReadError`].
+//! Shards are not mapped into memory. Access to a mapped file that has been truncated kills the
+//! process with SIGBUS; a `pread` of it comes up short and becomes a [`SourceReadError`].
 
 use crate::tensor::to_u64;
 use std::cell::RefCell;
@@ -12,38 +12,41 @@ use std::os::unix::fs::FileExt;
 use super::checkpoint::{Checkpoint, SourceId, SourceTensor};
 use super::error::SourceReadError;
 
-/// Bytes of a span that is read at once and then picked apart: stays in the L2 cache; spans of
-/// 256 KiB and 1 MiB were no faster.
+/// Largest span, in bytes, that is read with one `pread` and from which rows are then copied. It
+/// stays in the L2 cache; spans of 256 KiB and 1 MiB were no faster.
 const SPAN_BYTES: usize = 64 << 10;
 
-/// Bytes between two runs that cost less to read than another system call: a warm `pread` of 64 to
-/// 256 bytes takes 0.23 to 0.4 us, one of 1 KiB 0.33, of 4 KiB 0.8 to 2, so that 2 KiB of gap and
-/// one call less are even (`cargo test --release -- --ignored --nocapture cost_of_a_run`).
+/// Gaps between rows of up to this many bytes are read and discarded, which saves a system call for
+/// each row. A `pread` from the page cache takes 0.23 to 0.4 us for 64 to 256 bytes, 0.33 us for
+/// 1 KiB, 0.8 to 2 us for 4 KiB: reading 2 KiB more costs about as much as one more call
+/// (`cargo test --release -- --ignored --nocapture cost_of_a_run`).
 const CHEAP_GAP_BYTES: u64 = 2 << 10;
 
 impl Checkpoint {
     /// Reads bytes `at..at + out.len()` of a tensor.
     ///
     /// # Errors
-    /// Where the request leaves the tensor, the shard has become shorter, or the system reports
-    /// an error. What `out` holds then is not defined.
+    /// If the range exceeds the tensor, the shard was truncated, or the system reports an error.
+    /// The contents of `out` are then unspecified.
     pub fn read(&self, id: SourceId, at: u64, out: &mut [u8]) -> Result<(), SourceReadError> {
         let t = self.tensor(id);
         check_range(t, at, Some(to_u64(out.len())))?;
         self.pread(t, at, out)
     }
 
-    /// Reads `rows` runs of `width` bytes, the first at `at` and each `stride` bytes behind the one
-    /// before; run r goes to `out[r * out_stride..][..width]`, the rest of `out` stays.
+    /// Reads a strip of a matrix: `rows` rows of `width` bytes, the first at byte `at` of the
+    /// tensor, with a row pitch of `stride` bytes. Row `r` goes to
+    /// `out[r * out_stride..][..width]`; all other bytes of `out` keep their contents.
     ///
-    /// Runs that lie at most 2 KiB apart are read in spans and copied from there; others take a
-    /// system call each, which is most of the time of a run below 1 KiB: ask for wide strips.
+    /// If the gaps between the rows are at most 2 KiB, rows and gaps are read in spans of up to
+    /// 64 KiB. Otherwise each row takes a system call, which dominates for rows below 1 KiB:
+    /// callers should ask for wide strips.
     ///
     /// # Errors
     /// As [`Checkpoint::read`].
     ///
     /// # Panics
-    /// Where `out` does not hold the runs, or `out_stride` is below `width`.
+    /// If `out` is too short for the rows, or `out_stride` is below `width`.
     #[allow(clippy::too_many_arguments)]
     pub fn read_rows(
         &self,
@@ -63,27 +66,27 @@ impl Checkpoint {
             to_u64(rows - 1).checked_mul(stride).and_then(|n| n.checked_add(to_u64(width)));
         check_range(t, at, length)?;
         let needed = (rows - 1).checked_mul(out_stride).and_then(|n| n.checked_add(width));
-        assert!(needed.is_some_and(|n| n <= out.len()), "the buffer does not hold the runs");
+        assert!(needed.is_some_and(|n| n <= out.len()), "the buffer is too short for the rows");
         if rows == 1 || (stride == to_u64(width) && out_stride == width) {
             return self.pread(t, at, &mut out[..rows * width]);
         }
-        assert!(out_stride >= width, "the runs overlap in the buffer");
-        let near = stride.saturating_sub(to_u64(width)) <= CHEAP_GAP_BYTES;
+        assert!(out_stride >= width, "the rows overlap in the buffer");
+        let small_gaps = stride.saturating_sub(to_u64(width)) <= CHEAP_GAP_BYTES;
         match usize::try_from(stride) {
-            Ok(stride) if near && stride + width <= SPAN_BYTES => {
-                self.read_near(t, at, width, stride, out, out_stride, rows)
+            Ok(stride) if small_gaps && stride + width <= SPAN_BYTES => {
+                self.read_spans(t, at, width, stride, out, out_stride, rows)
             }
             _ => out
                 .chunks_mut(out_stride)
                 .take(rows)
                 .zip(0..)
-                .try_for_each(|(run, r)| self.pread(t, at + r * stride, &mut run[..width])),
+                .try_for_each(|(row, r)| self.pread(t, at + r * stride, &mut row[..width])),
         }
     }
 
-    /// [`Checkpoint::read_rows`] in spans of at most [`SPAN_BYTES`].
+    /// Does what [`Checkpoint::read_rows`] does in spans of at most [`SPAN_BYTES`], gaps included.
     #[allow(clippy::too_many_arguments)]
-    fn read_near(
+    fn read_spans(
         &self,
         t: &SourceTensor,
         mut at: u64,
@@ -93,35 +96,35 @@ impl Checkpoint {
         out_stride: usize,
         mut rows: usize,
     ) -> Result<(), SourceReadError> {
-        let runs_of_a_span = (SPAN_BYTES - width) / stride.max(1) + 1;
+        let rows_per_span = (SPAN_BYTES - width) / stride.max(1) + 1;
         SPAN.with_borrow_mut(|span| {
             span.resize(SPAN_BYTES, 0);
-            for part in out.chunks_mut(runs_of_a_span * out_stride) {
-                let runs = runs_of_a_span.min(rows);
-                if runs == 0 {
+            for out in out.chunks_mut(rows_per_span * out_stride) {
+                let now = rows_per_span.min(rows);
+                if now == 0 {
                     break;
                 }
-                self.pread(t, at, &mut span[..(runs - 1) * stride + width])?;
-                for (r, run) in part.chunks_mut(out_stride).take(runs).enumerate() {
-                    run[..width].copy_from_slice(&span[r * stride..][..width]);
+                self.pread(t, at, &mut span[..(now - 1) * stride + width])?;
+                for (r, row) in out.chunks_mut(out_stride).take(now).enumerate() {
+                    row[..width].copy_from_slice(&span[r * stride..][..width]);
                 }
-                at += to_u64(runs * stride);
-                rows -= runs;
+                at += to_u64(now * stride);
+                rows -= now;
             }
             Ok(())
         })
     }
 
-    /// The file and the offset in it where bytes `at..at + bytes` of a tensor lie; `None` where they
-    /// leave the tensor.
-    pub fn stored(&self, id: SourceId, at: u64, bytes: u64) -> Option<(&File, u64)> {
+    /// The shard and the offset in it of bytes `at..at + bytes` of a tensor; `None` if the range
+    /// exceeds the tensor. For callers that splice.
+    pub fn file_range(&self, id: SourceId, at: u64, bytes: u64) -> Option<(&File, u64)> {
         let t = self.tensor(id);
         check_range(t, at, Some(bytes)).ok()?;
         Some((self.shard(t.shard).file(), t.offset + at))
     }
 
-    /// Tells the kernel that `bytes` bytes at `at` of a tensor are wanted soon. What leaves the
-    /// tensor is not asked for; errors do not matter.
+    /// Asks the kernel to read bytes `at..at + bytes` of a tensor into the page cache. The range is
+    /// cut at the end of the tensor; errors are ignored.
     pub fn will_need(&self, id: SourceId, at: u64, bytes: u64) {
         let t = self.tensor(id);
         if at < t.bytes {
@@ -129,7 +132,7 @@ impl Checkpoint {
         }
     }
 
-    /// Reads from a range that lies within the tensor.
+    /// Reads a range that was checked to lie within the tensor.
     fn pread(&self, t: &SourceTensor, at: u64, out: &mut [u8]) -> Result<(), SourceReadError> {
         let shard = self.shard(t.shard);
         let offset = t.offset + at;
@@ -150,7 +153,7 @@ impl Checkpoint {
 }
 
 thread_local! {
-    /// [`SPAN_BYTES`], kept so that a strip of a matrix costs no allocation.
+    /// Buffer of [`SPAN_BYTES`], kept so that [`Checkpoint::read_rows`] does not allocate.
     static SPAN: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 

@@ -1,29 +1,29 @@
-//! config.json: the parsed text with typed look-ups.
+//! config.json, with typed look-ups.
 //!
 //! Vision-language checkpoints keep the language model's settings in `text_config`. A key is
-//! looked up at the top level first and then there, and nowhere else: a `vision_config` has keys of
-//! the same names with other meanings.
+//! looked up at the top level first and in `text_config` second. Other nested objects are not
+//! searched: `vision_config` has keys with the same names and other meanings.
 //!
-//! Python writes `Infinity`, `-Infinity` and `NaN`, which are no JSON. They are read as strings
-//! that no file has otherwise, and [`Config::write`] writes them as they were.
+//! Python writes `Infinity`, `-Infinity` and `NaN`, which are not JSON. They are parsed as marker
+//! strings that no real file contains, and [`Config::write`] writes the constants again.
 
 use std::borrow::Cow;
 
 use serde_json::{Map, Value};
 
-/// A key of config.json that is absent or not what it should be.
+/// A key of config.json that is absent or has a value of the wrong type.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("config.json: `{key}`: expected {expected}, got {found}")]
 pub struct ConfigError {
-    /// The key, dotted.
+    /// The key, with dots between nested keys.
     pub key: String,
-    /// What it should be.
+    /// What the value should be.
     pub expected: &'static str,
-    /// What is there.
+    /// What the value is.
     pub found: String,
 }
 
-/// A parsed config.json, keys in their order.
+/// A parsed config.json. Keys keep their order.
 #[derive(Debug, Clone)]
 pub struct Config {
     raw: Vec<u8>,
@@ -34,13 +34,13 @@ impl Config {
     /// Parses the text of a config.json.
     ///
     /// # Errors
-    /// Where it is not a JSON object.
+    /// If it is not a JSON object.
     pub(crate) fn parse(raw: Vec<u8>) -> Result<Config, serde_json::Error> {
         let top = serde_json::from_slice(&with_quoted_constants(&raw))?;
         Ok(Config { raw, top })
     }
 
-    /// The text of a config.json that holds these keys: indented by two, with a newline at its end.
+    /// Formats a config.json with these keys: indented by two spaces, with a newline at the end.
     pub(crate) fn write(top: &Map<String, Value>) -> Vec<u8> {
         let mut text = serde_json::to_string_pretty(top).expect("a JSON value can be written");
         for constant in CONSTANTS {
@@ -60,8 +60,8 @@ impl Config {
         &self.top
     }
 
-    /// The value at a dotted key such as `num_hidden_layers` or `text_config.num_hidden_layers`:
-    /// at the top level, else in `text_config`. A null is as good as an absent key.
+    /// The value at a dotted key such as `num_hidden_layers` or `text_config.num_hidden_layers`.
+    /// Looks at the top level first, then in `text_config`. `None` if the key is absent or null.
     pub fn get(&self, key: &str) -> Option<&Value> {
         let in_text = || descend(self.top.get("text_config")?.as_object()?, key);
         descend(&self.top, key).or_else(in_text)
@@ -70,7 +70,7 @@ impl Config {
     /// The integer at `key`.
     ///
     /// # Errors
-    /// Where there is no value, or one that is not an integer from 0 on.
+    /// If there is no value or it is not a non-negative integer.
     pub fn int(&self, key: &str) -> Result<u64, ConfigError> {
         self.typed(key, "an integer from 0 on", Value::as_u64)
     }
@@ -78,7 +78,7 @@ impl Config {
     /// The string at `key`.
     ///
     /// # Errors
-    /// Where there is no value, or one that is not a string.
+    /// If there is no value or it is not a string.
     pub fn string(&self, key: &str) -> Result<&str, ConfigError> {
         self.typed(key, "a string", Value::as_str)
     }
@@ -86,7 +86,7 @@ impl Config {
     /// The list of integers at `key`.
     ///
     /// # Errors
-    /// Where there is no value, or one that is not a list of integers from 0 on.
+    /// If there is no value or it is not a list of non-negative integers.
     pub fn ints(&self, key: &str) -> Result<Vec<u64>, ConfigError> {
         self.typed(key, "a list of integers from 0 on", |value| {
             value.as_array()?.iter().map(Value::as_u64).collect()
@@ -112,22 +112,23 @@ impl Config {
         self.top.get("model_type")?.as_str()
     }
 
-    /// Every `model_type`: the top-level one, then those of the objects within, in their order.
+    /// All values of `model_type`: that of the top level, then those of its nested objects, in
+    /// order.
     pub fn model_types(&self) -> Vec<&str> {
         let nested = self.top.values().filter_map(|v| v.as_object()?.get("model_type")?.as_str());
         self.model_type().into_iter().chain(nested).collect()
     }
 
-    /// `quantization_config`, at the top level or in `text_config`.
+    /// The object `quantization_config`, at the top level or in `text_config`.
     pub fn quantization_config(&self) -> Option<&Map<String, Value>> {
         self.get("quantization_config")?.as_object()
     }
 
-    /// Rows and columns of an FP8 block by `quantization_config.weight_block_size`; `None` where
-    /// the config gives none.
+    /// Rows and columns of an FP8 scale block, from `quantization_config.weight_block_size`; `None`
+    /// if the key is absent.
     ///
     /// # Errors
-    /// Where it is not a pair of integers above 0.
+    /// If it is not a pair of integers above 0.
     pub(crate) fn weight_block_size(&self) -> Result<Option<[u64; 2]>, ConfigError> {
         const KEY: &str = "quantization_config.weight_block_size";
         if self.get(KEY).is_none() {
@@ -141,18 +142,18 @@ impl Config {
         Ok(Some(block))
     }
 
-    /// Columns that an INT4 scale serves by `quantization_config.config_groups`
-    /// (compressed-tensors); `None` where the config gives none, or groups of different sizes.
+    /// Columns that share an INT4 scale, from `quantization_config.config_groups`
+    /// (compressed-tensors); `None` if the key is absent or its groups have different sizes.
     ///
     /// # Errors
-    /// Where one is not an integer above 0.
+    /// If a group size is not an integer above 0.
     pub(crate) fn group_size(&self) -> Result<Option<u64>, ConfigError> {
         const GROUPS: &str = "quantization_config.config_groups";
         let groups = self.get(GROUPS).and_then(Value::as_object);
         let mut sizes = Vec::new();
         for name in groups.into_iter().flat_map(Map::keys) {
             let key = format!("{GROUPS}.{name}.weights.group_size");
-            // -1 and null stand for one scale a row.
+            // -1 and null mean one scale for each row.
             if self.get(&key).is_some_and(|value| *value != -1) {
                 let positive = |value: &Value| value.as_u64().filter(|n| *n > 0);
                 sizes.push(self.typed(&key, "an integer above 0", positive)?);
@@ -166,15 +167,15 @@ impl Config {
     }
 }
 
-/// What Python's `json` reads and writes beside JSON; the longest first.
+/// Constants that Python's `json` reads and writes although JSON has none; the longest first.
 const CONSTANTS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
 
-/// The string that stands for a constant. It starts with U+0000, which no text in a config.json has.
+/// The marker string for a constant. It starts with U+0000, which no real config.json contains.
 fn quoted(constant: &str) -> String {
     format!("\u{0}{constant}")
 }
 
-/// The text with Python's constants as strings, those within strings left alone.
+/// Replaces Python's constants outside of strings by marker strings.
 fn with_quoted_constants(raw: &[u8]) -> Cow<'_, [u8]> {
     let is_there = |constant: &str| raw.windows(constant.len()).any(|w| w == constant.as_bytes());
     if !CONSTANTS.iter().any(|c| is_there(c)) {
@@ -194,7 +195,7 @@ fn with_quoted_constants(raw: &[u8]) -> Cow<'_, [u8]> {
         left = rest;
         match (in_string, byte) {
             (true, b'\\') => {
-                // Whatever is escaped ends no string.
+                // An escaped quote does not end the string.
                 if let Some((&escaped, rest)) = left.split_first() {
                     out.push(escaped);
                     left = rest;
@@ -207,6 +208,7 @@ fn with_quoted_constants(raw: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(out)
 }
 
+/// The value at a dotted key below `map`; `None` if it is absent or null.
 fn descend<'a>(map: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     let mut parts = key.split('.');
     let mut value = map.get(parts.next()?)?;
@@ -216,7 +218,7 @@ fn descend<'a>(map: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     (!value.is_null()).then_some(value)
 }
 
-/// A value as a message shows it: short ones whole, others by their kind.
+/// Describes a value for an error message: short values whole, others by their type.
 fn describe(value: &Value) -> String {
     let kind = match value {
         Value::Null => "null",

@@ -1,24 +1,24 @@
-//! What can be wrong with a checkpoint, and with a read from it.
+//! Errors of opening a checkpoint and of reading from it.
 //!
-//! Every message names the object and, where there is one, the way out.
+//! Every message names the file or tensor and, where possible, says what to do.
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use super::first_few::FirstFew;
 use super::header::HeaderError;
-use super::several::Several;
 
-/// Why a directory is refused as a checkpoint.
+/// Why a directory cannot be opened as a checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// Nothing is there.
+    /// The path does not exist.
     #[error("`{path}` does not exist: expected a checkpoint directory")]
     NoDirectory {
         /// What was given.
         path: PathBuf,
     },
-    /// Something else than a directory is there.
+    /// The path is not a directory.
     #[error("`{path}` is not a directory: give the checkpoint directory itself")]
     NotADirectory {
         /// What was given.
@@ -29,15 +29,15 @@ pub enum SourceError {
         "`{src}` is neither a directory nor a model in the local hub cache (looked for {}); \
          nothing is downloaded: {}set HF_HUB_CACHE where the cache is elsewhere",
         Paths(looked),
-        fetch(src)
+        download_advice(src)
     )]
     NotFound {
         /// What was given.
         src: String,
-        /// Where it would have been.
+        /// The paths that were tried.
         looked: Vec<PathBuf>,
     },
-    /// A hub cache entry that does not say which snapshot is meant.
+    /// A hub cache entry from which no snapshot can be chosen.
     #[error(
         "hub cache entry `{entry}` does not say which snapshot to use ({problem}): \
          give one of its `snapshots` directories: {snapshots}"
@@ -45,20 +45,20 @@ pub enum SourceError {
     Snapshot {
         /// The `models--org--name` directory.
         entry: PathBuf,
-        /// What keeps a snapshot from being chosen.
+        /// Why no snapshot can be chosen.
         problem: String,
-        /// The snapshots that are there.
-        snapshots: Several<String>,
+        /// The snapshots of the entry.
+        snapshots: FirstFew<String>,
     },
-    /// A file or directory that the system will not give out.
+    /// A file or directory could not be read.
     #[error("cannot read `{path}`: {source}")]
     Read {
-        /// What was to be read.
+        /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// A file far beyond any that was ever published.
+    /// A JSON file larger than any plausible one.
     #[error("`{path}` is too large: expected at most {limit} bytes, got {actual}")]
     TooLarge {
         /// The file.
@@ -68,17 +68,17 @@ pub enum SourceError {
         /// Its size in bytes.
         actual: u64,
     },
-    /// A symlink whose target is gone.
-    #[error("`{path}` points to `{target}`, which does not exist{}", finish(*partial))]
+    /// A symlink whose target does not exist.
+    #[error("`{path}` points to `{target}`, which does not exist{}", resume_advice(*partial))]
     Dangling {
         /// The link.
         path: PathBuf,
-        /// Where it points.
+        /// Its target.
         target: PathBuf,
-        /// Whether an unfinished download of the target is there.
+        /// Whether there is an unfinished download of the target.
         partial: bool,
     },
-    /// A git-LFS pointer in the place of a JSON file.
+    /// A git-LFS pointer instead of a JSON file.
     #[error("`{path}` is a git-LFS pointer, not the file itself: run `git lfs pull`")]
     LfsPointer {
         /// The file.
@@ -95,13 +95,13 @@ pub enum SourceError {
     NoConfig {
         /// The directory.
         dir: PathBuf,
-        /// A checkpoint within it.
+        /// A checkpoint in one of its subdirectories.
         within: Option<PathBuf>,
     },
-    /// No shard at all.
+    /// No shards.
     #[error(
         "`{dir}` has neither `model.safetensors.index.json` nor any `*.safetensors`{}",
-        incomplete(*partial)
+        incomplete_downloads(*partial)
     )]
     NoShards {
         /// The directory.
@@ -109,7 +109,7 @@ pub enum SourceError {
         /// Number of unfinished downloads that belong to it.
         partial: usize,
     },
-    /// config.json or the index is not the JSON that it should be.
+    /// config.json or the index is not JSON, or has the wrong structure.
     #[error("`{path}` is not valid: {source}")]
     Json {
         /// The file.
@@ -117,7 +117,7 @@ pub enum SourceError {
         /// What is wrong, with line and column.
         source: serde_json::Error,
     },
-    /// The index names files by something else than their plain names.
+    /// The index has file names that are not plain names of safetensors files.
     #[error(
         "`{index}` lists {} outside its directory: \
          expected plain names that end in `.safetensors`, got {names}",
@@ -126,8 +126,8 @@ pub enum SourceError {
     FileNames {
         /// The index.
         index: PathBuf,
-        /// The names that are refused.
-        names: Several<String>,
+        /// The rejected names.
+        names: FirstFew<String>,
     },
     /// The index lists a tensor twice.
     #[error("`{index}` lists {} more than once: {tensors}", counted(tensors.count, "tensor"))]
@@ -135,7 +135,7 @@ pub enum SourceError {
         /// The index.
         index: PathBuf,
         /// Names of the tensors.
-        tensors: Several<String>,
+        tensors: FirstFew<String>,
     },
     /// The index lists no tensor.
     #[error("`{index}` lists no tensor")]
@@ -143,7 +143,7 @@ pub enum SourceError {
         /// The index.
         index: PathBuf,
     },
-    /// Shards that are not there or not whole.
+    /// Shards that are missing or invalid.
     #[error(
         "`{dir}`: {} of {total} shards cannot be used: {failures}{}",
         failures.count,
@@ -154,14 +154,14 @@ pub enum SourceError {
         dir: PathBuf,
         /// Number of shards of the checkpoint.
         total: usize,
-        /// What is wrong with which.
-        failures: Several<ShardFailure>,
+        /// The shards and what is wrong with them.
+        failures: FirstFew<ShardFailure>,
         /// Number of unfinished downloads that belong to the directory.
         partial: usize,
-        /// A shard of another, complete series in the directory, where an index names the shards.
+        /// A shard of a complete numbered series that the index does not name.
         other: Option<String>,
     },
-    /// Tensors that the index lists and their shard lacks.
+    /// Tensors that the index lists but their shard does not contain.
     #[error(
         "`{index}` lists {} that {} does not hold: {tensors}",
         counted(tensors.count, "tensor"),
@@ -170,10 +170,10 @@ pub enum SourceError {
     MissingTensors {
         /// The index.
         index: PathBuf,
-        /// The tensors, each with the shard that was to hold it.
-        tensors: Several<Misplaced>,
+        /// The tensors, each with the shard that should contain it.
+        tensors: FirstFew<MissingTensor>,
     },
-    /// Tensors that two shards hold.
+    /// Tensors that two shards contain.
     #[error(
         "`{dir}`: {} {} in two shards: {tensors}",
         counted(tensors.count, "tensor"),
@@ -183,9 +183,9 @@ pub enum SourceError {
         /// The directory.
         dir: PathBuf,
         /// The tensors, each with its shards.
-        tensors: Several<StoredTwice>,
+        tensors: FirstFew<DuplicateTensor>,
     },
-    /// More tensors than an id can number.
+    /// More tensors than fit a `SourceId`.
     #[error("`{dir}` has too many tensors: expected at most {}, got {count}", u32::MAX)]
     TooManyTensors {
         /// The directory.
@@ -205,33 +205,33 @@ pub struct ShardFailure {
     pub error: ShardError,
 }
 
-/// Why a file is refused as a shard.
+/// Why a file cannot be opened as a shard.
 #[derive(Debug, thiserror::Error)]
 pub enum ShardError {
     /// No such file.
     #[error("missing")]
     Missing,
-    /// A symlink whose target is gone, as an interrupted download leaves it.
+    /// A symlink whose target does not exist, for instance after an interrupted download.
     #[error(
         "a link to `{target}`, which does not exist{}",
         if *partial { " (an `.incomplete` download of it does)" } else { "" }
     )]
     Dangling {
-        /// Where the link points.
+        /// Target of the link.
         target: PathBuf,
-        /// Whether an unfinished download of the target is there.
+        /// Whether there is an unfinished download of the target.
         partial: bool,
     },
     /// A directory, socket or pipe.
     #[error("not a regular file")]
     NotAFile,
-    /// The git-LFS pointer of the shard.
+    /// A git-LFS pointer instead of the shard.
     #[error(
         "a git-LFS pointer of {actual} bytes, not the {} that it stands for",
         expected.map_or("file".to_owned(), |n| format!("{n} bytes"))
     )]
     LfsPointer {
-        /// Size of the real shard in bytes, where the pointer says it.
+        /// Size of the real shard in bytes, if the pointer states it.
         expected: Option<u64>,
         /// Size of the pointer in bytes.
         actual: u64,
@@ -242,75 +242,75 @@ pub enum ShardError {
         if *at_least { "at least " } else { "" }
     )]
     Truncated {
-        /// Size in bytes that the header asks for.
+        /// Size in bytes according to the header.
         expected: u64,
-        /// Whether the header itself is cut, so that only a lower bound is known.
+        /// Whether the header itself is truncated, so that `expected` is a lower bound.
         at_least: bool,
         /// Size of the file in bytes.
         actual: u64,
     },
-    /// The file goes on after its data.
+    /// The file has more bytes after its data.
     #[error("bytes after the last tensor: expected {expected} bytes, got {actual}")]
     Trailing {
-        /// Size in bytes that the header asks for.
+        /// Size in bytes according to the header.
         expected: u64,
         /// Size of the file in bytes.
         actual: u64,
     },
-    /// The header is refused.
+    /// The header is invalid.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// The system will not give the file out.
+    /// The file could not be read.
     #[error("{0}")]
     Read(#[from] io::Error),
 }
 
-/// A tensor that its shard lacks.
+/// A tensor that the index lists but its shard does not contain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Misplaced {
+pub struct MissingTensor {
     /// Name of the tensor.
     pub tensor: String,
-    /// The shard that the index gives.
-    pub listed: String,
-    /// The shard that holds it instead.
-    pub stored: Option<String>,
+    /// The shard that the index names.
+    pub listed_in: String,
+    /// Another shard that contains it.
+    pub found_in: Option<String>,
 }
 
-impl Misplaced {
-    pub(super) fn new(tensor: &str, listed: &str, stored: Option<String>) -> Misplaced {
-        Misplaced { tensor: tensor.to_owned(), listed: listed.to_owned(), stored }
+impl MissingTensor {
+    pub(super) fn new(tensor: &str, listed_in: &str, found_in: Option<String>) -> MissingTensor {
+        MissingTensor { tensor: tensor.to_owned(), listed_in: listed_in.to_owned(), found_in }
     }
 }
 
-impl fmt::Display for Misplaced {
+impl fmt::Display for MissingTensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}` (listed in `{}`", self.tensor, self.listed)?;
-        match &self.stored {
-            Some(stored) => write!(f, ", stored in `{stored}`)"),
+        write!(f, "`{}` (listed in `{}`", self.tensor, self.listed_in)?;
+        match &self.found_in {
+            Some(found_in) => write!(f, ", stored in `{found_in}`)"),
             None => write!(f, ")"),
         }
     }
 }
 
-/// A tensor that two shards hold.
+/// A tensor that two shards contain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StoredTwice {
+pub struct DuplicateTensor {
     /// Name of the tensor.
     pub tensor: String,
     /// File names of the two shards.
     pub shards: [String; 2],
 }
 
-impl fmt::Display for StoredTwice {
+impl fmt::Display for DuplicateTensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "`{}` (`{}` and `{}`)", self.tensor, self.shards[0], self.shards[1])
     }
 }
 
-/// Why bytes of a tensor cannot be had.
+/// Why bytes of a tensor could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceReadError {
-    /// The shard has shrunk since it was opened.
+    /// The shard became shorter after it was opened.
     #[error(
         "shard `{shard}` was truncated after it was opened: expected {wanted} bytes of `{tensor}` \
          at offset {offset}, got a file of {actual} bytes"
@@ -320,11 +320,11 @@ pub enum SourceReadError {
         shard: PathBuf,
         /// The tensor.
         tensor: Box<str>,
-        /// Absolute offset in the shard, in bytes.
+        /// Offset in the shard, in bytes.
         offset: u64,
-        /// Bytes asked for.
+        /// Number of requested bytes.
         wanted: u64,
-        /// Size of the shard now, in bytes.
+        /// Current size of the shard, in bytes.
         actual: u64,
     },
     /// The system reports an error.
@@ -334,26 +334,27 @@ pub enum SourceReadError {
         shard: PathBuf,
         /// The tensor.
         tensor: Box<str>,
-        /// Absolute offset in the shard, in bytes.
+        /// Offset in the shard, in bytes.
         offset: u64,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The request does not lie within the tensor.
-    #[error("`{tensor}` has {bytes} bytes: cannot read up to byte {}", End(*end))]
+    /// The requested range exceeds the tensor.
+    #[error("`{tensor}` has {bytes} bytes: cannot read up to byte {}", EndOffset(*end))]
     OutOfRange {
         /// The tensor.
         tensor: Box<str>,
         /// Its size in bytes.
         bytes: u64,
-        /// First byte after the request, relative to the tensor; `None` beyond 2^64.
+        /// End of the range, exclusive, relative to the tensor; `None` if it exceeds 64 bits.
         end: Option<u64>,
     },
 }
 
-struct End(Option<u64>);
+/// Displays the exclusive end of a range.
+struct EndOffset(Option<u64>);
 
-impl fmt::Display for End {
+impl fmt::Display for EndOffset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Some(end) => write!(f, "{end}"),
@@ -362,6 +363,7 @@ impl fmt::Display for End {
     }
 }
 
+/// Displays a list of paths.
 struct Paths<'a>(&'a [PathBuf]);
 
 impl fmt::Display for Paths<'_> {
@@ -373,13 +375,14 @@ impl fmt::Display for Paths<'_> {
     }
 }
 
-/// A number of things, in words.
+/// Formats a count with its noun: `1 shard`, `2 shards`.
 pub(super) fn counted(n: usize, thing: &str) -> String {
     format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }
 
-/// How to fetch what may be the name of a model; a bare word is more often a mistyped directory.
-fn fetch(src: &str) -> String {
+/// Says how to download `src` if it has the form of a model name, `org/name`. A single word is more
+/// often a mistyped directory.
+fn download_advice(src: &str) -> String {
     if src.contains('/') {
         format!("fetch it with `hf download {src}`, or ")
     } else {
@@ -387,11 +390,11 @@ fn fetch(src: &str) -> String {
     }
 }
 
-fn finish(partial: bool) -> &'static str {
+fn resume_advice(partial: bool) -> &'static str {
     if partial { ": its download is incomplete, run `hf download` again" } else { "" }
 }
 
-fn incomplete(partial: usize) -> String {
+fn incomplete_downloads(partial: usize) -> String {
     match partial {
         0 => String::new(),
         1 => "; 1 `*.incomplete` download is there, run `hf download` again".to_owned(),
@@ -399,19 +402,19 @@ fn incomplete(partial: usize) -> String {
     }
 }
 
-/// What to do about shards that cannot be used, judged by the first few.
-fn advice(failures: &Several<ShardFailure>, partial: usize, other: Option<&str>) -> String {
+/// Says what to do about shards that cannot be used, going by the first few.
+fn advice(failures: &FirstFew<ShardFailure>, partial: usize, other: Option<&str>) -> String {
     let any = |f: fn(&ShardError) -> bool| failures.first.iter().any(|s| f(&s.error));
     if let (Some(other), true) = (other, any(|e| matches!(e, ShardError::Missing))) {
         return format!(
-            "; the index is out of date: a complete set of shards with other names is there \
-             (`{other}` …), which is used where the index is removed"
+            "; the index is out of date: the directory has a complete set of shards with other \
+             names (`{other}` …), remove the index to use those"
         );
     }
     if any(|e| matches!(e, ShardError::LfsPointer { .. })) {
         "; run `git lfs pull`".to_owned()
     } else if partial > 0 {
-        incomplete(partial)
+        incomplete_downloads(partial)
     } else if any(|e| {
         matches!(
             e,

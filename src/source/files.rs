@@ -1,12 +1,17 @@
-//! The files beside the shards: tokenizer, code, readme.
+//! The files beside the shards, which a view passes through unchanged: tokenizer, code, readme.
 //!
-//! Left out are what a view makes anew (config.json, the index, the shards), files that say how
-//! the source's weights are quantized (loaders read some of them before config.json, and a view is
-//! quantized in its own way or not at all), safetensors files that are no shards (loaders take
-//! every `*.safetensors` for a shard) and hidden files. Of a save of NeMo Automodel the files in
-//! `.hf_metadata` are shown, and not what stands beside the shards: a consolidated copy. Weights
-//! in other formats stay. Links to files are followed, links to directories are not: they lead
-//! out of the checkpoint, or round in circles.
+//! These files are left out:
+//!
+//! - config.json, the index and the shards, of which a view has its own;
+//! - other safetensors files, because loaders take every `*.safetensors` for a shard;
+//! - files that describe the quantization of the source's weights. Some loaders read them before
+//!   config.json, and they are wrong for a view, which is quantized in another way or not at all;
+//! - hidden files and directories.
+//!
+//! Weights in other formats are passed through. Symlinks to files are followed. Symlinks to
+//! directories are not: they lead out of the checkpoint or in circles. For a save of NeMo
+//! Automodel, the files in `.hf_metadata` are passed through instead of those beside the shards,
+//! where there is a consolidated copy.
 
 use std::fs;
 use std::io;
@@ -15,13 +20,14 @@ use std::time::SystemTime;
 
 use super::error::SourceError;
 
-/// Deepest directory that is looked into.
+/// Number of directory levels below the checkpoint directory that are searched.
 const MAX_DEPTH: usize = 16;
 
-/// Where NeMo Automodel puts config.json, the tokenizer and its own notes (`fqn_to_*.json`).
-pub(super) const SAVED: &str = ".hf_metadata";
+/// Subdirectory in which NeMo Automodel saves config.json, the tokenizer and files for its own use
+/// (`fqn_to_*.json`).
+pub(super) const AUTOMODEL_METADATA_DIR: &str = ".hf_metadata";
 
-/// The settings of a model.
+/// File name of the model's configuration.
 pub(super) const CONFIG: &str = "config.json";
 
 /// A file that a view passes through unchanged.
@@ -29,20 +35,20 @@ pub(super) const CONFIG: &str = "config.json";
 pub(crate) struct HostFile {
     /// Path relative to the checkpoint directory.
     pub name: PathBuf,
-    /// The file itself, absolute, links resolved.
+    /// Path of the file itself: absolute, symlinks resolved.
     pub path: PathBuf,
-    /// Size in bytes.
+    /// Size in bytes when the checkpoint was opened.
     pub bytes: u64,
-    /// Time of the last change.
+    /// Modification time when the checkpoint was opened.
     pub modified: SystemTime,
 }
 
-/// The host files of a directory with a config.json, sorted by name.
+/// The host files below `dir`, the directory of config.json, sorted by name.
 pub(super) fn host_files(dir: &Path) -> Result<Vec<HostFile>, SourceError> {
     let mut files = Vec::new();
     walk(dir, Path::new(""), MAX_DEPTH, &mut files)
         .map_err(|source| SourceError::Read { path: dir.to_owned(), source })?;
-    if dir.ends_with(SAVED) {
+    if dir.ends_with(AUTOMODEL_METADATA_DIR) {
         files.retain(|file| !file.name.to_string_lossy().starts_with("fqn_to_"));
     }
     files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -62,7 +68,7 @@ fn walk(dir: &Path, below: &Path, depth: usize, files: &mut Vec<HostFile>) -> io
             } else if let Err(e) = walk(dir, &name, depth - 1, files) {
                 tracing::warn!("`{}` is left out: {e}", entry.path().display());
             }
-        } else if !is_rebuilt(&name) {
+        } else if !is_left_out(&name) {
             match host_file(name, &entry.path()) {
                 Ok(file) => files.extend(file),
                 Err(e) => tracing::warn!("`{}` is left out: {e}", entry.path().display()),
@@ -72,8 +78,8 @@ fn walk(dir: &Path, below: &Path, depth: usize, files: &mut Vec<HostFile>) -> io
     Ok(())
 }
 
-/// Files that say how the weights beside them are quantized: ModelOpt, GPTQ, AWQ, Quark and
-/// bitsandbytes, Ascend's msmodelslim.
+/// Files that describe the quantization of the weights beside them, in this order: ModelOpt, GPTQ,
+/// AWQ, Quark and bitsandbytes, Ascend's msmodelslim.
 const QUANTIZATION_FILES: [&str; 5] = [
     "hf_quant_config.json",
     "quantize_config.json",
@@ -82,8 +88,8 @@ const QUANTIZATION_FILES: [&str; 5] = [
     "quant_model_description.json",
 ];
 
-/// Whether a view has its own in the place of this file, or must not have it.
-fn is_rebuilt(name: &Path) -> bool {
+/// Whether a view has its own version of this file, or must not show it.
+fn is_left_out(name: &Path) -> bool {
     let file = name.file_name().unwrap_or_default().as_encoded_bytes();
     name == Path::new(CONFIG)
         || QUANTIZATION_FILES.iter().any(|quantization| name == Path::new(quantization))
@@ -91,7 +97,7 @@ fn is_rebuilt(name: &Path) -> bool {
         || file.ends_with(b".safetensors.index.json")
 }
 
-/// `None` where `path` is no regular file.
+/// The host file at `path`, or `None` if it is not a regular file.
 fn host_file(name: PathBuf, path: &Path) -> io::Result<Option<HostFile>> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_file() {

@@ -1,10 +1,10 @@
-//! The header of a safetensors file, checked in one pass.
+//! Parses and validates the header of a safetensors file in one pass.
 //!
-//! Not the crate `safetensors`' parser, although every header that is accepted here is accepted
-//! there (a test compares the two). `SafeTensors::read_metadata` wants the whole file as one slice,
-//! which would need a map of every shard; it lets a repeated name through (the last one wins);
-//! and `#[serde(flatten)]` makes it build a generic tree and two hash maps for each header, where
-//! 207,000 names are to be read in a fraction of a second. Rules and limits are the crate's.
+//! It accepts no header that the crate `safetensors` rejects; a test compares the two. The crate's
+//! own parser is not used, for three reasons: `SafeTensors::read_metadata` needs the whole file as
+//! one slice, that is, a memory map of every shard; it accepts a name that occurs twice and takes
+//! the last one; and `#[serde(flatten)]` makes it build a generic tree and two hash maps for each
+//! header, too slow for checkpoints of 207,000 tensors.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -17,22 +17,22 @@ use super::checkpoint::{ShardId, SourceTensor};
 use super::text::Text;
 use crate::tensor::{DType, Shape};
 
-/// Largest header in bytes (crate `safetensors`, `MAX_HEADER_SIZE`).
+/// Largest accepted header, in bytes (`MAX_HEADER_SIZE` of the crate `safetensors`).
 pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Most axes of a tensor: what PyTorch and NumPy take.
+/// Most axes of a tensor: the limit of PyTorch and NumPy.
 pub(super) const MAX_AXES: usize = 64;
 
-/// Bytes of the length that stands before a header.
-pub(crate) const LENGTH_BYTES: u64 = 8;
+/// Size in bytes of the header's length, with which the file starts.
+pub(crate) const LENGTH_PREFIX_BYTES: u64 = 8;
 
-/// Why a header is refused.
+/// Why a header is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {
-    /// The length is beyond what any reader accepts.
+    /// The header is longer than any reader accepts.
     #[error("header too large: expected at most {MAX_HEADER_BYTES} bytes, got {bytes}")]
     TooLarge {
-        /// Length that the file gives, in bytes.
+        /// Length that the file states, in bytes.
         bytes: u64,
     },
     /// The header is not a JSON object from its first byte on.
@@ -41,7 +41,7 @@ pub enum HeaderError {
     /// The header is not UTF-8.
     #[error("header is not UTF-8: {0}")]
     NotUtf8(#[from] std::str::Utf8Error),
-    /// The header is not the JSON that it should be.
+    /// The header is not JSON, or has the wrong structure.
     #[error("header is not valid: {0}")]
     Json(#[from] serde_json::Error),
     /// A name occurs twice.
@@ -50,7 +50,7 @@ pub enum HeaderError {
         /// Name of the tensor.
         tensor: Box<str>,
     },
-    /// More axes than any reader takes.
+    /// More axes than any reader accepts.
     #[error("tensor `{tensor}`: expected at most {MAX_AXES} axes, got {axes}")]
     Axes {
         /// Name of the tensor.
@@ -58,17 +58,17 @@ pub enum HeaderError {
         /// Number of its axes.
         axes: usize,
     },
-    /// A place within the whole tensor that the piece cannot have.
+    /// The stated position of a piece in the whole tensor is impossible.
     #[error("tensor `{tensor}`: a piece of {shape} cannot lie at {offsets:?}")]
     Piece {
         /// Name of the tensor.
         tensor: Box<str>,
         /// Extents of the piece.
         shape: Shape,
-        /// Its first element within the whole tensor.
+        /// Stated index of its first element in the whole tensor.
         offsets: Vec<u64>,
     },
-    /// Shape times dtype is not a number of bytes, or one of 2^61 or more.
+    /// The size by shape and dtype is not a whole number of bytes, or is 2^61 bytes or more.
     #[error("tensor `{tensor}`: {dtype} {shape} is not a whole number of bytes below 2^61")]
     Shape {
         /// Name of the tensor.
@@ -78,7 +78,7 @@ pub enum HeaderError {
         /// Its extents.
         shape: Shape,
     },
-    /// Shape times dtype and the offsets disagree.
+    /// The size by shape and dtype differs from the size by the offsets.
     #[error("tensor `{tensor}`: {dtype} {shape} is {expected} bytes, got offsets {actual} apart")]
     Size {
         /// Name of the tensor.
@@ -87,17 +87,17 @@ pub enum HeaderError {
         dtype: DType,
         /// Its extents.
         shape: Shape,
-        /// Bytes by shape and dtype.
+        /// Size by shape and dtype, in bytes.
         expected: u64,
-        /// Bytes by the offsets.
+        /// Size by the offsets, in bytes.
         actual: u64,
     },
-    /// Bytes before a tensor belong to none.
+    /// The bytes before a tensor belong to no tensor.
     #[error("tensor `{tensor}` leaves a hole: expected offset {expected}, got {actual}")]
     Hole {
-        /// Name of the tensor behind the hole.
+        /// Name of the tensor after the hole.
         tensor: Box<str>,
-        /// End of the tensor before, in bytes of the data section.
+        /// End of the preceding tensor: offset in the data section, in bytes.
         expected: u64,
         /// Start of the tensor.
         actual: u64,
@@ -107,18 +107,19 @@ pub enum HeaderError {
     Overlap {
         /// Name of the second tensor.
         tensor: Box<str>,
-        /// End of the tensor before, in bytes of the data section.
+        /// End of the first tensor: offset in the data section, in bytes.
         expected: u64,
         /// Start of the tensor.
         actual: u64,
     },
 }
 
-/// Tensors of a header sorted by name, and the bytes of the data section that they cover.
+/// Parses the text of a header. Returns its tensors, sorted by name, and the size of the data
+/// section in bytes.
 ///
-/// Offsets are absolute: `data_start` is added to those of the header. The caller has checked that
-/// the data section, as long as it says, fits a `u64` behind `data_start`; where it does not, the
-/// offsets saturate and the sizes that are compared next disagree.
+/// The offsets of the tensors are relative to the start of the file: `data_start` is added to those
+/// of the header. The addition saturates, which is safe: the caller compares the end of the data
+/// section with the size of the file, and no file is that large.
 pub(super) fn parse(
     header: &[u8],
     data_start: u64,
@@ -129,7 +130,7 @@ pub(super) fn parse(
     }
     let text = std::str::from_utf8(header)?;
     let mut json = serde_json::Deserializer::from_str(text);
-    let (mut tensors, sharding) = json.deserialize_map(Header { shard })?;
+    let (mut tensors, sharding) = json.deserialize_map(HeaderVisitor { shard })?;
     json.end()?;
     if let Some(sharding) = sharding {
         place_pieces(&mut tensors, &sharding)?;
@@ -146,21 +147,21 @@ pub(super) fn parse(
     Ok((tensors, data_bytes))
 }
 
-/// The key of `__metadata__` under which torch.distributed.checkpoint's HuggingFaceStorageWriter says
-/// which part of a tensor the file holds (`torch/distributed/checkpoint/_hf_utils.py`).
-const SHARDING: &str = "DCP_SHARDING_INFO";
+/// The key of `__metadata__` under which torch.distributed.checkpoint's HuggingFaceStorageWriter
+/// states the position of each piece (`torch/distributed/checkpoint/_hf_utils.py`).
+const DCP_SHARDING_KEY: &str = "DCP_SHARDING_INFO";
 
-/// What it says of one tensor.
+/// The position of one piece in its tensor.
 #[derive(Deserialize)]
-struct Sharding {
+struct PieceInfo {
     saved_offsets: Vec<u64>,
 }
 
-/// Notes for each tensor where in the whole tensor it lies.
+/// Sets the position of every tensor that `sharding`, the value of [`DCP_SHARDING_KEY`], names.
 fn place_pieces(tensors: &mut [SourceTensor], sharding: &str) -> Result<(), HeaderError> {
-    let mut offsets: HashMap<String, Sharding> = serde_json::from_str(sharding)?;
+    let mut pieces: HashMap<String, PieceInfo> = serde_json::from_str(sharding)?;
     for tensor in tensors {
-        let Some(Sharding { saved_offsets }) = offsets.remove(&*tensor.name) else { continue };
+        let Some(PieceInfo { saved_offsets }) = pieces.remove(&*tensor.name) else { continue };
         let dims = tensor.shape.dims();
         let ends = saved_offsets.iter().zip(dims).map(|(start, n)| start.checked_add(*n));
         if saved_offsets.len() != dims.len() || ends.into_iter().any(|end| end.is_none()) {
@@ -172,10 +173,10 @@ fn place_pieces(tensors: &mut [SourceTensor], sharding: &str) -> Result<(), Head
     Ok(())
 }
 
-/// Checks that the tensors follow each other without hole or overlap; gives the end of the last.
+/// Checks that the tensors cover the data section without hole or overlap; returns its size.
 fn check_cover(tensors: &[SourceTensor]) -> Result<u64, HeaderError> {
     let mut order: Vec<&SourceTensor> = tensors.iter().collect();
-    // Empty tensors come before the one that starts where they do.
+    // An empty tensor sorts before a tensor with data at the same offset.
     order.sort_by_key(|t| (t.offset, t.bytes));
     let mut expected = 0;
     for t in order {
@@ -212,12 +213,13 @@ fn check_size(t: &SourceTensor) -> Result<(), HeaderError> {
     Ok(())
 }
 
-/// The object of all tensors. Offsets come out relative to the data section.
-struct Header {
+/// Deserializes the header object: all tensors, with offsets relative to the data section, and the
+/// value of [`DCP_SHARDING_KEY`].
+struct HeaderVisitor {
     shard: ShardId,
 }
 
-impl<'de> Visitor<'de> for Header {
+impl<'de> Visitor<'de> for HeaderVisitor {
     type Value = (Vec<SourceTensor>, Option<String>);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -233,20 +235,21 @@ impl<'de> Visitor<'de> for Header {
                 if std::mem::replace(&mut metadata, true) {
                     return Err(A::Error::custom("`__metadata__` occurs twice"));
                 }
-                sharding = map.next_value_seed(Metadata)?;
+                sharding = map.next_value_seed(MetadataVisitor)?;
                 continue;
             }
-            let entry = map.next_value_seed(Entry)?;
-            tensors.push(entry.named(&name, self.shard).map_err(A::Error::custom)?);
+            let fields = map.next_value_seed(TensorVisitor)?;
+            tensors.push(fields.into_tensor(&name, self.shard).map_err(A::Error::custom)?);
         }
         Ok((tensors, sharding))
     }
 }
 
-/// `__metadata__`: strings to strings, no key twice, or null; [`SHARDING`] is kept of it.
-struct Metadata;
+/// Deserializes `__metadata__`, a map of strings to strings without repeated keys, or null. Keeps
+/// the value of [`DCP_SHARDING_KEY`] only.
+struct MetadataVisitor;
 
-impl<'de> DeserializeSeed<'de> for Metadata {
+impl<'de> DeserializeSeed<'de> for MetadataVisitor {
     type Value = Option<String>;
 
     fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Option<String>, D::Error> {
@@ -254,7 +257,7 @@ impl<'de> DeserializeSeed<'de> for Metadata {
     }
 }
 
-impl<'de> Visitor<'de> for Metadata {
+impl<'de> Visitor<'de> for MetadataVisitor {
     type Value = Option<String>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -273,7 +276,7 @@ impl<'de> Visitor<'de> for Metadata {
         let mut keys = HashSet::new();
         let mut sharding = None;
         while let Some((Text(key), Text(value))) = map.next_entry()? {
-            if key == SHARDING {
+            if key == DCP_SHARDING_KEY {
                 sharding = Some(value.into_owned());
             }
             if let Some(key) = keys.replace(key) {
@@ -284,15 +287,15 @@ impl<'de> Visitor<'de> for Metadata {
     }
 }
 
-/// What a header says of one tensor, each part still to be missed.
-struct Parts<'a> {
+/// The fields of one tensor in a header, each `None` until it was read.
+struct TensorFields<'a> {
     dtype: Option<Cow<'a, str>>,
     shape: Option<Vec<u64>>,
     offsets: Option<(u64, u64)>,
 }
 
-impl Parts<'_> {
-    fn named(self, name: &str, shard: ShardId) -> Result<SourceTensor, String> {
+impl TensorFields<'_> {
+    fn into_tensor(self, name: &str, shard: ShardId) -> Result<SourceTensor, String> {
         let missing = |key| format!("tensor `{name}` has no `{key}`");
         let dtype = self.dtype.ok_or_else(|| missing("dtype"))?;
         let dtype = DType::parse(&dtype)
@@ -307,30 +310,31 @@ impl Parts<'_> {
     }
 }
 
-struct Entry;
+/// Deserializes the entry of one tensor.
+struct TensorVisitor;
 
-impl<'de> DeserializeSeed<'de> for Entry {
-    type Value = Parts<'de>;
+impl<'de> DeserializeSeed<'de> for TensorVisitor {
+    type Value = TensorFields<'de>;
 
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Parts<'de>, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<TensorFields<'de>, D::Error> {
         json.deserialize_map(self)
     }
 }
 
-impl<'de> Visitor<'de> for Entry {
-    type Value = Parts<'de>;
+impl<'de> Visitor<'de> for TensorVisitor {
+    type Value = TensorFields<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a tensor: an object with dtype, shape and data_offsets")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Parts<'de>, A::Error> {
-        let mut parts = Parts { dtype: None, shape: None, offsets: None };
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<TensorFields<'de>, A::Error> {
+        let mut fields = TensorFields { dtype: None, shape: None, offsets: None };
         while let Some(Text(key)) = map.next_key()? {
             let twice = match &*key {
-                "dtype" => parts.dtype.replace(map.next_value::<Text<'_>>()?.0).is_some(),
-                "shape" => parts.shape.replace(map.next_value()?).is_some(),
-                "data_offsets" => parts.offsets.replace(map.next_value()?).is_some(),
+                "dtype" => fields.dtype.replace(map.next_value::<Text<'_>>()?.0).is_some(),
+                "shape" => fields.shape.replace(map.next_value()?).is_some(),
+                "data_offsets" => fields.offsets.replace(map.next_value()?).is_some(),
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                     false
@@ -340,6 +344,6 @@ impl<'de> Visitor<'de> for Entry {
                 return Err(A::Error::custom(format!("`{key}` occurs twice")));
             }
         }
-        Ok(parts)
+        Ok(fields)
     }
 }

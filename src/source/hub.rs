@@ -1,7 +1,11 @@
-//! The local cache of the Hugging Face hub, and what a user may give as a source.
+//! Finds the checkpoint directory that a user means, also in the local cache of the Hugging Face
+//! hub. Nothing is downloaded.
 //!
-//! A cache entry is `models--ORG--NAME` with `refs/main` (a commit), `snapshots/COMMIT/…` (links)
-//! and `blobs/…` (the files; `*.incomplete` while they are fetched). Nothing is downloaded here.
+//! An entry of the cache is a directory `models--ORG--NAME` with:
+//!
+//! - `refs/main`, which holds a commit,
+//! - `snapshots/COMMIT/…`, symlinks to the files of that commit,
+//! - `blobs/…`, the files; a file that is still being downloaded ends in `.incomplete`.
 
 use std::ffi::OsString;
 use std::fs;
@@ -9,30 +13,32 @@ use std::path::{Component, Path, PathBuf};
 
 use super::error::SourceError;
 
-/// The checkpoint directory that `src` stands for: a directory, an entry of the hub cache (its
-/// `refs/main` snapshot, or its only one), or `org/name` in the local hub cache.
+/// The checkpoint directory that `src` names. `src` is a directory, an entry of the hub cache, or
+/// the name of a model (`org/name`) that is looked up in the hub cache. Of an entry, the snapshot
+/// is taken that `refs/main` names, or the only one.
 ///
-/// The cache is at HF_HUB_CACHE, else at `hub` in HF_HOME, else at `~/.cache/huggingface/hub`.
+/// The cache is the first of these that is set: HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, `hub` in
+/// HF_HOME, `huggingface/hub` in XDG_CACHE_HOME, `~/.cache/huggingface/hub`.
 ///
 /// # Errors
-/// Where there is no such thing, or an entry does not say which snapshot is meant.
+/// If there is no such directory or model, or no snapshot can be chosen.
 pub fn resolve(src: &str) -> Result<PathBuf, SourceError> {
     resolve_with(src, |name| std::env::var_os(name))
 }
 
-/// [`resolve`] with the environment that `env` gives.
+/// Does what [`resolve`] does, with `env` for the environment variables.
 pub(super) fn resolve_with(
     src: &str,
     env: impl Fn(&str) -> Option<OsString>,
 ) -> Result<PathBuf, SourceError> {
     let path = Path::new(src);
     if path.is_dir() {
-        return if is_entry(path) { snapshot(path) } else { Ok(path.to_owned()) };
+        return if is_cache_entry(path) { snapshot(path) } else { Ok(path.to_owned()) };
     }
     if path.exists() {
         return Err(SourceError::NotADirectory { path: path.to_owned() });
     }
-    let Some(entry) = entry_name(src) else {
+    let Some(entry) = cache_entry_name(src) else {
         return Err(SourceError::NoDirectory { path: path.to_owned() });
     };
     let mut looked = vec![path.to_owned()];
@@ -46,8 +52,9 @@ pub(super) fn resolve_with(
     Err(SourceError::NotFound { src: src.to_owned(), looked })
 }
 
-/// The cache entry of `org/name` or of `models--org--name`; `None` where `src` can only be a path.
-fn entry_name(src: &str) -> Option<String> {
+/// Name of the cache entry for `org/name`, `name` or `models--org--name`; `None` if `src` cannot be
+/// the name of a model.
+fn cache_entry_name(src: &str) -> Option<String> {
     let word = |s: &str| {
         !s.is_empty()
             && !s.starts_with('.')
@@ -60,7 +67,8 @@ fn entry_name(src: &str) -> Option<String> {
     }
 }
 
-/// Where huggingface_hub keeps its cache (its `constants.py`), by the same variables.
+/// The directory in which huggingface_hub keeps its cache, by the same environment variables as its
+/// `constants.py`.
 fn cache_dir(env: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     let set = |name: &str| env(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let home = set("HOME");
@@ -78,11 +86,11 @@ fn cache_dir(env: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     Some(expand(hf_home).join("hub"))
 }
 
-fn is_entry(dir: &Path) -> bool {
+fn is_cache_entry(dir: &Path) -> bool {
     dir.join("snapshots").is_dir() && !dir.join("config.json").exists()
 }
 
-/// The snapshot of a cache entry that `refs/main` names, or the only one.
+/// The snapshot of a cache entry that `refs/main` names; without that file, the only one.
 fn snapshot(entry: &Path) -> Result<PathBuf, SourceError> {
     let dir = entry.join("snapshots");
     let mut names: Vec<String> = fs::read_dir(&dir)
@@ -115,8 +123,8 @@ fn snapshot(entry: &Path) -> Result<PathBuf, SourceError> {
     }
 }
 
-/// Number of unfinished downloads that belong to a checkpoint directory: those of the cache entry
-/// whose snapshot it is, and those of `hf download --local-dir`.
+/// Number of unfinished downloads of a checkpoint directory: those of `hf download --local-dir`,
+/// and those of the cache entry if the directory is a snapshot.
 pub(super) fn partial_downloads(dir: &Path) -> usize {
     let mut count = count_partial(&dir.join(".cache/huggingface/download"), 4);
     let mut ancestors = dir.ancestors().skip(1);

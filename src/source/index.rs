@@ -1,4 +1,5 @@
-//! `model.safetensors.index.json`: which shard is to hold which tensor.
+//! Parses `model.safetensors.index.json`, which lists the tensors of a checkpoint and the shard of
+//! each.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -8,43 +9,43 @@ use std::path::{Component, Path};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use super::error::SourceError;
-use super::several::Several;
+use super::first_few::FirstFew;
 use super::text::Text;
 
 /// File name of the index.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// A parsed index; borrows the names from its text.
+/// A parsed index. Names are borrowed from its text.
 #[derive(Debug)]
 pub(super) struct Index<'a> {
     /// File names of the shards, sorted.
     pub files: Vec<Cow<'a, str>>,
-    /// Tensors with the position of their shard in `files`, sorted by name, no name twice.
+    /// Tensors with the position of their shard in `files`, sorted by name, without duplicates.
     pub tensors: Vec<(Cow<'a, str>, usize)>,
 }
 
 impl<'a> Index<'a> {
     /// Parses the text of the index at `path`.
     ///
-    /// `metadata.total_size` is not looked at: published indices are often wrong about it, and
-    /// the headers say it.
+    /// `metadata.total_size` is ignored: it is often wrong in published indices, and the headers of
+    /// the shards have the sizes.
     ///
     /// # Errors
-    /// Bad JSON, a file name that is no plain `*.safetensors`, a tensor that is listed twice, none
-    /// that is listed.
+    /// If the text is not such an object, a file name is not a plain `*.safetensors` name, a tensor
+    /// is listed twice, or there are no tensors.
     pub(super) fn parse(path: &Path, text: &'a [u8]) -> Result<Index<'a>, SourceError> {
         let json_error = |source| SourceError::Json { path: path.to_owned(), source };
         let mut json = serde_json::Deserializer::from_slice(text);
-        let index = json.deserialize_map(Top).map_err(json_error)?;
+        let index = json.deserialize_map(IndexVisitor).map_err(json_error)?;
         json.end().map_err(json_error)?;
         let Index { files, mut tensors } = index;
-        let names: Several<String> =
+        let names: FirstFew<String> =
             files.iter().filter(|n| !is_plain(n)).map(|n| format!("`{n}`")).collect();
         if !names.is_empty() {
             return Err(SourceError::FileNames { index: path.to_owned(), names });
         }
         tensors.sort_by(|a, b| a.0.cmp(&b.0));
-        let twice: Several<String> = tensors
+        let twice: FirstFew<String> = tensors
             .windows(2)
             .filter(|pair| pair[0].0 == pair[1].0)
             .map(|pair| format!("`{}`", pair[0].0))
@@ -58,6 +59,7 @@ impl<'a> Index<'a> {
         Ok(Index { files, tensors }.with_files_sorted())
     }
 
+    /// Sorts `files` and renumbers the tensors accordingly.
     fn with_files_sorted(self) -> Index<'a> {
         let Index { files, mut tensors } = self;
         let mut order: Vec<usize> = (0..files.len()).collect();
@@ -73,7 +75,7 @@ impl<'a> Index<'a> {
     }
 }
 
-/// Whether `name` is the name of a safetensors file right in the directory of the index.
+/// Whether `name` is the name of a safetensors file in the directory of the index itself.
 fn is_plain(name: &str) -> bool {
     let mut components = Path::new(name).components();
     let single = matches!(components.next(), Some(Component::Normal(n)) if n == name);
@@ -84,9 +86,10 @@ fn is_plain(name: &str) -> bool {
         && !name.contains(['\\', '\0'])
 }
 
-struct Top;
+/// Deserializes the index object.
+struct IndexVisitor;
 
-impl<'de> Visitor<'de> for Top {
+impl<'de> Visitor<'de> for IndexVisitor {
     type Value = Index<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -98,7 +101,7 @@ impl<'de> Visitor<'de> for Top {
         while let Some(Text(key)) = map.next_key()? {
             if key != "weight_map" {
                 map.next_value::<IgnoredAny>()?;
-            } else if index.replace(map.next_value_seed(WeightMap)?).is_some() {
+            } else if index.replace(map.next_value_seed(WeightMapVisitor)?).is_some() {
                 return Err(A::Error::custom("`weight_map` occurs twice"));
             }
         }
@@ -106,9 +109,10 @@ impl<'de> Visitor<'de> for Top {
     }
 }
 
-struct WeightMap;
+/// Deserializes `weight_map`. Files are numbered in the order of their first occurrence.
+struct WeightMapVisitor;
 
-impl<'de> DeserializeSeed<'de> for WeightMap {
+impl<'de> DeserializeSeed<'de> for WeightMapVisitor {
     type Value = Index<'de>;
 
     fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Index<'de>, D::Error> {
@@ -116,7 +120,7 @@ impl<'de> DeserializeSeed<'de> for WeightMap {
     }
 }
 
-impl<'de> Visitor<'de> for WeightMap {
+impl<'de> Visitor<'de> for WeightMapVisitor {
     type Value = Index<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,18 +1,14 @@
-//! A checkpoint as it lies on the disk: shards, config.json, the files beside them.
-//!
-//! [`resolve`] finds the directory that a user means, [`Checkpoint::open`] checks all of it that
-//! can be checked without reading tensor data, and [`Checkpoint::read`] gives bytes of a tensor.
-//! What the tensors mean (payloads, scales, layouts) is not known here.
+#![doc = include_str!("README.md")]
 
 mod access;
 mod checkpoint;
 mod config;
 mod error;
 mod files;
+mod first_few;
 mod header;
 mod hub;
 mod index;
-mod several;
 mod shard;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -1,7 +1,7 @@
-//! One safetensors file: opened once, checked, read by `pread`.
+//! One safetensors file: opened once, validated, and then read with `pread`.
 //!
-//! The descriptor stays open as long as the checkpoint does, so that a file that is replaced by
-//! rename goes on giving the bytes that were checked.
+//! The file stays open as long as the checkpoint. If another file is renamed over it, reads still
+//! return the bytes of the file that was validated.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,18 +12,18 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::checkpoint::{ShardId, SourceTensor};
 use super::error::ShardError;
-use super::header::{self, HeaderError, LENGTH_BYTES, MAX_HEADER_BYTES};
+use super::header::{self, HeaderError, LENGTH_PREFIX_BYTES, MAX_HEADER_BYTES};
 
-/// How every git-LFS pointer starts (git-lfs `docs/spec.md`).
+/// The first bytes of every git-LFS pointer (git-lfs `docs/spec.md`).
 pub(super) const LFS_SIGNATURE: &[u8] = b"version https://git-lfs";
 
-/// Bytes of one `WILLNEED` request.
+/// Size in bytes of one `POSIX_FADV_WILLNEED` request.
 ///
-/// Linux cuts a request to the larger of the device's read-ahead and its largest transfer
-/// (`force_page_cache_ra`), silently; 128 KiB is the smallest read-ahead that it comes with.
+/// Linux silently cuts a request to the larger of the device's read-ahead and its largest transfer
+/// (`force_page_cache_ra`). 128 KiB is its default read-ahead.
 const ADVICE_BYTES: u64 = 128 << 10;
 
-/// A safetensors file whose header has been checked.
+/// An open safetensors file whose header was validated.
 #[derive(Debug)]
 pub(crate) struct Shard {
     name: Box<str>,
@@ -33,8 +33,8 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    /// Opens the shard `name` of the checkpoint directory `dir` and checks its header; gives its
-    /// tensors, sorted by name.
+    /// Opens the shard `name` of the checkpoint directory `dir` and validates its header. Returns
+    /// it with its tensors, sorted by name.
     pub(super) fn open(
         dir: &Path,
         name: &str,
@@ -42,16 +42,16 @@ impl Shard {
     ) -> Result<(Shard, Vec<SourceTensor>), ShardError> {
         let (path, file) = open_regular(&dir.join(name))?;
         let bytes = file.metadata()?.len();
-        let data_start = LENGTH_BYTES.saturating_add(header_bytes(&file, bytes)?);
+        let data_start = LENGTH_PREFIX_BYTES.saturating_add(header_bytes(&file, bytes)?);
         let truncated =
             |expected, at_least| ShardError::Truncated { expected, at_least, actual: bytes };
         if data_start > bytes {
             return Err(truncated(data_start, true));
         }
-        let length = usize::try_from(data_start - LENGTH_BYTES)
+        let length = usize::try_from(data_start - LENGTH_PREFIX_BYTES)
             .expect("a header of at most 100,000,000 bytes fits the memory");
         let mut text = vec![0; length];
-        file.read_exact_at(&mut text, LENGTH_BYTES)?;
+        file.read_exact_at(&mut text, LENGTH_PREFIX_BYTES)?;
         let (tensors, data_bytes) = header::parse(&text, data_start, id)?;
         let expected = data_start.saturating_add(data_bytes);
         if bytes < expected {
@@ -68,7 +68,7 @@ impl Shard {
         &self.name
     }
 
-    /// The file itself, links resolved.
+    /// Path of the file itself, symlinks resolved.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -78,30 +78,31 @@ impl Shard {
         &self.file
     }
 
-    /// Tells the kernel that `bytes` bytes at `offset` are wanted soon. It may not listen.
+    /// Asks the kernel to read bytes `offset..offset + bytes` into the page cache. Errors are
+    /// ignored.
     pub(super) fn will_need(&self, offset: u64, bytes: u64) {
         let end = offset.saturating_add(bytes).min(self.bytes);
         let mut at = offset;
         while at < end {
-            let piece = ADVICE_BYTES.min(end - at);
-            let (Ok(from), Ok(length)) = (i64::try_from(at), i64::try_from(piece)) else { return };
+            let bytes = ADVICE_BYTES.min(end - at);
+            let (Ok(from), Ok(length)) = (i64::try_from(at), i64::try_from(bytes)) else { return };
             let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
             if posix_fadvise(&self.file, from, length, advice).is_err() {
                 return;
             }
-            at += piece;
+            at += bytes;
         }
     }
 }
 
-/// Opens a regular file, links followed; gives its real path too.
+/// Opens a regular file, following symlinks. Returns its real path and the file.
 fn open_regular(path: &Path) -> Result<(PathBuf, File), ShardError> {
     let real = match fs::canonicalize(path) {
         Ok(real) => real,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(absent(path)),
         Err(e) => return Err(e.into()),
     };
-    // Asked before the file is opened: opening a pipe would wait for its writer.
+    // Checked before opening: opening a named pipe would block until it has a writer.
     if !fs::metadata(&real)?.is_file() {
         return Err(ShardError::NotAFile);
     }
@@ -109,6 +110,7 @@ fn open_regular(path: &Path) -> Result<(PathBuf, File), ShardError> {
     Ok((real, file))
 }
 
+/// The error for a path that does not exist.
 fn absent(path: &Path) -> ShardError {
     match link_target(path) {
         Some(target) => ShardError::Dangling { partial: is_partial(&target), target },
@@ -116,20 +118,20 @@ fn absent(path: &Path) -> ShardError {
     }
 }
 
-/// Where the symlink at `path` points; `None` where there is no symlink.
+/// Target of the symlink at `path`; `None` if there is no symlink.
 pub(super) fn link_target(path: &Path) -> Option<PathBuf> {
     let target = fs::read_link(path).ok()?;
     Some(path.parent().map_or_else(|| target.clone(), |dir| dir.join(&target)))
 }
 
-/// Whether an unfinished hub download of the file at `path` is there.
+/// Whether there is an unfinished hub download of the file at `path`.
 pub(super) fn is_partial(path: &Path) -> bool {
     let mut name = path.as_os_str().to_owned();
     name.push(".incomplete");
     Path::new(&name).exists()
 }
 
-/// Length of the header by the first eight bytes of the file.
+/// Length of the header, which the first eight bytes of the file state.
 fn header_bytes(file: &File, bytes: u64) -> Result<u64, ShardError> {
     // Long enough for a git-LFS pointer, which has about 130 bytes.
     let mut start = Vec::with_capacity(512);
@@ -139,7 +141,7 @@ fn header_bytes(file: &File, bytes: u64) -> Result<u64, ShardError> {
     }
     let Some(length) = start.first_chunk() else {
         return Err(ShardError::Truncated {
-            expected: LENGTH_BYTES,
+            expected: LENGTH_PREFIX_BYTES,
             at_least: true,
             actual: bytes,
         });
@@ -150,7 +152,7 @@ fn header_bytes(file: &File, bytes: u64) -> Result<u64, ShardError> {
     }
 }
 
-/// The `size` line of a git-LFS pointer.
+/// The value of the `size` line of a git-LFS pointer.
 fn lfs_size(pointer: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(pointer).ok()?;
     text.lines().find_map(|line| line.strip_prefix("size "))?.trim().parse().ok()

@@ -1,13 +1,13 @@
-//! Strings of a checkpoint: JSON strings that borrow from the text wherever they hold no escape, and
-//! how a terminal or a log may show them.
+//! Strings from the JSON of a checkpoint: parsed without copying where possible, and escaped for
+//! terminals and logs.
 
 use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
-/// The text with its control characters escaped: names are a stranger's, and must neither end a
-/// line of a log nor move a terminal's cursor.
+/// Escapes the control characters of a text. Names in a checkpoint are untrusted input: they must
+/// not start a new line of a log or move the cursor of a terminal.
 pub(crate) fn printable(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {
         return Cow::Borrowed(text);
@@ -16,20 +16,20 @@ pub(crate) fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(text.chars().map(escaped).collect())
 }
 
-/// A string of the text being parsed.
+/// A JSON string that borrows from the parsed text if it has no escapes.
 ///
-/// `Cow<str>` itself always comes out of serde owned outside a struct field.
+/// `Cow<str>` does not do that: outside of a struct field, serde always deserializes it as owned.
 pub(super) struct Text<'a>(pub Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Text<'de> {
     fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {
-        json.deserialize_str(Borrow)
+        json.deserialize_str(TextVisitor)
     }
 }
 
-struct Borrow;
+struct TextVisitor;
 
-impl<'de> Visitor<'de> for Borrow {
+impl<'de> Visitor<'de> for TextVisitor {
     type Value = Text<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,22 +1,24 @@
 //! Affine maps between a box of one tensor and a box of another.
 //!
-//! Rename, stack, unstack, concatenate, split, slice, interleave, transpose and the rotary row
-//! permutation all come out as lists of [`BoxMap`]s, and every one of them has an inverse. That
-//! is why no tree of operations survives planning.
+//! A [`BoxMap`] says which elements of a source tensor become which elements of a target tensor.
+//! Every operation of a layout is a list of such maps: rename, stack, unstack, concatenate, split,
+//! slice, interleave, transpose, the rotary permutation of rows. Maps can be inverted and composed,
+//! so a chain of operations becomes one list of maps, and reading needs no tree of operations.
 
-/// How one axis of a tensor moves: `start + step * i[along]`, or `start` where it stands still.
+/// Index along one axis of a tensor, as a function of the iteration index `i`:
+/// `start + step * i[along]`, or always `start` if `along` is `None`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Axis {
-    /// Index at the iteration's origin, in elements.
+    /// Index for iteration index 0, in elements.
     pub start: u64,
-    /// Elements from one iteration to the next; 1 where `along` is `None`.
+    /// Elements from one iteration to the next; 1 if `along` is `None`.
     pub step: u64,
-    /// The iteration axis that this axis follows.
+    /// The iteration axis that this axis depends on.
     pub along: Option<u8>,
 }
 
 impl Axis {
-    /// An axis that stands still at `start`.
+    /// An axis with the constant index `start`.
     pub(crate) fn fixed(start: u64) -> Axis {
         Axis { start, step: 1, along: None }
     }
@@ -28,33 +30,33 @@ impl Axis {
 
 /// A bijection between the elements of a box of a target and a box of a source.
 ///
-/// For every iteration index `i` below `extent`, the target element at
-/// `target[a].start + target[a].step * i[target[a].along]` (for each axis `a`) is the source
-/// element at the index that `source` gives in the same way. Every iteration axis moves exactly
-/// one target axis and exactly one source axis, and has an extent above 1.
+/// For every iteration index `i` below `extent`, the target element with index
+/// `target[a].start + target[a].step * i[target[a].along]` on each axis `a` is the source element
+/// whose index `source` gives in the same way. Exactly one target axis and exactly one source axis
+/// depend on each iteration axis, and each iteration axis has an extent above 1.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct BoxMap {
-    /// For each axis of the target, how it moves.
+    /// The axes of the target.
     pub target: Vec<Axis>,
-    /// For each axis of the source, how it moves.
+    /// The axes of the source.
     pub source: Vec<Axis>,
-    /// Extents of the iteration.
+    /// Extents of the iteration axes.
     pub extent: Vec<u64>,
 }
 
 impl BoxMap {
-    /// The whole of a tensor of these extents onto itself.
+    /// The identity map of a whole tensor with these extents.
     pub(crate) fn identity(dims: &[u64]) -> BoxMap {
         BoxMap::region(&vec![0; dims.len()], dims)
     }
 
-    /// The box at `start` with extents `extent`, onto itself.
+    /// The identity map of the box at `start` with extents `extent`.
     ///
     /// # Panics
-    /// Where the ranks differ.
+    /// If the ranks differ.
     pub(crate) fn region(start: &[u64], extent: &[u64]) -> BoxMap {
         assert_eq!(start.len(), extent.len(), "a box has one extent for each axis");
-        let mut kept = Vec::with_capacity(extent.len());
+        let mut iteration = Vec::with_capacity(extent.len());
         let axes: Vec<Axis> = start
             .iter()
             .zip(extent)
@@ -62,14 +64,14 @@ impl BoxMap {
                 if n == 1 {
                     return Axis::fixed(start);
                 }
-                kept.push(n);
-                Axis { start, step: 1, along: Some(kept.len() as u8 - 1) }
+                iteration.push(n);
+                Axis { start, step: 1, along: Some(iteration.len() as u8 - 1) }
             })
             .collect();
-        BoxMap { target: axes.clone(), source: axes, extent: kept }
+        BoxMap { target: axes.clone(), source: axes, extent: iteration }
     }
 
-    /// Number of elements that the map moves.
+    /// Number of elements that the map covers.
     pub(crate) fn elements(&self) -> u64 {
         self.extent.iter().product()
     }
@@ -78,40 +80,41 @@ impl BoxMap {
         axis.along.map_or(1, |k| self.extent[usize::from(k)])
     }
 
-    /// The same pairs, source and target exchanged.
+    /// The map with source and target exchanged.
     pub(crate) fn inverse(self) -> BoxMap {
         BoxMap { target: self.source, source: self.target, extent: self.extent }
     }
 
-    /// `self` after `inner`: what reaches this map's target from `inner`'s source.
+    /// Composition, `self` after `inner`: maps elements of `inner`'s source to this map's target.
     ///
-    /// `self` takes its source from `inner`'s target. `None` where the two boxes do not meet.
+    /// The source of `self` and the target of `inner` are boxes of the same tensor. The result
+    /// covers the elements that both boxes share; it is `None` if they share none.
     ///
     /// # Panics
-    /// Where the ranks of `self.source` and `inner.target` differ.
+    /// If the ranks of `self.source` and `inner.target` differ.
     pub(crate) fn after(&self, inner: &BoxMap) -> Option<BoxMap> {
         assert_eq!(self.source.len(), inner.target.len(), "maps of different ranks");
         let mut outer_iter = vec![Axis::fixed(0); self.extent.len()];
         let mut inner_iter = vec![Axis::fixed(0); inner.extent.len()];
         let mut extent = Vec::with_capacity(self.extent.len());
         for (&a, &b) in self.source.iter().zip(&inner.target) {
-            let meeting =
-                meet(a.start, a.step, self.extent_of(a), b.start, b.step, inner.extent_of(b))?;
-            let along = (meeting.count > 1).then(|| {
-                extent.push(meeting.count);
+            let common =
+                intersect(a.start, a.step, self.extent_of(a), b.start, b.step, inner.extent_of(b))?;
+            let along = (common.count > 1).then(|| {
+                extent.push(common.count);
                 extent.len() as u8 - 1
             });
             let step = |s| if along.is_some() { s } else { 1 };
             if let Some(k) = a.along {
                 outer_iter[usize::from(k)] =
-                    Axis { start: meeting.a, step: step(meeting.a_step), along };
+                    Axis { start: common.a, step: step(common.a_step), along };
             }
             if let Some(k) = b.along {
                 inner_iter[usize::from(k)] =
-                    Axis { start: meeting.b, step: step(meeting.b_step), along };
+                    Axis { start: common.b, step: step(common.b_step), along };
             }
         }
-        let follow = |axes: &[Axis], iter: &[Axis]| {
+        let substitute = |axes: &[Axis], iter: &[Axis]| {
             axes.iter()
                 .map(|axis| match axis.along {
                     None => *axis,
@@ -124,43 +127,46 @@ impl BoxMap {
                 .collect()
         };
         Some(BoxMap {
-            target: follow(&self.target, &outer_iter),
-            source: follow(&inner.source, &inner_iter),
+            target: substitute(&self.target, &outer_iter),
+            source: substitute(&inner.source, &inner_iter),
             extent,
         })
     }
 
-    /// The part of the map whose target lies in the box at `start` with extents `extent`.
+    /// The map restricted to targets in the box at `start` with extents `extent`; `None` if there
+    /// are none.
     pub(crate) fn within(&self, start: &[u64], extent: &[u64]) -> Option<BoxMap> {
         BoxMap::region(start, extent).after(self)
     }
 
-    /// Moves the target by `-origin`: the map of a tensor that was cut out at `origin`.
+    /// Subtracts `origin` from the target's indices: turns a map into a tensor into a map into the
+    /// slice of that tensor that starts at `origin`.
     ///
     /// # Panics
-    /// Where the target does not lie behind `origin`.
+    /// If a target index is below `origin`.
     pub(crate) fn relative_to(mut self, origin: &[u64]) -> BoxMap {
         for (axis, &o) in self.target.iter_mut().zip(origin) {
-            axis.start = axis.start.checked_sub(o).expect("the target lies behind the origin");
+            axis.start = axis.start.checked_sub(o).expect("the target starts at or after origin");
         }
         self
     }
 
-    /// Whether two maps write a common element of the target.
+    /// Whether two maps have a common target element.
     pub(crate) fn overlaps(&self, other: &BoxMap) -> bool {
         self.target.iter().zip(&other.target).all(|(&a, &b)| {
-            meet(a.start, a.step, self.extent_of(a), b.start, b.step, other.extent_of(b)).is_some()
+            intersect(a.start, a.step, self.extent_of(a), b.start, b.step, other.extent_of(b))
+                .is_some()
         })
     }
 
-    /// First and last index along a target axis, both included.
+    /// First and last index on a target axis, both inclusive.
     pub(crate) fn target_span(&self, axis: usize) -> (u64, u64) {
         let a = self.target[axis];
         (a.start, a.at(self.extent_of(a) - 1))
     }
 
-    /// Joins `next` to the end of `self` along one iteration axis, where together they are one
-    /// affine map; gives `next` back where they are not.
+    /// Appends `next` to the end of `self` along one iteration axis if together they are one affine
+    /// map; otherwise returns `next` unchanged.
     fn join(&mut self, next: BoxMap) -> Result<(), BoxMap> {
         match self.joined(&next) {
             Some(joined) => {
@@ -172,15 +178,16 @@ impl BoxMap {
     }
 
     fn joined(&self, next: &BoxMap) -> Option<BoxMap> {
-        let moved = |a: &[Axis], b: &[Axis]| {
-            let mut moved = (0..a.len()).filter(|&i| a[i].start != b[i].start);
-            let axis = moved.next()?;
-            (moved.next().is_none() && a[axis].start < b[axis].start).then_some(axis)
+        // The one axis on which `b` starts after `a`; `None` if they differ on several.
+        let only_shifted_axis = |a: &[Axis], b: &[Axis]| {
+            let mut shifted = (0..a.len()).filter(|&i| a[i].start != b[i].start);
+            let axis = shifted.next()?;
+            (shifted.next().is_none() && a[axis].start < b[axis].start).then_some(axis)
         };
-        let t = moved(&self.target, &next.target)?;
-        let s = moved(&self.source, &next.source)?;
+        let t = only_shifted_axis(&self.target, &next.target)?;
+        let s = only_shifted_axis(&self.source, &next.source)?;
         let (grow, other) = (self.target[t], next.target[t]);
-        // The moved axes must be the two ends of one iteration axis, on both sides of the joint.
+        // In both maps, the shifted axes of target and source must depend on one iteration axis.
         let along_of = |m: &BoxMap| match (m.target[t].along, m.source[s].along) {
             (None, None) => Some(None),
             (Some(a), Some(b)) if a == b => Some(Some(a)),
@@ -210,12 +217,12 @@ impl BoxMap {
         let (mut a, b) = (canonical(self, mine), canonical(next, theirs));
         let k = usize::from(a.target[t].along.expect("just set"));
         let other_n = b.extent[usize::from(b.target[t].along.expect("just set"))];
-        let mut level = b;
-        level.extent[k] = a.extent[k];
+        let mut resized = b;
+        resized.extent[k] = a.extent[k];
         let same = (mine.is_none() || self.target[t].step == t_step)
             && (theirs.is_none() || next.target[t].step == t_step)
             && (theirs.is_none() || next.source[s].step == s_step)
-            && level == a;
+            && resized == a;
         if !same {
             return None;
         }
@@ -225,7 +232,7 @@ impl BoxMap {
         Some(a)
     }
 
-    /// The same map with its iteration axes in the order of the target axes that they move.
+    /// The same map with its iteration axes numbered in the order of the target axes.
     fn renumbered(&self) -> BoxMap {
         let mut order = vec![None; self.extent.len()];
         let mut extent = Vec::with_capacity(self.extent.len());
@@ -244,12 +251,13 @@ impl BoxMap {
     }
 }
 
-/// Fewest maps with the same pairs that joining neighbours gives, in the order of their targets.
+/// Joins neighbouring maps, axis by axis, into as few as that gives. The result covers the same
+/// pairs of elements and is sorted by target.
 ///
-/// Each entry carries what it reads from; only maps of equal `S` are joined.
+/// `S` identifies the source tensor of a map; only maps of the same source are joined.
 pub(crate) fn coalesce<S: PartialEq>(mut maps: Vec<(S, BoxMap)>) -> Vec<(S, BoxMap)> {
     let rank = maps.first().map_or(0, |(_, m)| m.target.len());
-    // Innermost axis first: joined rows become planes, joined planes become volumes.
+    // Innermost axis first: elements become rows, rows become planes, planes become volumes.
     for axis in (0..rank).rev() {
         let before = maps.len();
         maps.sort_by_cached_key(|(_, m)| {
@@ -275,7 +283,9 @@ pub(crate) fn coalesce<S: PartialEq>(mut maps: Vec<(S, BoxMap)>) -> Vec<(S, BoxM
     maps
 }
 
-struct Meeting {
+/// Common members of two arithmetic progressions `a` and `b`. Number `n` of them, for `n < count`,
+/// is member `a + a_step * n` of the first and member `b + b_step * n` of the second.
+struct Intersection {
     a: u64,
     a_step: u64,
     b: u64,
@@ -283,9 +293,8 @@ struct Meeting {
     count: u64,
 }
 
-/// Where two arithmetic progressions meet: `a0 + as * i` for `i < an` and `b0 + bs * j` for
-/// `j < bn` agree at `i = a + a_step * n`, `j = b + b_step * n` for `n < count`.
-fn meet(a0: u64, a_step: u64, an: u64, b0: u64, b_step: u64, bn: u64) -> Option<Meeting> {
+/// Intersects the progressions `a0 + a_step * i` for `i < an` and `b0 + b_step * j` for `j < bn`.
+fn intersect(a0: u64, a_step: u64, an: u64, b0: u64, b_step: u64, bn: u64) -> Option<Intersection> {
     if an == 0 || bn == 0 {
         return None;
     }
@@ -296,7 +305,7 @@ fn meet(a0: u64, a_step: u64, an: u64, b0: u64, b_step: u64, bn: u64) -> Option<
     if gap % g != 0 {
         return None;
     }
-    // i = x * gap / g is one solution of sa * i = gap (mod sb); they repeat every sb / g.
+    // i = x * gap / g is one solution of sa * i = gap (mod sb); solutions repeat every sb / g.
     let (i_step, j_step) = (sb / g, sa / g);
     let mut i = ((x % i_step) * ((gap / g) % i_step)).rem_euclid(i_step);
     let mut j = (a0 + sa * i - b0) / sb;
@@ -310,7 +319,7 @@ fn meet(a0: u64, a_step: u64, an: u64, b0: u64, b_step: u64, bn: u64) -> Option<
     }
     let count = ((an - 1 - i) / i_step).min((bn - 1 - j) / j_step) + 1;
     let narrow = |v: i128| u64::try_from(v).expect("bounded by the extents, which are u64");
-    Some(Meeting {
+    Some(Intersection {
         a: narrow(i),
         a_step: narrow(i_step),
         b: narrow(j),

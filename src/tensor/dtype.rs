@@ -1,4 +1,4 @@
-//! Element types as safetensors names them.
+//! Element types of tensors, with the names that safetensors headers use.
 
 use std::fmt;
 
@@ -59,7 +59,7 @@ impl DType {
         Self::ALL.iter().map(|(d, _, _)| *d)
     }
 
-    /// The type that a safetensors header calls `name`, or `None`.
+    /// The type that a safetensors header calls `name`, or `None` if there is no such type.
     pub fn parse(name: &str) -> Option<DType> {
         Self::ALL.iter().find(|(_, n, _)| *n == name).map(|(d, _, _)| *d)
     }
@@ -74,7 +74,7 @@ impl DType {
         Self::ALL[self as usize].2
     }
 
-    /// Whether the type is one that the view may cast to the output dtype: BF16, F16 or F32.
+    /// The type as a [`Float`], or `None` if it is not BF16, F16 or F32.
     pub fn as_float(self) -> Option<Float> {
         match self {
             DType::BF16 => Some(Float::BF16),
@@ -107,7 +107,7 @@ impl fmt::Display for DType {
     }
 }
 
-/// The floating-point types that decoded tensors may have.
+/// A float type that decoded tensors can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
 pub enum Float {

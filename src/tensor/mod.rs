@@ -1,6 +1,4 @@
-//! Element types, shapes and the affine maps between boxes of two tensors.
-//!
-//! Pure arithmetic: nothing here reads a file, decodes a byte or knows a name.
+#![doc = include_str!("README.md")]
 
 mod boxmap;
 mod dtype;

@@ -1,4 +1,4 @@
-//! Extents of a tensor, row-major.
+//! The shape of a tensor, and sizes that follow from it.
 
 use std::fmt;
 
@@ -9,12 +9,12 @@ use super::DType;
 pub struct Shape(Box<[u64]>);
 
 impl Shape {
-    /// A shape of these extents.
+    /// A shape with these extents.
     pub fn new(dims: impl Into<Box<[u64]>>) -> Shape {
         Shape(dims.into())
     }
 
-    /// Extents, outermost first.
+    /// The extents, outermost axis first.
     pub fn dims(&self) -> &[u64] {
         &self.0
     }
@@ -24,23 +24,24 @@ impl Shape {
         self.0.len()
     }
 
-    /// Number of elements; `None` where the extents above 0 multiply beyond 64 bits, whatever
-    /// their order.
+    /// Number of elements. `None` if the product of the extents exceeds 64 bits; extents of 0 are
+    /// left out of that test, so that the result does not depend on the order of the axes.
     pub fn elements(&self) -> Option<u64> {
         let n = self.0.iter().try_fold(1u64, |n, &d| n.checked_mul(d.max(1)))?;
         Some(if self.0.contains(&0) { 0 } else { n })
     }
 
-    /// Bytes of a tensor of this shape; `None` on overflow or where the bits fill no whole byte.
+    /// Size in bytes of a tensor of this shape; `None` on overflow or if it is not a whole number
+    /// of bytes.
     pub fn bytes(&self, dtype: DType) -> Option<u64> {
         let bits = self.elements()?.checked_mul(u64::from(dtype.bits()))?;
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 
-    /// Elements from one index to the next, for each axis.
+    /// For each axis, the number of elements from one index to the next.
     ///
     /// # Panics
-    /// On overflow; a shape whose [`Shape::elements`] is `Some` never does.
+    /// On overflow, which cannot happen if [`Shape::elements`] is `Some`.
     pub fn strides(&self) -> Vec<u64> {
         let mut strides = vec![1; self.rank()];
         for axis in (1..self.rank()).rev() {

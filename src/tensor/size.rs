@@ -1,21 +1,21 @@
-//! Conversions between sizes in memory and in files, and sizes as text.
+//! Checked conversions between sizes in memory (`usize`) and in files (`u64`), and sizes as text.
 
 use std::fmt;
 
-/// A size in memory as a size in a file.
+/// Converts a size in memory to a size in a file.
 pub(crate) fn to_u64(n: usize) -> u64 {
     u64::try_from(n).expect("memory is smaller than 2^64 bytes")
 }
 
-/// A size of something that is held in memory, as a length.
+/// Converts the size of something that is held in memory to a length.
 ///
 /// # Panics
-/// Where `n` exceeds the address space, which only a 32-bit target has below 2^64.
+/// If `n` exceeds the address space, which can happen on a 32-bit target only.
 pub(crate) fn to_usize(n: u64) -> usize {
     usize::try_from(n).expect("what is held in memory has a length below 2^64")
 }
 
-/// A number of bytes for people, in binary units with one decimal: `1.5 GiB`.
+/// Formats a number of bytes in binary units with one decimal: `1.5 GiB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ByteSize(pub(crate) u64);
 
@@ -29,7 +29,7 @@ impl fmt::Display for ByteSize {
         if unit == 0 {
             return write!(f, "{} B", self.0);
         }
-        // Rounded down: integers keep this exact.
+        // Rounded down, in integers: exact for every size.
         let tenths = (u128::from(self.0) * 10) >> (10 * unit);
         write!(f, "{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
     }

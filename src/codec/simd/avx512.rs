@@ -1,15 +1,16 @@
-//! AVX-512 F, BW, VL, DQ and VBMI: vectors of 64 bytes and look-ups among 128 of them.
+//! Kernels for AVX-512 F, BW, VL, DQ and VBMI: vectors of 64 bytes, look-ups (`vpermi2b`) in tables
+//! of 128 bytes.
 
 use std::arch::x86_64::*;
 
 use super::super::float::Half;
-use super::super::fp8::{self, Table};
-use super::super::tile::{Run, Runs, Split};
+use super::super::fp8::{self, Fp8Table};
+use super::super::tile::{ScaleRun, ScaleRuns, SplitRuns};
 use super::super::{Code, Scales, Tile, encode, rows};
 use super::{avx2, holds};
 use crate::tensor::Float;
 
-pub(super) use avx2::{fence, prefetch, stream};
+pub(super) use avx2::{copy_non_temporal, fence, prefetch};
 
 /// Loads 64 bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
@@ -27,29 +28,30 @@ fn store(bytes: &mut [u8; 64], vector: __m512i) {
     unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector) }
 }
 
-/// The table of one FP8 scale: low bytes of the results of codes 0 to 127, then high bytes.
+/// Fills the table of one FP8 scale: the low bytes of the results of codes 0 to 127, then their
+/// high bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn table(to: Half, scale: f32, table: &mut Table) {
-    fp8::planes(to, scale, table);
+pub(super) fn fill_table(to: Half, scale: f32, table: &mut Fp8Table) {
+    fp8::fill_byte_planes(to, scale, table);
 }
 
-/// The low and high bytes of what 128 codes become, in four registers.
-type Planes = [__m512i; 4];
+/// A table in four registers: two of low bytes, two of high bytes.
+type BytePlanes = [__m512i; 4];
 
-/// A table as it is looked up.
+/// Loads a table into registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn planes(table: &Table) -> Planes {
+fn load_byte_planes(table: &Fp8Table) -> BytePlanes {
     let planes = table.0.as_flattened().as_chunks::<64>().0;
     std::array::from_fn(|i| load(&planes[i]))
 }
 
-/// Results of 64 FP8 codes, by `vpermi2b` among 128 bytes, twice: those of the lower eight codes of
-/// each lane of 16, then those of the upper.
+/// Decodes 64 FP8 codes by two look-ups in 128 bytes each. The first result holds the lower eight
+/// codes of each 16-byte lane, the second the upper eight.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn results([low0, low1, high0, high1]: Planes, codes: __m512i) -> [__m512i; 2] {
-    // The index is 7 bits; the eighth is the sign.
+fn results([low0, low1, high0, high1]: BytePlanes, codes: __m512i) -> [__m512i; 2] {
+    // `vpermi2b` uses 7 bits of the code as the index; the eighth is the sign.
     let low = _mm512_permutex2var_epi8(low0, codes, low1);
     let high = _mm512_permutex2var_epi8(high0, codes, high1);
     // high ^ (codes & sign)
@@ -57,25 +59,25 @@ fn results([low0, low1, high0, high1]: Planes, codes: __m512i) -> [__m512i; 2] {
     [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
 }
 
-/// FP8 codes to 16-bit floats.
+/// Decodes FP8 codes into 16-bit floats.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn look_up(
-    tables: &[Table],
-    runs: &Runs,
+    tables: &[Fp8Table],
+    runs: &ScaleRuns,
     tile: &Tile<'_>,
     out: &mut [u8],
     out_stride: usize,
 ) {
-    fp8::each_run(tables, runs, tile, out, out_stride, |table, codes, out| {
-        look_up_run(planes(table), codes, out);
+    fp8::for_each_run(tables, runs, tile, out, out_stride, |table, codes, out| {
+        look_up_run(load_byte_planes(table), codes, out);
     });
 }
 
-/// A run of codes, by one table.
+/// Decodes a run of codes by one table.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn look_up_run(planes: Planes, codes: &[u8], out: &mut [u8]) {
-    // Codes 8k.. and 32 + 8k.. go to lane k.
+fn look_up_run(planes: BytePlanes, codes: &[u8], out: &mut [u8]) {
+    // Lane k gets the eight codes from 8k on and the eight from 32 + 8k on.
     let lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     let results = |codes| results(planes, _mm512_permutexvar_epi64(lanes, codes));
     let (whole, tail) = codes.as_chunks::<64>();
@@ -97,10 +99,11 @@ fn look_up_run(planes: Planes, codes: &[u8], out: &mut [u8]) {
     }
 }
 
-/// FP8 codes to 16-bit floats, transposed on the way: half the bytes of the results are shuffled.
+/// Decodes FP8 codes into 16-bit floats and transposes them. The codes are transposed, not the
+/// floats: they are half as many bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn look_up_transposed(
-    table: &Table,
+    table: &Fp8Table,
     src: &[u8],
     stride: usize,
     rows: usize,
@@ -109,7 +112,7 @@ pub(super) fn look_up_transposed(
     out_stride: usize,
 ) {
     assert!(holds(src, rows, stride, cols, 1) && holds(out, cols, out_stride, rows, 2));
-    let planes = planes(table);
+    let planes = load_byte_planes(table);
     for col in (0..cols).step_by(16) {
         let wide = 16.min(cols - col);
         for row in (0..rows).step_by(64) {
@@ -118,7 +121,13 @@ pub(super) fn look_up_transposed(
             if high == 64 && wide == 16 {
                 // SAFETY: the tile lies in the box, and both slices were checked to hold the box.
                 unsafe {
-                    tile_of_codes(planes, src.as_ptr(), stride, out.as_mut_ptr(), out_stride);
+                    look_up_tile_transposed(
+                        planes,
+                        src.as_ptr(),
+                        stride,
+                        out.as_mut_ptr(),
+                        out_stride,
+                    );
                 }
                 continue;
             }
@@ -128,7 +137,13 @@ pub(super) fn look_up_transposed(
             }
             // SAFETY: the arrays are a tile.
             unsafe {
-                tile_of_codes(planes, codes.as_ptr().cast(), 16, floats.as_mut_ptr().cast(), 128);
+                look_up_tile_transposed(
+                    planes,
+                    codes.as_ptr().cast(),
+                    16,
+                    floats.as_mut_ptr().cast(),
+                    128,
+                );
             }
             for (i, floats) in floats[..wide].iter().enumerate() {
                 out[i * out_stride..][..2 * high].copy_from_slice(&floats[..2 * high]);
@@ -137,24 +152,25 @@ pub(super) fn look_up_transposed(
     }
 }
 
-/// Transposes and looks up 64 rows by 16 columns of codes.
+/// Transposes and decodes 64 rows by 16 columns of codes.
 ///
 /// # Safety
 /// 64 rows of 16 bytes are readable at `src`, 16 of 128 bytes writable at `out`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-unsafe fn tile_of_codes(
-    planes: Planes,
+unsafe fn look_up_tile_transposed(
+    planes: BytePlanes,
     src: *const u8,
     stride: usize,
     out: *mut u8,
     out_stride: usize,
 ) {
-    // Rows 8k.. and 32 + 8k.. go to lane k, as the results want them.
+    // Lane k gets the eight rows from 8k on and the eight from 32 + 8k on: the order in which
+    // `results` returns its codes.
     let mut a = [_mm512_setzero_si512(); 16];
     for (i, a) in a.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add((i + i / 8 * 24) * stride), stride, 8) };
+        *a = unsafe { load_strided(src.add((i + i / 8 * 24) * stride), stride, 8) };
     }
     for (i, codes) in transpose_lanes(a).into_iter().enumerate() {
         let [first, second] = results(planes, codes);
@@ -171,7 +187,8 @@ unsafe fn tile_of_codes(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
 fn transpose_lanes(mut a: [__m512i; 16]) -> [__m512i; 16] {
-    // A round rotates the 8 bits of a byte's place, row above column: four swap the two.
+    // The index of a byte in `a` is 8 bits: row bits above column bits. A round of unpacking
+    // rotates them by one bit, so four rounds swap row and column.
     for _ in 0..4 {
         let b = a;
         for i in 0..8 {
@@ -182,105 +199,111 @@ fn transpose_lanes(mut a: [__m512i; 16]) -> [__m512i; 16] {
     a
 }
 
-/// Rows of nibbles to 16-bit floats: the sixteen results of a scale fill half a register.
+/// Decodes rows of 4-bit codes into 16-bit floats by a table of 16 results for each scale.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn nibbles(
+pub(super) fn look_up_nibbles(
     values: &[f32; 16],
     to: Half,
     tile: &Tile<'_>,
-    runs: &Split,
+    runs: &SplitRuns,
     out: &mut [u8],
     out_stride: usize,
 ) {
     match to {
-        Half::BF16 => rows::each(tile, 2, out, out_stride, |codes, scales, out| {
-            nibbles_to::<false>(values, codes, runs, scales, out);
+        Half::BF16 => rows::for_each_row(tile, 2, out, out_stride, |codes, scales, out| {
+            look_up_nibble_row::<false>(values, codes, runs, scales, out);
         }),
-        Half::F16 => rows::each(tile, 2, out, out_stride, |codes, scales, out| {
-            nibbles_to::<true>(values, codes, runs, scales, out);
+        Half::F16 => rows::for_each_row(tile, 2, out, out_stride, |codes, scales, out| {
+            look_up_nibble_row::<true>(values, codes, runs, scales, out);
         }),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn nibbles_to<const F16: bool>(
+fn look_up_nibble_row<const F16: bool>(
     values: &[f32; 16],
     codes: &[u8],
-    runs: &Split,
+    runs: &SplitRuns,
     scales: &[f32],
     out: &mut [u8],
 ) {
     // SAFETY: the array has 64 bytes; the load needs no alignment.
     let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-    let Split { block, blocks, head, body, tail, .. } = *runs;
-    nibbles_of::<F16>(values, codes, head, scales, out);
+    let SplitRuns { block, blocks, head, body, tail, .. } = *runs;
+    look_up_nibble_run::<F16>(values, codes, head, scales, out);
     if block.is_multiple_of(32) {
         let scales = &scales[body.index..][..blocks];
         for (i, &scale) in scales.iter().enumerate() {
-            let table = sixteen::<F16>(values, scale);
+            let table = nibble_table::<F16>(values, scale);
             let start = body.start + i * block;
             let (codes, _) = codes[start / 2..][..block / 2].as_chunks::<16>();
             let (out, _) = out[2 * start..][..2 * block].as_chunks_mut::<64>();
             for (codes, out) in codes.iter().zip(out) {
-                store(out, thirty_two(table, avx2::load16(codes)));
+                store(out, look_up_32_nibbles(table, avx2::load16(codes)));
             }
         }
     } else {
         for at in (0..body.len).step_by(block) {
             let (start, index) = (body.start + at, body.index + at / block);
-            nibbles_of::<F16>(values, codes, Run { start, len: block, index }, scales, out);
+            look_up_nibble_run::<F16>(
+                values,
+                codes,
+                ScaleRun { start, len: block, index },
+                scales,
+                out,
+            );
         }
     }
-    nibbles_of::<F16>(values, codes, tail, scales, out);
+    look_up_nibble_run::<F16>(values, codes, tail, scales, out);
 }
 
-/// One run of nibbles, of any length.
+/// Decodes one run of 4-bit codes, of any length.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn nibbles_of<const F16: bool>(
+fn look_up_nibble_run<const F16: bool>(
     values: __m512,
     codes: &[u8],
-    run: Run,
+    run: ScaleRun,
     scales: &[f32],
     out: &mut [u8],
 ) {
     if run.len == 0 {
         return;
     }
-    let table = sixteen::<F16>(values, scales[run.index]);
+    let table = nibble_table::<F16>(values, scales[run.index]);
     let codes = codes[run.start / 2..][..run.len.div_ceil(2)].chunks(16);
     for (codes, out) in codes.zip(out[2 * run.start..][..2 * run.len].chunks_mut(64)) {
         let mut padded = [0; 16];
         padded[..codes.len()].copy_from_slice(codes);
         let mut result = [0; 64];
-        store(&mut result, thirty_two(table, avx2::load16(&padded)));
+        store(&mut result, look_up_32_nibbles(table, avx2::load16(&padded)));
         out.copy_from_slice(&result[..out.len()]);
     }
 }
 
-/// 32 columns of nibbles to 16-bit floats, of which the first `run.len` count: one scale and one
-/// vector for each row.
+/// Decodes 32 columns of 4-bit codes into 16-bit floats: one scale and one vector for each row.
+/// Only the first `run.len` columns are meaningful.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn nibble_column(
+pub(super) fn look_up_nibble_column(
     values: &[f32; 16],
     to: Half,
     tile: &Tile<'_>,
-    run: Run,
+    run: ScaleRun,
     out: &mut [[u8; 64]],
 ) {
     match to {
-        Half::BF16 => nibble_column_to::<false>(values, tile, run, out),
-        Half::F16 => nibble_column_to::<true>(values, tile, run, out),
+        Half::BF16 => look_up_nibble_column_to::<false>(values, tile, run, out),
+        Half::F16 => look_up_nibble_column_to::<true>(values, tile, run, out),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn nibble_column_to<const F16: bool>(
+fn look_up_nibble_column_to<const F16: bool>(
     values: &[f32; 16],
     tile: &Tile<'_>,
-    run: Run,
+    run: ScaleRun,
     out: &mut [[u8; 64]],
 ) {
     // SAFETY: the array has 64 bytes; the load needs no alignment.
@@ -291,7 +314,7 @@ fn nibble_column_to<const F16: bool>(
     for (row, out) in out[..tile.rows].iter_mut().enumerate() {
         let codes = tile.bytes[row * tile.stride + run.start / 2..].first_chunk();
         let codes = avx2::load16(codes.expect("room for 32 columns"));
-        store(out, thirty_two(sixteen::<F16>(values, scales.values[at]), codes));
+        store(out, look_up_32_nibbles(nibble_table::<F16>(values, scales.values[at]), codes));
         rows_left -= 1;
         if rows_left == 0 {
             rows_left = scales.block[0];
@@ -300,24 +323,25 @@ fn nibble_column_to<const F16: bool>(
     }
 }
 
-/// Results of 32 nibbles, by a table of [`sixteen`].
+/// Decodes 32 4-bit codes by a table of [`nibble_table`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn thirty_two(table: __m512i, codes: __m128i) -> __m512i {
+fn look_up_32_nibbles(table: __m512i, codes: __m128i) -> __m512i {
     let bytes = _mm512_cvtepu8_epi32(codes);
-    // Each byte b becomes two indices of 16 bits, b << 1 and b >> 3. `vpermw` takes 5 bits of each:
-    // a nibble, and below it a bit that chooses the upper half of a result.
+    // Each byte b becomes two 16-bit indices, b << 1 and b >> 3. `vpermw` uses 5 bits of each: a
+    // nibble and, below it, a bit that selects the upper half of the 32-bit entry.
     let indices = _mm512_or_si512(_mm512_slli_epi32::<1>(bytes), _mm512_slli_epi32::<13>(bytes));
     _mm512_permutexvar_epi16(_mm512_or_si512(indices, _mm512_set1_epi16(1)), table)
 }
 
-/// Sixteen `round(value * scale)`, BF16 or F16, in the upper halves of 32 bits.
+/// The results of the 16 codes under `scale`, rounded to BF16 or F16, each in the upper half of 32
+/// bits.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-fn sixteen<const F16: bool>(values: __m512, scale: f32) -> __m512i {
-    // The rounding below must not see a NaN whose payload it would carry into the sign: a quiet one
-    // (token 0) and a signalling one (1) become the indefinite one (3). The one that infinity times
-    // zero makes is harmless.
+fn nibble_table<const F16: bool>(values: __m512, scale: f32) -> __m512i {
+    // The rounding to BF16 below would carry the payload of some NaNs into the sign bit, so a NaN
+    // scale is replaced: `vfixupimm` turns quiet NaNs (token 0) and signalling NaNs (token 1) into
+    // the indefinite NaN (response 3). The NaN of infinity times zero is harmless.
     let scale = _mm512_set1_ps(scale);
     let scale = _mm512_fixupimm_ps::<0>(scale, scale, _mm512_set1_epi32(0x33));
     let products = _mm512_mul_ps(values, scale);
@@ -332,11 +356,12 @@ fn sixteen<const F16: bool>(values: __m512, scale: f32) -> __m512i {
     }
 }
 
-/// Transposes whole tiles, 64 rows by 16 columns (1 byte), 32 by 8 (2 bytes) or 16 by 4 (4 bytes),
-/// what is left of the rows by [`avx2::transpose`], and gives the rows and columns that are done.
+/// Transposes the whole tiles of a box and returns how many rows and columns that covers. A tile
+/// has 64 rows by 16 columns (1 byte), 32 by 8 (2 bytes) or 16 by 4 (4 bytes); remaining rows go to
+/// [`avx2::transpose`], whose tiles have half as many rows.
 ///
-/// Lane k of vector i holds 16 bytes of row `i + k * lanes`: the loads do what a transpose of the
-/// full square would need two more rounds of shuffles for.
+/// The loads put rows that are a quarter of a tile apart into the four 16-byte lanes of a vector.
+/// That saves the two rounds of shuffles across lanes that a transpose of a full square needs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn transpose<const W: usize>(
     src: &[u8],
@@ -359,9 +384,9 @@ pub(super) fn transpose<const W: usize>(
                 let src = src.as_ptr().add(row * stride + col * W);
                 let out = out.as_mut_ptr().add(col * out_stride + row * W);
                 match W {
-                    1 => tile8(src, stride, out, out_stride),
-                    2 => tile16(src, stride, out, out_stride),
-                    _ => tile32(src, stride, out, out_stride),
+                    1 => transpose_tile_u8(src, stride, out, out_stride),
+                    2 => transpose_tile_u16(src, stride, out, out_stride),
+                    _ => transpose_tile_u32(src, stride, out, out_stride),
                 }
             }
         }
@@ -374,9 +399,9 @@ pub(super) fn transpose<const W: usize>(
     (high, wide)
 }
 
-/// Copies `rows` runs of `width` bytes and asks for as many below them.
+/// Copies `rows` rows of `width` bytes and prefetches as many rows below them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn fetch(
+pub(super) fn copy_and_prefetch(
     src: &[u8],
     stride: usize,
     rows: usize,
@@ -386,8 +411,8 @@ pub(super) fn fetch(
 ) {
     assert!(holds(src, rows, stride, width, 1) && holds(out, rows, out_stride, width, 1));
     for row in 0..rows {
-        // SAFETY: the run lies in the box, and both slices were checked to hold the box. What is
-        // asked for may lie anywhere.
+        // SAFETY: the row lies in the box, and both slices were checked to hold the box. A prefetch
+        // needs no valid address.
         unsafe {
             let src = src.as_ptr().add(row * stride);
             let out = out.as_mut_ptr().add(row * out_stride);
@@ -396,7 +421,7 @@ pub(super) fn fetch(
                 let line = _mm512_maskz_loadu_epi8(mask, src.add(at).cast());
                 _mm512_mask_storeu_epi8(out.add(at).cast(), mask, line);
             };
-            // Two lines at a time: of a loop over one the compiler would make a call of `memcpy`.
+            // Two lines at a time: the compiler replaces a loop over single lines by a `memcpy`.
             let pairs = width - width % 128;
             for at in (0..pairs).step_by(128) {
                 line(at, u64::MAX);
@@ -413,13 +438,14 @@ pub(super) fn fetch(
     }
 }
 
-/// 16 bytes of each of the rows 0, `step`, `2 * step` and `3 * step`.
+/// Loads 16 bytes of each of the rows 0, `step`, `2 * step` and `3 * step` into the four lanes of a
+/// vector.
 ///
 /// # Safety
-/// The rows are readable.
+/// All four must be readable at `src` with a row pitch of `stride`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m512i {
+unsafe fn load_strided(src: *const u8, stride: usize, step: usize) -> __m512i {
     // SAFETY: the caller's promise; the loads need no alignment.
     let [a, b, c, d] = unsafe {
         [
@@ -439,11 +465,11 @@ unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m512i {
 /// 64 rows of 16 bytes are readable at `src`, 16 of 64 bytes writable at `out`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-unsafe fn tile8(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+unsafe fn transpose_tile_u8(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
     let mut a = [_mm512_setzero_si512(); 16];
     for (i, a) in a.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add(i * stride), stride, 16) };
+        *a = unsafe { load_strided(src.add(i * stride), stride, 16) };
     }
     for (i, a) in transpose_lanes(a).into_iter().enumerate() {
         // SAFETY: the caller's promise.
@@ -457,11 +483,11 @@ unsafe fn tile8(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) 
 /// 32 rows of 16 bytes are readable at `src`, 8 of 64 bytes writable at `out`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-unsafe fn tile16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+unsafe fn transpose_tile_u16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
     let [mut a, mut b, mut c] = [[_mm512_setzero_si512(); 8]; 3];
     for (i, a) in a.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add(i * stride), stride, 8) };
+        *a = unsafe { load_strided(src.add(i * stride), stride, 8) };
     }
     for i in [0, 2, 4, 6] {
         b[i] = _mm512_unpacklo_epi16(a[i], a[i + 1]);
@@ -488,11 +514,11 @@ unsafe fn tile16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize)
 /// 16 rows of 16 bytes are readable at `src`, 4 of 64 bytes writable at `out`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 #[inline]
-unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+unsafe fn transpose_tile_u32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
     let mut a = [_mm512_setzero_si512(); 4];
     for (i, a) in a.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add(i * stride), stride, 4) };
+        *a = unsafe { load_strided(src.add(i * stride), stride, 4) };
     }
     let b = [
         _mm512_unpacklo_epi32(a[0], a[1]),
@@ -509,13 +535,13 @@ unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize)
     }
 }
 
-/// [`rows::direct`] with these vectors.
+/// [`rows::compute_rows`], compiled for this level.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn direct(tile: &Tile<'_>, to: Float, out: &mut [u8], out_stride: usize) {
-    rows::direct(tile, to, out, out_stride);
+pub(super) fn compute_rows(tile: &Tile<'_>, to: Float, out: &mut [u8], out_stride: usize) {
+    rows::compute_rows(tile, to, out, out_stride);
 }
 
-/// [`encode::encode_row`] with these vectors.
+/// [`encode::encode_row`], compiled for this level.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn encode_row(
     code: Code,

@@ -1,13 +1,16 @@
-//! Kernels for particular instruction sets, chosen at run time.
+//! SIMD kernels, and the dispatcher that chooses between them at run time.
 //!
-//! Every kernel equals the portable loop that it replaces, bit for bit; the tests of
-//! [`codec`](super) run all levels of the machine against the reference. Two kinds live here:
-//! look-ups and transposes written with intrinsics, and portable loops that are compiled once more
-//! with wider vectors.
+//! A [`Level`] stands for an instruction set that this machine was found to have. Its methods are
+//! the dispatcher: each calls the kernel of the level, or the portable loop where the level has no
+//! kernel. There are two kinds of kernels: table look-ups, transposes and copies written with
+//! intrinsics, and portable loops that are compiled a second time with wider vectors. All of them
+//! give the bits of the portable loop; the tests of [`codec`](super) compare every level of the
+//! machine with the scalar reference.
 //!
-//! This module and the memory map are the only places with `unsafe` code: a kernel is called only
-//! through a [`Level`], whose value proves that the machine has the instructions, and checks the
-//! extent of its slices before it works with pointers.
+//! Almost all `unsafe` code of the crate is here (one system call in `mount/session.rs` is the
+//! rest). It is sound for two reasons: kernels are called only through a `Level`, whose value
+//! proves that the machine has the instructions, and kernels check the lengths of their slices
+//! before they use pointers.
 
 #![allow(unsafe_code)]
 
@@ -18,54 +21,54 @@ mod avx512;
 
 use super::encode::encode_row;
 use super::float::Half;
-use super::fp8::Table;
-use super::rows::direct;
-use super::scratch::STRIP_ROW_BYTES;
-use super::tile::{Run, Runs, Split};
-use super::transpose::{cached, copy};
+use super::fp8::Fp8Table;
+use super::rows::compute_rows;
+use super::scratch::STRIP_OUT_ROW_BYTES;
+use super::tile::{ScaleRun, ScaleRuns, SplitRuns};
+use super::transpose::{copy_rows, transpose_in_l1};
 use super::{Code, Scales, Tile, fp8, nibble};
 use crate::tensor::Float;
 
-/// Which instructions the kernels may use. A value proves that this machine has them.
+/// An instruction set for the kernels. A value proves that this machine has the instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Level(Kind);
+pub struct Level(InstructionSet);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum InstructionSet {
     Portable,
     /// AVX2 and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// AVX-512 F, BW, VL, DQ and VBMI (Ice Lake, Zen 4), and all of the level below.
+    /// AVX-512 F, BW, VL, DQ and VBMI (Ice Lake, Zen 4), in addition to AVX2 and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx512,
 }
 
 impl Level {
-    /// No kernels: loops that the compiler vectorises for the target's baseline.
-    pub const PORTABLE: Level = Level(Kind::Portable);
+    /// Portable loops only, vectorised by the compiler for the target's baseline.
+    pub const PORTABLE: Level = Level(InstructionSet::Portable);
 
     /// The fastest level of this machine.
     pub fn best() -> Level {
         #[cfg(target_arch = "x86_64")]
         {
             if has_avx512() {
-                return Level(Kind::Avx512);
+                return Level(InstructionSet::Avx512);
             }
             if has_avx2() {
-                return Level(Kind::Avx2);
+                return Level(InstructionSet::Avx2);
             }
         }
         Level::PORTABLE
     }
 
-    /// Every level of this machine, slowest first. Tests run them all.
+    /// All levels of this machine, slowest first.
     pub fn available() -> Vec<Level> {
         let mut levels = vec![Level::PORTABLE];
         #[cfg(target_arch = "x86_64")]
         {
-            levels.extend(has_avx2().then_some(Level(Kind::Avx2)));
-            levels.extend(has_avx512().then_some(Level(Kind::Avx512)));
+            levels.extend(has_avx2().then_some(Level(InstructionSet::Avx2)));
+            levels.extend(has_avx512().then_some(Level(InstructionSet::Avx512)));
         }
         levels
     }
@@ -73,11 +76,11 @@ impl Level {
     /// A name for logs and reports.
     pub fn name(self) -> &'static str {
         match self.0 {
-            Kind::Portable => "portable",
+            InstructionSet::Portable => "portable",
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => "avx2",
+            InstructionSet::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => "avx512",
+            InstructionSet::Avx512 => "avx512",
         }
     }
 }
@@ -97,18 +100,18 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vbmi")
 }
 
-/// Calls the kernel of a level, or evaluates what the portable level does.
+/// Calls the kernel `$name` of a level, or evaluates `$portable` for the portable level.
 macro_rules! kernel {
     ($level:expr, $portable:expr, $name:ident $(::<$w:ident>)? ($($arg:expr),*)) => {
         match $level.0 {
-            Kind::Portable => $portable,
+            InstructionSet::Portable => $portable,
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => {
+            InstructionSet::Avx2 => {
                 // SAFETY: a level of this kind is made only where its features were detected.
                 unsafe { avx2::$name $(::<$w>)? ($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => {
+            InstructionSet::Avx512 => {
                 // SAFETY: a level of this kind is made only where its features were detected.
                 unsafe { avx512::$name $(::<$w>)? ($($arg),*) }
             }
@@ -118,18 +121,18 @@ macro_rules! kernel {
 
 impl Level {
     /// Fills the table of one FP8 scale for [`Level::look_up`] of the same level.
-    pub(super) fn table(self, to: Half, scale: f32, table: &mut Table) {
-        kernel!(self, fp8::pairs(to, scale, table), table(to, scale, table));
+    pub(super) fn fill_table(self, to: Half, scale: f32, table: &mut Fp8Table) {
+        kernel!(self, fp8::fill_interleaved(to, scale, table), fill_table(to, scale, table));
     }
 
-    /// FP8 codes to 16-bit floats, by a table for each run of columns.
+    /// Decodes FP8 codes into 16-bit floats by one table for each run of columns.
     ///
     /// # Panics
-    /// Where `out` does not hold two bytes for each code.
+    /// If `out` has less than two bytes for each code.
     pub(super) fn look_up(
         self,
-        tables: &[Table],
-        runs: &Runs,
+        tables: &[Fp8Table],
+        runs: &ScaleRuns,
         tile: &Tile<'_>,
         out: &mut [u8],
         out_stride: usize,
@@ -141,15 +144,15 @@ impl Level {
         );
     }
 
-    /// FP8 codes to 16-bit floats, transposed, rows of at most [`STRIP_ROW_BYTES`] in the output;
-    /// `src` lies in the cache.
+    /// Decodes FP8 codes into 16-bit floats and transposes them. `src` should be in the L1 cache;
+    /// output rows have at most [`STRIP_OUT_ROW_BYTES`] bytes.
     ///
     /// # Panics
-    /// Where `src` or `out` does not hold the box.
+    /// If `src` or `out` is too short for the box.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn look_up_transposed(
         self,
-        table: &Table,
+        table: &Fp8Table,
         src: &[u8],
         stride: usize,
         rows: usize,
@@ -158,83 +161,90 @@ impl Level {
         out_stride: usize,
     ) {
         #[cfg(target_arch = "x86_64")]
-        if self.0 == Kind::Avx512 {
+        if self.0 == InstructionSet::Avx512 {
             // SAFETY: a level of this kind is made only where its features were detected.
             return unsafe {
                 avx512::look_up_transposed(table, src, stride, rows, cols, out, out_stride)
             };
         }
-        // Codes are half the bytes of what they become: they are transposed first.
-        let mut codes = [0; LINES * STRIP_ROW_BYTES / 2];
-        for col in (0..cols).step_by(LINES) {
-            let wide = LINES.min(cols - col);
+        // The codes are transposed, not the floats: they are half as many bytes.
+        let mut codes = [0; STAGED_ROWS * STRIP_OUT_ROW_BYTES / 2];
+        for col in (0..cols).step_by(STAGED_ROWS) {
+            let wide = STAGED_ROWS.min(cols - col);
             self.transpose_in_cache::<1>(&src[col..], stride, rows, wide, &mut codes, rows);
             let (code, bytes) = (Code::E4M3, &codes[..]);
             let tile = Tile { code, bytes, stride: rows, rows: wide, cols: rows, scales: None };
             let out = &mut out[col * out_stride..];
-            self.look_up(std::slice::from_ref(table), &Runs::one(rows), &tile, out, out_stride);
+            self.look_up(
+                std::slice::from_ref(table),
+                &ScaleRuns::single(rows),
+                &tile,
+                out,
+                out_stride,
+            );
         }
     }
 
-    /// Rows of nibbles to 16-bit floats; `values` are the numbers of the codes, and every run
-    /// starts at an even column.
+    /// Decodes rows of 4-bit codes into 16-bit floats. `values` are the values of the 16 codes;
+    /// every run starts at an even column.
     ///
     /// # Panics
-    /// Where the codes, the scales or `out` do not hold the runs.
-    pub(super) fn nibbles(
+    /// If the codes, the scales or `out` are too short for the runs.
+    pub(super) fn look_up_nibbles(
         self,
         values: &[f32; 16],
         to: Half,
         tile: &Tile<'_>,
-        runs: &Split,
+        runs: &SplitRuns,
         out: &mut [u8],
         out_stride: usize,
     ) {
         kernel!(
             self,
             nibble::look_up(values, to, tile, &runs.all, out, out_stride),
-            nibbles(values, to, tile, runs, out, out_stride)
+            look_up_nibbles(values, to, tile, runs, out, out_stride)
         );
     }
 
-    /// Whether [`Level::nibble_column`] is faster than whole rows: the other levels spend as much
-    /// on getting to a row as on 32 columns of it.
-    pub(super) fn takes_nibble_columns(self) -> bool {
+    /// Whether [`Level::look_up_nibble_column`] is faster than decoding whole rows. On the other
+    /// levels, getting to a row costs as much as decoding 32 columns of it.
+    pub(super) fn has_fast_nibble_columns(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self.0 == Kind::Avx512;
+        return self.0 == InstructionSet::Avx512;
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
 
-    /// A run of at most 32 columns of nibbles, from an even one on, to 16-bit floats, a row to an
-    /// item of `out`.
+    /// Decodes at most 32 columns of 4-bit codes into 16-bit floats, one row to each item of `out`.
+    /// The run starts at an even column.
     ///
     /// # Panics
-    /// Where the codes do not hold 32 columns, or the scales or `out` not the rows.
-    pub(super) fn nibble_column(
+    /// If a row of codes ends less than 32 columns after the start of the run, or the scales or
+    /// `out` have too few rows.
+    pub(super) fn look_up_nibble_column(
         self,
         values: &[f32; 16],
         to: Half,
         tile: &Tile<'_>,
-        run: Run,
+        run: ScaleRun,
         out: &mut [[u8; 64]],
     ) {
         #[cfg(target_arch = "x86_64")]
-        if self.0 == Kind::Avx512 {
+        if self.0 == InstructionSet::Avx512 {
             // SAFETY: a level of this kind is made only where its features were detected.
-            return unsafe { avx512::nibble_column(values, to, tile, run, out) };
+            return unsafe { avx512::look_up_nibble_column(values, to, tile, run, out) };
         }
-        let tile = tile.cut(0, tile.rows, run.start, run.len);
+        let tile = tile.sub_tile(0, tile.rows, run.start, run.len);
         let runs = tile.scales().col_runs(run.len).split();
-        self.nibbles(values, to, &tile, &runs, out.as_flattened_mut(), 64);
+        self.look_up_nibbles(values, to, &tile, &runs, out.as_flattened_mut(), 64);
     }
 
-    /// Transposes `rows` by `cols` elements of `W` bytes, rows of at most [`STRIP_ROW_BYTES`] in
-    /// the output; `src` lies in the cache, and `out` is written through `stream` where there is
-    /// one.
+    /// Transposes `rows` by `cols` elements of `W` bytes. `src` should be in the L1 cache; output
+    /// rows have at most [`STRIP_OUT_ROW_BYTES`] bytes and are written with `non_temporal` stores
+    /// if those are given.
     ///
     /// # Panics
-    /// Where `src` or `out` does not hold the box.
+    /// If `src` or `out` is too short for the box.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn transpose<const W: usize>(
         self,
@@ -244,35 +254,42 @@ impl Level {
         cols: usize,
         out: &mut [u8],
         out_stride: usize,
-        stream: Option<&Stream>,
+        non_temporal: Option<&NonTemporalStores>,
     ) {
-        self.lines(cols, rows * W, out, out_stride, stream, |col, wide, out, out_stride| {
-            self.transpose_in_cache::<W>(&src[col * W..], stride, rows, wide, out, out_stride);
-        });
+        self.write_rows(
+            cols,
+            rows * W,
+            out,
+            out_stride,
+            non_temporal,
+            |col, wide, out, out_stride| {
+                self.transpose_in_cache::<W>(&src[col * W..], stride, rows, wide, out, out_stride);
+            },
+        );
     }
 
-    /// Writes `rows` rows of `width` bytes, at most [`STRIP_ROW_BYTES`], by way of `write`, which
-    /// is given the first row, their number, and where they go; through `stream` where there is
-    /// one.
-    pub(super) fn lines(
+    /// Has `write` fill `rows` rows of `width` bytes, at most [`STRIP_OUT_ROW_BYTES`]. `write` gets
+    /// the first row, the number of rows, a buffer and the buffer's row pitch. With `non_temporal`
+    /// stores the buffer is a staging area of [`STAGED_ROWS`] rows; without, it is `out` itself.
+    pub(super) fn write_rows(
         self,
         rows: usize,
         width: usize,
         out: &mut [u8],
         out_stride: usize,
-        stream: Option<&Stream>,
+        non_temporal: Option<&NonTemporalStores>,
         write: impl Fn(usize, usize, &mut [u8], usize),
     ) {
-        let Some(stream) = stream else {
+        let Some(non_temporal) = non_temporal else {
             return write(0, rows, out, out_stride);
         };
-        let mut lines = Lines([0; LINES * STRIP_ROW_BYTES]);
-        let lines = &mut lines.0;
-        for row in (0..rows).step_by(LINES) {
-            let high = LINES.min(rows - row);
-            write(row, high, lines, STRIP_ROW_BYTES);
+        let mut staged = StagedRows([0; STAGED_ROWS * STRIP_OUT_ROW_BYTES]);
+        let staged = &mut staged.0;
+        for row in (0..rows).step_by(STAGED_ROWS) {
+            let high = STAGED_ROWS.min(rows - row);
+            write(row, high, staged, STRIP_OUT_ROW_BYTES);
             let out = &mut out[row * out_stride..];
-            stream.copy(lines, STRIP_ROW_BYTES, high, width, out, out_stride);
+            non_temporal.copy(staged, STRIP_OUT_ROW_BYTES, high, width, out, out_stride);
         }
     }
 
@@ -287,23 +304,34 @@ impl Level {
     ) {
         let (high, wide) =
             kernel!(self, (0, 0), transpose::<W>(src, stride, rows, cols, out, out_stride));
-        // The kernels leave the edges: rows below what they did, then columns to the right of it.
+        // Kernels transpose whole tiles only. What remains are the rows below them and the columns
+        // to their right.
         if high < rows && wide > 0 {
             let (src, out) = (&src[high * stride..], &mut out[high * W..]);
-            cached::<W>(src, stride, rows - high, wide, out, out_stride);
+            transpose_in_l1::<W>(src, stride, rows - high, wide, out, out_stride);
         }
         if wide < cols {
             let (src, out) = (&src[wide * W..], &mut out[wide * out_stride..]);
-            cached::<W>(src, stride, rows, cols - wide, out, out_stride);
+            transpose_in_l1::<W>(src, stride, rows, cols - wide, out, out_stride);
         }
     }
 
-    /// [`rows::direct`](direct()), vectorised for the level.
-    pub(super) fn direct(self, tile: &Tile<'_>, to: Float, out: &mut [u8], out_stride: usize) {
-        kernel!(self, direct(tile, to, out, out_stride), direct(tile, to, out, out_stride));
+    /// Runs [`rows::compute_rows`](compute_rows()), compiled for the level.
+    pub(super) fn compute_rows(
+        self,
+        tile: &Tile<'_>,
+        to: Float,
+        out: &mut [u8],
+        out_stride: usize,
+    ) {
+        kernel!(
+            self,
+            compute_rows(tile, to, out, out_stride),
+            compute_rows(tile, to, out, out_stride)
+        );
     }
 
-    /// [`encode::encode_row`](encode_row()), vectorised for the level.
+    /// Runs [`encode::encode_row`](encode_row()), compiled for the level.
     pub(super) fn encode_row(
         self,
         code: Code,
@@ -319,12 +347,11 @@ impl Level {
         );
     }
 
-    /// Copies `rows` runs of `width` bytes into the cache, and tells the processor that as many
-    /// runs below them are read soon.
+    /// Copies `rows` rows of `width` bytes and, on SIMD levels, prefetches as many rows below them.
     ///
     /// # Panics
-    /// Where `src` or `out` does not hold the runs.
-    pub(super) fn fetch(
+    /// If `src` or `out` is too short for the rows.
+    pub(super) fn copy_and_prefetch(
         self,
         src: &[u8],
         stride: usize,
@@ -335,44 +362,46 @@ impl Level {
     ) {
         kernel!(
             self,
-            copy(src, stride, rows, width, out, out_stride),
-            fetch(src, stride, rows, width, out, out_stride)
+            copy_rows(src, stride, rows, width, out, out_stride),
+            copy_and_prefetch(src, stride, rows, width, out, out_stride)
         );
     }
 
-    /// Tells the processor that `rows` runs of `cols` numbers are read soon, as far as they are in
-    /// `items`.
+    /// Prefetches `rows` rows of `cols` scales; the rows may end beyond `items`. Does nothing on
+    /// the portable level.
     pub(super) fn prefetch(self, items: &[f32], stride: usize, rows: usize, cols: usize) {
         kernel!(self, _ = (items, stride, rows, cols), prefetch(items, stride, rows, cols));
     }
 
-    /// A way past the caches for an output that spans `bytes` bytes, where that pays and the level
-    /// has one.
+    /// Non-temporal stores for an output that spans `bytes` bytes; `None` if the output is small or
+    /// the level is portable.
     ///
-    /// A plain store waits until the old contents of its cache line have come from memory. The
-    /// processor hides that for a few streams of rising addresses, but a transposed strip writes
-    /// into hundreds of rows.
-    pub(super) fn stream(self, bytes: usize) -> Option<Stream> {
-        (self != Level::PORTABLE && bytes >= STREAMED).then_some(Stream(self))
+    /// An ordinary store first reads the old contents of its cache line from memory. The processor
+    /// hides that latency for a few streams of ascending addresses, but a transposed strip writes
+    /// to hundreds of rows.
+    pub(super) fn non_temporal_stores(self, bytes: usize) -> Option<NonTemporalStores> {
+        (self != Level::PORTABLE && bytes >= NON_TEMPORAL_MIN_BYTES)
+            .then_some(NonTemporalStores(self))
     }
 }
 
-/// Bytes that an output spans from which on it is written past the caches.
+/// Outputs that span at least this many bytes are written with non-temporal stores.
 ///
-/// A smaller one, a chunk, stays in the second cache for whoever asked for it and reads it at once:
-/// 1 MiB of FP8 decoded transposed into a buffer that is used again, then copied, takes 90 + 30 ms
-/// a GB this way and 170 + 80 ms past the caches (2048 rows of codes from the third cache, strips
-/// of 128 columns, AVX-512).
-const STREAMED: usize = 4 << 20;
+/// A smaller output, such as a chunk of 1 MiB, is read again at once and should stay in the L2
+/// cache. Measured: 1 MiB of FP8, decoded and transposed into a buffer that is reused, then copied,
+/// takes 90 + 30 ms per GB with ordinary stores and 170 + 80 ms with non-temporal ones (2048 rows
+/// of codes from the L3 cache, strips of 128 columns, AVX-512).
+const NON_TEMPORAL_MIN_BYTES: usize = 4 << 20;
 
-/// A way past the caches. Other threads may read what went through it once it is dropped.
-pub(super) struct Stream(Level);
+/// Permission to write with non-temporal stores, which bypass the caches. Dropping it executes a
+/// store fence; only then may other threads read what was written.
+pub(super) struct NonTemporalStores(Level);
 
-impl Stream {
-    /// Copies `rows` runs of `width` bytes, whole cache lines of the output past the caches.
+impl NonTemporalStores {
+    /// Copies `rows` rows of `width` bytes. Whole cache lines of the output bypass the caches.
     ///
     /// # Panics
-    /// Where `src` or `out` does not hold the runs.
+    /// If `src` or `out` is too short for the rows.
     pub(super) fn copy(
         &self,
         src: &[u8],
@@ -384,26 +413,27 @@ impl Stream {
     ) {
         kernel!(
             self.0,
-            copy(src, stride, rows, width, out, out_stride),
-            stream(src, stride, rows, width, out, out_stride)
+            copy_rows(src, stride, rows, width, out, out_stride),
+            copy_non_temporal(src, stride, rows, width, out, out_stride)
         );
     }
 }
 
-impl Drop for Stream {
+impl Drop for NonTemporalStores {
     fn drop(&mut self) {
         kernel!(self.0, (), fence());
     }
 }
 
-/// Rows of a transposed strip that are written past the caches together.
-const LINES: usize = 16;
+/// Output rows that are staged in the L1 cache before they are written with non-temporal stores.
+const STAGED_ROWS: usize = 16;
 
-/// Those rows, while they are in the cache.
+/// Buffer for the staged rows, aligned to a cache line.
 #[repr(align(64))]
-struct Lines([u8; LINES * STRIP_ROW_BYTES]);
+struct StagedRows([u8; STAGED_ROWS * STRIP_OUT_ROW_BYTES]);
 
-/// Whether `bytes` holds `rows` rows of `cols` elements of `width` bytes, rows `stride` bytes apart.
+/// Whether `bytes` is long enough for `rows` rows of `cols` elements of `width` bytes, with rows
+/// `stride` bytes apart.
 #[cfg(target_arch = "x86_64")]
 fn holds(bytes: &[u8], rows: usize, stride: usize, cols: usize, width: usize) -> bool {
     let last = rows.saturating_sub(1).checked_mul(stride);

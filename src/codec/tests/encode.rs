@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::codec::{block_amax, encode_at, fp4_exponent, fp8_scale, int4_scale};
+use crate::codec::{block_amax, encode_at, fp4_scale_e8m0, fp8_scale, int4_scale};
 
 proptest! {
     #[test]
@@ -116,7 +116,7 @@ fn encoding_errs_by_half_a_step_at_most() {
         let amax = block_amax(&values, 128, 1, 128);
         for (code, scale) in [
             (Code::E4M3, fp8_scale(amax)),
-            (Code::E2M1, 2f32.powi(i32::from(fp4_exponent(amax)) - 127)),
+            (Code::E2M1, 2f32.powi(i32::from(fp4_scale_e8m0(amax)) - 127)),
             (Code::Int4, int4_scale(amax)),
         ] {
             let scales = Scales { values: &[scale], stride: 1, block: [1, 128], phase: [0, 0] };

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 
 use crate::source::checkpoint::ShardId;
-use crate::source::header::LENGTH_BYTES;
+use crate::source::header::LENGTH_PREFIX_BYTES;
 use crate::source::testing::{Dir, Tensor, raw, safetensors};
 use crate::source::{Checkpoint, SourceId, header};
 use crate::tensor::DType;
@@ -141,7 +141,7 @@ fn unusual_but_honest_headers_are_accepted() {
 fn accepted(bytes: &[u8]) -> Option<Vec<crate::source::SourceTensor>> {
     let (length, rest) = bytes.split_first_chunk()?;
     let text = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
-    let data_start = LENGTH_BYTES + text.len() as u64;
+    let data_start = LENGTH_PREFIX_BYTES + text.len() as u64;
     let (tensors, data_bytes) = header::parse(text, data_start, ShardId(0)).ok()?;
     (data_start.checked_add(data_bytes) == Some(bytes.len() as u64)).then_some(tensors)
 }
@@ -177,7 +177,7 @@ proptest! {
             prop_assert_eq!(ours.len(), theirs.tensors().len());
             for t in ours {
                 let info = theirs.info(&t.name).expect("the same names");
-                let start = t.offset - LENGTH_BYTES - n as u64;
+                let start = t.offset - LENGTH_PREFIX_BYTES - n as u64;
                 let (from, to) = info.data_offsets;
                 prop_assert_eq!((start, start + t.bytes), (from as u64, to as u64));
                 prop_assert_eq!(format!("{}", info.dtype), t.dtype.name());

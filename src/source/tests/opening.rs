@@ -224,8 +224,8 @@ fn an_index_beside_a_whole_set_of_other_shards_is_out_of_date() {
     assert_eq!(
         dir.refusal(),
         "`DIR`: 1 of 1 shards cannot be used: `model-00001-of-00004.safetensors`: missing; the \
-         index is out of date: a complete set of shards with other names is there \
-         (`model-00001-of-00002.safetensors` …), which is used where the index is removed"
+         index is out of date: the directory has a complete set of shards with other names \
+         (`model-00001-of-00002.safetensors` …), remove the index to use those"
     );
 }
 

@@ -1,15 +1,15 @@
-//! Moves without arithmetic: transposes, stores past the caches, prefetches.
+//! AVX2 kernels that move bytes without arithmetic: transposes, non-temporal stores, prefetches.
 
 use std::arch::x86_64::*;
 
 use super::super::holds;
 use super::load;
 
-/// Transposes whole tiles, 32 rows by 16 columns (1 byte), 16 by 8 (2 bytes) or 8 by 4 (4 bytes),
-/// and gives the rows and columns that are done.
+/// Transposes the whole tiles of a box and returns how many rows and columns that covers. A tile
+/// has 32 rows by 16 columns (1 byte), 16 by 8 (2 bytes) or 8 by 4 (4 bytes).
 ///
-/// Lane k of vector i holds 16 bytes of row `i + k * lanes`: the loads do what a transpose of the
-/// full square would need one more round of shuffles for.
+/// The loads put rows that are half a tile apart into the two 16-byte lanes of a vector. That saves
+/// the round of shuffles across lanes that a transpose of a full square needs.
 #[target_feature(enable = "avx2,f16c")]
 pub(in super::super) fn transpose<const W: usize>(
     src: &[u8],
@@ -32,9 +32,9 @@ pub(in super::super) fn transpose<const W: usize>(
                 let src = src.as_ptr().add(row * stride + col * W);
                 let out = out.as_mut_ptr().add(col * out_stride + row * W);
                 match W {
-                    1 => tile8(src, stride, out, out_stride),
-                    2 => tile16(src, stride, out, out_stride),
-                    _ => tile32(src, stride, out, out_stride),
+                    1 => transpose_tile_u8(src, stride, out, out_stride),
+                    2 => transpose_tile_u16(src, stride, out, out_stride),
+                    _ => transpose_tile_u32(src, stride, out, out_stride),
                 }
             }
         }
@@ -42,13 +42,13 @@ pub(in super::super) fn transpose<const W: usize>(
     (high, wide)
 }
 
-/// 16 bytes of each of the rows 0 and `step`.
+/// Loads 16 bytes of row 0 and 16 bytes of row `step` into the two lanes of a vector.
 ///
 /// # Safety
-/// The rows are readable.
+/// Both must be readable at `src` with a row pitch of `stride`.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m256i {
+unsafe fn load_strided(src: *const u8, stride: usize, step: usize) -> __m256i {
     // SAFETY: the caller's promise; the loads need no alignment.
     unsafe { _mm256_loadu2_m128i(src.add(step * stride).cast(), src.cast()) }
 }
@@ -59,13 +59,14 @@ unsafe fn gather(src: *const u8, stride: usize, step: usize) -> __m256i {
 /// 32 rows of 16 bytes are readable at `src`, 16 of 32 bytes writable at `out`.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-unsafe fn tile8(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+unsafe fn transpose_tile_u8(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
     let mut a = [_mm256_setzero_si256(); 16];
     for (i, a) in a.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add(i * stride), stride, 16) };
+        *a = unsafe { load_strided(src.add(i * stride), stride, 16) };
     }
-    // A round rotates the 8 bits of a byte's place, row above column: four swap the two.
+    // The index of a byte in `a` is 8 bits: row bits above column bits. A round of unpacking
+    // rotates them by one bit, so four rounds swap row and column.
     for _ in 0..4 {
         let b = a;
         for i in 0..8 {
@@ -85,11 +86,11 @@ unsafe fn tile8(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) 
 /// 16 rows of 16 bytes are readable at `src`, 8 of 32 bytes writable at `out`.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-unsafe fn tile16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+unsafe fn transpose_tile_u16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
     let [mut a, mut b, mut c] = [[_mm256_setzero_si256(); 8]; 3];
     for (i, a) in a.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add(i * stride), stride, 8) };
+        *a = unsafe { load_strided(src.add(i * stride), stride, 8) };
     }
     for i in [0, 2, 4, 6] {
         b[i] = _mm256_unpacklo_epi16(a[i], a[i + 1]);
@@ -116,11 +117,11 @@ unsafe fn tile16(src: *const u8, stride: usize, out: *mut u8, out_stride: usize)
 /// 8 rows of 16 bytes are readable at `src`, 4 of 32 bytes writable at `out`.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
+unsafe fn transpose_tile_u32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize) {
     let mut a = [_mm256_setzero_si256(); 4];
     for (i, a) in a.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *a = unsafe { gather(src.add(i * stride), stride, 4) };
+        *a = unsafe { load_strided(src.add(i * stride), stride, 4) };
     }
     let b = [
         _mm256_unpacklo_epi32(a[0], a[1]),
@@ -137,7 +138,7 @@ unsafe fn tile32(src: *const u8, stride: usize, out: *mut u8, out_stride: usize)
     }
 }
 
-/// Asks for the cache lines of `rows` runs of `cols` numbers, which may lie anywhere.
+/// Prefetches the cache lines of `rows` rows of `cols` values. The addresses need not be valid.
 #[target_feature(enable = "avx2,f16c")]
 pub(in super::super) fn prefetch(items: &[f32], stride: usize, rows: usize, cols: usize) {
     for row in 0..rows {
@@ -148,9 +149,9 @@ pub(in super::super) fn prefetch(items: &[f32], stride: usize, rows: usize, cols
     }
 }
 
-/// Copies `rows` runs of `width` bytes and asks for as many below them.
+/// Copies `rows` rows of `width` bytes and prefetches as many rows below them.
 #[target_feature(enable = "avx2,f16c")]
-pub(in super::super) fn fetch(
+pub(in super::super) fn copy_and_prefetch(
     src: &[u8],
     stride: usize,
     rows: usize,
@@ -160,7 +161,7 @@ pub(in super::super) fn fetch(
 ) {
     for row in 0..rows {
         let (src, out) = (&src[row * stride..][..width], &mut out[row * out_stride..][..width]);
-        // What is asked for may lie anywhere.
+        // A prefetch needs no valid address.
         let below = src.as_ptr().wrapping_add(rows * stride);
         for line in (0..width).step_by(64) {
             _mm_prefetch::<_MM_HINT_T0>(below.wrapping_add(line).cast());
@@ -169,9 +170,10 @@ pub(in super::super) fn fetch(
     }
 }
 
-/// Copies `rows` runs of `width` bytes, past the caches where they fill whole cache lines.
+/// Copies `rows` rows of `width` bytes; whole cache lines of the output are written with
+/// non-temporal stores.
 #[target_feature(enable = "avx2,f16c")]
-pub(in super::super) fn stream(
+pub(in super::super) fn copy_non_temporal(
     src: &[u8],
     stride: usize,
     rows: usize,
@@ -189,8 +191,8 @@ pub(in super::super) fn stream(
         for (line, out) in lines.iter().zip(out_lines) {
             let (line, _) = line.as_chunks::<32>();
             let out: *mut __m256i = out.as_mut_ptr().cast();
-            // SAFETY: `out` has 64 bytes and starts a cache line; a fence comes before any
-            // other thread's access, because the caller holds a `Stream`.
+            // SAFETY: `out` has 64 bytes and is aligned to 64. The caller holds a
+            // `NonTemporalStores`, whose drop executes a fence before another thread can read.
             unsafe {
                 _mm256_stream_si256(out, load(&line[0]));
                 _mm256_stream_si256(out.add(1), load(&line[1]));
@@ -200,7 +202,7 @@ pub(in super::super) fn stream(
     }
 }
 
-/// Waits until everything that was streamed is in memory.
+/// Store fence: orders all non-temporal stores before any later store.
 #[target_feature(enable = "avx2,f16c")]
 pub(in super::super) fn fence() {
     _mm_sfence();

@@ -1,32 +1,32 @@
-//! Many failures in one message: their number and the first five.
+//! Reports many failures in one message: their count and the first five.
 
 use std::fmt;
 
-/// How many things there are, and the first five of them.
+/// The count of some items, and the first five of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Several<T> {
-    /// Their number.
+pub struct FirstFew<T> {
+    /// Number of all items.
     pub count: usize,
-    /// At most five of them.
+    /// The first items, at most five.
     pub first: Vec<T>,
 }
 
-impl<T> Several<T> {
+impl<T> FirstFew<T> {
     const SHOWN: usize = 5;
 
-    /// Whether there is none.
+    /// Whether there are no items.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 }
 
-impl<T> Default for Several<T> {
+impl<T> Default for FirstFew<T> {
     fn default() -> Self {
-        Several { count: 0, first: Vec::new() }
+        FirstFew { count: 0, first: Vec::new() }
     }
 }
 
-impl<T> Extend<T> for Several<T> {
+impl<T> Extend<T> for FirstFew<T> {
     fn extend<I: IntoIterator<Item = T>>(&mut self, items: I) {
         for item in items {
             if self.first.len() < Self::SHOWN {
@@ -37,15 +37,15 @@ impl<T> Extend<T> for Several<T> {
     }
 }
 
-impl<T> FromIterator<T> for Several<T> {
+impl<T> FromIterator<T> for FirstFew<T> {
     fn from_iter<I: IntoIterator<Item = T>>(items: I) -> Self {
-        let mut several = Several::default();
-        several.extend(items);
-        several
+        let mut first_few = FirstFew::default();
+        first_few.extend(items);
+        first_few
     }
 }
 
-impl<T: fmt::Display> fmt::Display for Several<T> {
+impl<T: fmt::Display> fmt::Display for FirstFew<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, item) in self.first.iter().enumerate() {
             write!(f, "{}{item}", if i == 0 { "" } else { "; " })?;
@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn five_are_shown() {
-        let shown = |n: usize| (0..n).collect::<Several<usize>>().to_string();
+        let shown = |n: usize| (0..n).collect::<FirstFew<usize>>().to_string();
         assert_eq!(shown(0), "");
         assert_eq!(shown(2), "0; 1");
         assert_eq!(shown(5), "0; 1; 2; 3; 4");
