@@ -49,9 +49,9 @@ pub enum ReadError {
     OutOfRange {
         /// The tensor of the view.
         tensor: Box<str>,
-        /// First byte asked for.
+        /// First byte of the read.
         at: u64,
-        /// Bytes asked for.
+        /// Bytes of the read.
         bytes: u64,
         /// Bytes of the tensor.
         size: u64,

@@ -1,8 +1,8 @@
 //! Per-tensor directories: one safetensors file for each tensor.
 //!
-//! To keep 200,000 such files cheap, a directory stores only the order of their names (4 bytes for
-//! each). A file's inode number follows from the position of its tensor, and its header is built for
-//! each request.
+//! To keep 200,000 such files cheap, a directory stores only the ids of its tensors and the order of
+//! their names: 8 bytes for each. A file's inode number follows from the position of its tensor, and
+//! its header is built for each request.
 
 use std::borrow::Cow;
 
