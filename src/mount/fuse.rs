@@ -260,7 +260,7 @@ impl fuser::Filesystem for Filesystem {
         self.passthrough = nix::unistd::geteuid().is_root()
             && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(1).is_ok();
-        if self.view.is_mostly_stored() && !splice::can_send(LARGEST_REQUEST) {
+        if self.view.is_mostly_verbatim() && !splice::can_send(LARGEST_REQUEST) {
             config.set_max_write(SMALLER_REQUEST).map_err(bounded)?;
         }
         config.set_max_background(MAX_BACKGROUND).map_err(bounded)?;
@@ -303,9 +303,9 @@ impl fuser::Filesystem for Filesystem {
         }
         match self.view.content(ino) {
             Ok(Content::Computed) if self.direct_io => reply.opened(NO_HANDLE, direct()),
-            Ok(Content::Computed | Content::Resident) => reply.opened(NO_HANDLE, cached()),
-            Ok(Content::Host(file)) => self.open_host(ino, file, reply),
-            Ok(Content::Live) => self.open_live(ino, reply),
+            Ok(Content::Computed | Content::Memory) => reply.opened(NO_HANDLE, cached()),
+            Ok(Content::Passthrough(file)) => self.open_host(ino, file, reply),
+            Ok(Content::Status) => self.open_live(ino, reply),
             Err(e) => reply.error(failed(&e)),
         }
     }
@@ -329,7 +329,7 @@ impl fuser::Filesystem for Filesystem {
             return reply.data(&text[start..end]);
         }
         let send = |file: &File, at, n| self.device.send(request.unique().0, file, at, n);
-        if self.view.send_stored(Ino(ino.0), offset, size, send) {
+        if self.view.splice_verbatim(Ino(ino.0), offset, size, send) {
             // Dropped, it would answer again. What it shares with its session lives on.
             return mem::forget(reply);
         }

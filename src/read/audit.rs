@@ -1,7 +1,8 @@
-//! Whether scales and codes belong together: what `verify` can tell of them without an original.
+//! Checks whether FP8 codes and their scales belong together, without the unquantized original.
 //!
-//! A block whose scale is its largest magnitude divided by 448 holds the code 0x7E or 0xFE (448).
-//! Read on a grid that is not the one it was quantized on, many blocks do not.
+//! Quantizers set the scale of a block to its largest magnitude divided by 448, so that the block
+//! contains the largest code: 0x7E (448) or 0xFE (-448). If the blocks are read on another grid than
+//! the one they were quantized on, many of them do not. `verify` reports the share that does.
 
 use crate::tensor::to_usize;
 use std::collections::BTreeMap;
@@ -10,48 +11,48 @@ use crate::codec::{ScaleCode, Scheme};
 use crate::plan::{Matrix, Plan};
 use crate::source::{Checkpoint, SourceId, SourceReadError};
 
-/// Blocks of FP8 matrices with F32 scales.
+/// Counts of scale blocks, over all FP8 matrices with F32 scales.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub(crate) struct BlockAudit {
-    /// Blocks that hold a code other than zero.
+    /// Blocks that contain a code other than zero and NaN.
     pub blocks: u64,
-    /// Of these, blocks that hold the largest code.
+    /// Of these, blocks that contain the largest code.
     pub with_largest: u64,
 }
 
-/// What a block was found to hold.
+/// The largest magnitude that was found in a block so far.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Holds {
-    Zeros,
-    Less,
+enum BlockMax {
+    Zero,
+    BelowLargest,
     Largest,
 }
 
-/// E4M3's largest number, 448, without its sign.
-const LARGEST: u8 = 0x7E;
+/// The code of 448, the largest number of E4M3, without its sign bit.
+const LARGEST_CODE: u8 = 0x7E;
 
-/// Looks at every block of every FP8 matrix of a plan; reads all their payloads.
+/// Counts the blocks of all FP8 matrices of a plan. Reads all their payloads.
 ///
 /// # Errors
-/// What the source fails with.
+/// The error of the source.
 pub(crate) fn audit(checkpoint: &Checkpoint, plan: &Plan) -> Result<BlockAudit, SourceReadError> {
-    // A block can reach over two matrices, so blocks are found by their scales.
-    let mut blocks: BTreeMap<SourceId, Vec<Holds>> = BTreeMap::new();
+    // A block can cover rows of two matrices, so blocks are identified by their scales.
+    let mut blocks: BTreeMap<SourceId, Vec<BlockMax>> = BTreeMap::new();
     for matrix in &plan.matrices {
-        mark(checkpoint, matrix, &mut blocks)?;
+        record_blocks(checkpoint, matrix, &mut blocks)?;
     }
     let mut audit = BlockAudit::default();
-    for holds in blocks.into_values().flatten().filter(|h| *h > Holds::Zeros) {
+    for max in blocks.into_values().flatten().filter(|max| *max > BlockMax::Zero) {
         audit.blocks += 1;
-        audit.with_largest += u64::from(holds == Holds::Largest);
+        audit.with_largest += u64::from(max == BlockMax::Largest);
     }
     Ok(audit)
 }
 
-fn mark(
+fn record_blocks(
     checkpoint: &Checkpoint,
     matrix: &Matrix,
-    blocks: &mut BTreeMap<SourceId, Vec<Holds>>,
+    blocks: &mut BTreeMap<SourceId, Vec<BlockMax>>,
 ) -> Result<(), SourceReadError> {
     let Some(scales) = &matrix.scales else { return Ok(()) };
     if scales.scheme != Scheme::Fp8 || scales.scale != ScaleCode::F32 {
@@ -65,24 +66,24 @@ fn mark(
         while row < band.rows.end {
             let scale_row = band.scale_row(row, rows_of_block);
             let end = band.rows_of(scale_row, rows_of_block).end;
-            // A scale for all rows of a matrix can serve more than memory holds.
+            // A scale can serve all rows of a matrix, which may not fit in memory.
             let end = end.min(row + rows_of_block.min(128));
             codes.resize(to_usize((end - row) * cols), 0);
             checkpoint.read(matrix.payload, row * cols, &mut codes)?;
             let grid = blocks.entry(band.scale).or_default();
             let first = to_usize(scale_row * scales.cols);
             let last = first + to_usize(scales.cols);
-            grid.resize(grid.len().max(last), Holds::Zeros);
+            grid.resize(grid.len().max(last), BlockMax::Zero);
             for line in codes.chunks(to_usize(cols)) {
-                for (holds, block) in
+                for (max, block) in
                     grid[first..last].iter_mut().zip(line.chunks(to_usize(cols_of_block)))
                 {
                     // 0x7F is NaN.
-                    let codes = block.iter().map(|c| c & 0x7F).filter(|c| *c <= LARGEST);
-                    *holds = (*holds).max(match codes.max() {
-                        None | Some(0) => Holds::Zeros,
-                        Some(LARGEST) => Holds::Largest,
-                        Some(_) => Holds::Less,
+                    let codes = block.iter().map(|c| c & 0x7F).filter(|c| *c <= LARGEST_CODE);
+                    *max = (*max).max(match codes.max() {
+                        None | Some(0) => BlockMax::Zero,
+                        Some(LARGEST_CODE) => BlockMax::Largest,
+                        Some(_) => BlockMax::BelowLargest,
                     });
                 }
             }

@@ -1,15 +1,17 @@
-//! Memory that chunks and stored rows are made in.
+//! Page-aligned buffers, with huge pages for large ones.
 
 use std::ops::{Deref, DerefMut};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
-/// A huge page of every machine that has them in two sizes.
+/// Bytes of a huge page (x86_64, and aarch64 with 4 KiB pages).
 pub(super) const HUGE_PAGE: usize = 2 << 20;
 
 const PAGE: usize = 4096;
 
-/// Bytes that start at a page: decoding into a buffer 16 bytes off a cache line takes twice as long.
+/// A zeroed buffer that starts at a page boundary.
+///
+/// Alignment matters: decoding into a buffer that is 16 bytes off a cache line takes twice as long.
 #[derive(Debug, Default)]
 pub struct Buffer {
     memory: Memory,
@@ -30,33 +32,34 @@ impl Default for Memory {
 }
 
 impl Buffer {
-    /// A buffer in pages of 4 KiB.
+    /// A buffer of `len` bytes on the heap, aligned to 4 KiB.
     pub fn new(len: usize) -> Buffer {
         let bytes = vec![0; len + PAGE];
         let start = bytes.as_ptr().align_offset(PAGE).min(PAGE);
         Buffer { memory: Memory::Heap(bytes), start, len }
     }
 
-    /// A buffer in huge pages where it fills one and the system has them.
+    /// A buffer of `len` bytes in huge pages; on the heap, as [`Buffer::new`], if `len` is less than
+    /// a huge page or the mapping fails.
     ///
-    /// A strip of a matrix is a few cache lines out of each of thousands of 4 KiB pages, more than
-    /// the processor keeps addresses of: 2048 rows by 128 columns of FP8 decode in 145 ms/GB out of
-    /// huge pages, in 215 without.
+    /// A strip of a matrix touches a few cache lines in each of thousands of 4 KiB pages, more than
+    /// the TLB has entries: 2048 rows by 128 columns of FP8 decode in 145 ms/GB from huge pages, in
+    /// 215 from small ones.
     pub fn huge(len: usize) -> Buffer {
         if len < HUGE_PAGE {
             return Buffer::new(len);
         }
-        // Older kernels place a map at any page.
+        // The kernel may map at any 4 KiB page: one huge page more leaves room to align.
         let Ok(map) = MmapOptions::new().len(len + HUGE_PAGE).map_anon() else {
             return Buffer::new(len);
         };
         let start = map.as_ptr().align_offset(HUGE_PAGE).min(HUGE_PAGE);
-        // Advice: without it the pages are small.
+        // Only advice: if the kernel refuses, the pages are small.
         let _ = map.advise_range(Advice::HugePage, start, len);
         Buffer { memory: Memory::Mapped(map), start, len }
     }
 
-    /// Makes it `len` bytes long at least, in huge pages; what it held is lost then.
+    /// Makes the buffer at least `len` bytes long, in huge pages. Growing loses its contents.
     pub fn grow(&mut self, len: usize) {
         if self.len < len {
             *self = Buffer::huge(len.next_multiple_of(HUGE_PAGE));

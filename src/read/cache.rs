@@ -1,7 +1,9 @@
-//! Bytes that were made once: least recently used go first, and no two readers make the same.
+//! A byte-budgeted LRU cache with single flight: concurrent requests for one key compute it once.
 //!
-//! The budget counts what is being made as well as what lies ready. Where it is smaller than what
-//! is being made, nothing is kept: a budget of 0 is a cache of nothing.
+//! The engine has two of them: decoded chunks, and rows of source tensors ([`super::source_rows`]).
+//! The budget counts entries that are still being computed. They cannot be evicted; where they alone
+//! exceed the budget, nothing else is kept. With a budget of 0 an entry is evicted as soon as it is
+//! complete, and single flight still works.
 
 use std::hash::Hash;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,71 +12,73 @@ use lru::LruCache;
 
 use super::buffer::Buffer;
 
-/// How a reader came by its bytes.
+/// How a request was answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// They lay ready.
+    /// The entry was in the cache.
     Hit,
-    /// Another reader was making them.
+    /// Another thread was computing the entry; this one waited for it.
     Waited,
-    /// This reader made them.
-    Made,
+    /// This thread computed the entry.
+    Miss,
 }
 
-/// Bytes that were made, shared by all who read them.
-pub(super) type Bytes = Arc<Buffer>;
+/// The bytes of an entry, shared by all who read them.
+pub(super) type SharedBuffer = Arc<Buffer>;
 
-/// What is being made while others wait for it. `E` is what making it fails with.
+/// One computation and those who wait for it. `E` is the error of the computation.
 struct Flight<E> {
-    result: Mutex<Option<Result<Bytes, E>>>,
-    landed: Condvar,
+    result: Mutex<Option<Result<SharedBuffer, E>>>,
+    done: Condvar,
 }
 
 enum Slot<E> {
-    /// The bytes, and how much use is left in them.
-    Ready(Bytes, u64),
-    Making(Arc<Flight<E>>),
+    /// The bytes, and how much of them has not been consumed yet ([`Cache::consume`]).
+    Ready(SharedBuffer, u64),
+    InFlight(Arc<Flight<E>>),
 }
 
-struct State<K: Hash + Eq, E> {
+struct CacheState<K: Hash + Eq, E> {
     slots: LruCache<K, Slot<E>>,
+    /// Bytes of all slots, those in flight included.
     bytes: u64,
-    /// Buffers that were evicted, for the next of their sizes.
+    /// Buffers of dropped entries, to be reused for new entries of the same size.
     spare: Vec<Buffer>,
 }
 
-/// Evicted buffers that are kept for reuse, the last ones: their pages are there already. A plane of
-/// stored rows is 8 to 16.
-const SPARES: usize = 16;
+/// Number of most recently dropped buffers to recycle; reuse avoids page faults. The source rows of
+/// one plane take 8 to 16 buffers. These buffers are not counted in the budget.
+const MAX_SPARE_BUFFERS: usize = 16;
 
-/// A cache with a byte budget.
+/// An LRU cache with a byte budget and single flight.
 pub(super) struct Cache<K: Hash + Eq + Copy, E: Clone> {
-    state: Mutex<State<K, E>>,
+    state: Mutex<CacheState<K, E>>,
     budget: u64,
     allocate: fn(usize) -> Buffer,
 }
 
-/// What is asked of a cache.
+/// A request for one entry.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted<K> {
+pub(super) struct CacheRequest<K> {
     /// The key.
     pub key: K,
-    /// How many bytes it has.
+    /// Size of the entry, in bytes.
     pub len: usize,
-    /// How much use they are, in the unit of [`Cache::given`].
-    pub uses: u64,
+    /// How much of the entry can be consumed before it is dropped, in the unit of [`Cache::consume`].
+    pub remaining: u64,
 }
 
-/// What a reader finds.
-enum Found<E> {
-    Ready(Bytes),
-    /// Another reader makes it.
-    Busy(Arc<Flight<E>>),
-    /// This reader makes it; a buffer of its size may lie around.
+/// What the cache holds for a key.
+enum Lookup<E> {
+    Ready(SharedBuffer),
+    /// Another thread is computing the entry.
+    InFlight(Arc<Flight<E>>),
+    /// The caller has to compute the entry, in this recycled buffer if there is one.
     Absent(Arc<Flight<E>>, Option<Buffer>),
 }
 
-/// A panic elsewhere cannot leave the state half changed: no user code runs under the lock.
+/// Locks a mutex, poisoned or not: no caller's code runs under these locks, so a panic cannot leave
+/// the state inconsistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -84,13 +88,13 @@ fn size(bytes: &[u8]) -> u64 {
 }
 
 impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
-    /// An empty cache that holds up to `budget` bytes in buffers that `allocate` makes.
+    /// An empty cache that holds up to `budget` bytes, in buffers from `allocate`.
     pub(super) fn new(budget: u64, allocate: fn(usize) -> Buffer) -> Cache<K, E> {
-        let state = State { slots: LruCache::unbounded(), bytes: 0, spare: Vec::new() };
+        let state = CacheState { slots: LruCache::unbounded(), bytes: 0, spare: Vec::new() };
         Cache { state: Mutex::new(state), budget, allocate }
     }
 
-    /// Bytes that lie ready or are being made.
+    /// Bytes of all entries, those being computed included.
     pub(super) fn bytes(&self) -> u64 {
         lock(&self.state).bytes
     }
@@ -100,91 +104,92 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
         self.budget
     }
 
-    /// Whether somebody made or makes the bytes of `key`.
-    pub(super) fn has(&self, key: &K) -> bool {
+    /// Whether the entry is in the cache or being computed.
+    pub(super) fn contains(&self, key: &K) -> bool {
         lock(&self.state).slots.peek(key).is_some()
     }
 
-    /// The bytes of a key, made by `make` where they are not there.
+    /// Returns an entry; computes it with `compute` if it is absent.
     ///
-    /// While one reader makes them, others who ask for the same wait. A failure reaches all who
-    /// waited and is not kept. `abandoned` is what they get where `make` panics.
+    /// Requests for an entry that is being computed wait for it. They get the error if there is one;
+    /// errors are not cached. If `compute` panics, they get `abandoned`.
     ///
     /// # Errors
-    /// What `make` fails with.
+    /// The error of `compute`.
     pub(super) fn get(
         &self,
-        wanted: Wanted<K>,
+        request: CacheRequest<K>,
         abandoned: E,
-        make: impl FnOnce(&mut [u8]) -> Result<(), E>,
-    ) -> Result<(Bytes, Outcome), E> {
-        match self.find(wanted) {
-            Found::Ready(bytes) => Ok((bytes, Outcome::Hit)),
-            Found::Busy(flight) => flight.wait().map(|bytes| (bytes, Outcome::Waited)),
-            Found::Absent(flight, spare) => {
-                self.make(wanted, &flight, spare, abandoned, make).map(|b| (b, Outcome::Made))
-            }
+        compute: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(SharedBuffer, Outcome), E> {
+        match self.lookup(request) {
+            Lookup::Ready(bytes) => Ok((bytes, Outcome::Hit)),
+            Lookup::InFlight(flight) => flight.wait().map(|bytes| (bytes, Outcome::Waited)),
+            Lookup::Absent(flight, spare) => self
+                .compute(request, &flight, spare, abandoned, compute)
+                .map(|b| (b, Outcome::Miss)),
         }
     }
 
-    /// As [`Cache::get`], but `None` where another reader makes the bytes just now.
+    /// As [`Cache::get`], but does not wait: `None` if another thread is computing the entry.
     ///
     /// # Errors
-    /// What `make` fails with.
-    pub(super) fn get_unless_busy(
+    /// The error of `compute`.
+    pub(super) fn get_unless_in_flight(
         &self,
-        wanted: Wanted<K>,
+        request: CacheRequest<K>,
         abandoned: E,
-        make: impl FnOnce(&mut [u8]) -> Result<(), E>,
-    ) -> Result<Option<(Bytes, Outcome)>, E> {
-        match self.find(wanted) {
-            Found::Ready(bytes) => Ok(Some((bytes, Outcome::Hit))),
-            Found::Busy(_) => Ok(None),
-            Found::Absent(flight, spare) => {
-                self.make(wanted, &flight, spare, abandoned, make).map(|b| Some((b, Outcome::Made)))
-            }
+        compute: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Option<(SharedBuffer, Outcome)>, E> {
+        match self.lookup(request) {
+            Lookup::Ready(bytes) => Ok(Some((bytes, Outcome::Hit))),
+            Lookup::InFlight(_) => Ok(None),
+            Lookup::Absent(flight, spare) => self
+                .compute(request, &flight, spare, abandoned, compute)
+                .map(|b| Some((b, Outcome::Miss))),
         }
     }
 
-    fn find(&self, Wanted { key, len, .. }: Wanted<K>) -> Found<E> {
+    /// Looks a key up. If it is absent, registers a flight that the caller has to complete.
+    fn lookup(&self, CacheRequest { key, len, .. }: CacheRequest<K>) -> Lookup<E> {
         let mut state = lock(&self.state);
         match state.slots.get(&key) {
-            Some(Slot::Ready(bytes, _)) => return Found::Ready(Arc::clone(bytes)),
-            Some(Slot::Making(flight)) => return Found::Busy(Arc::clone(flight)),
+            Some(Slot::Ready(bytes, _)) => return Lookup::Ready(Arc::clone(bytes)),
+            Some(Slot::InFlight(flight)) => return Lookup::InFlight(Arc::clone(flight)),
             None => {}
         }
-        let flight = Arc::new(Flight { result: Mutex::new(None), landed: Condvar::new() });
-        state.slots.put(key, Slot::Making(Arc::clone(&flight)));
+        let flight = Arc::new(Flight { result: Mutex::new(None), done: Condvar::new() });
+        state.slots.put(key, Slot::InFlight(Arc::clone(&flight)));
         state.bytes += u64::try_from(len).expect("a usize fits in 64 bits");
         state.evict(self.budget);
-        // The last one is most likely to be in the core's cache.
+        // The last buffer is the most likely to be in this core's cache.
         let spare = state.spare.iter().rposition(|b| b.len() == len);
-        Found::Absent(flight, spare.map(|i| state.spare.remove(i)))
+        Lookup::Absent(flight, spare.map(|i| state.spare.remove(i)))
     }
 
-    fn make(
+    fn compute(
         &self,
-        wanted: Wanted<K>,
+        request: CacheRequest<K>,
         flight: &Flight<E>,
         spare: Option<Buffer>,
         abandoned: E,
-        make: impl FnOnce(&mut [u8]) -> Result<(), E>,
-    ) -> Result<Bytes, E> {
-        let mut landing = Landing { cache: self, wanted, flight, result: Err(abandoned) };
-        let mut bytes = spare.unwrap_or_else(|| (self.allocate)(wanted.len));
-        landing.result = make(&mut bytes).map(|()| Arc::new(bytes));
-        landing.result.clone()
+        compute: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<SharedBuffer, E> {
+        let mut guard = FlightGuard { cache: self, request, flight, result: Err(abandoned) };
+        let mut bytes = spare.unwrap_or_else(|| (self.allocate)(request.len));
+        guard.result = compute(&mut bytes).map(|()| Arc::new(bytes));
+        guard.result.clone()
     }
 
-    /// Notes that so much use was made of the bytes of `key`; they go once none is left.
+    /// Notes that `amount` of an entry was consumed; the entry is dropped when nothing remains.
     ///
-    /// A reader that takes everything once, whose bytes the kernel keeps, so works in a few buffers
-    /// that stay in a core's cache instead of first touching a gigabyte.
-    pub(super) fn given(&self, key: &K, uses: u64) {
+    /// A sequential reader behind the kernel's page cache needs every byte once. With this, its chunks
+    /// use a few buffers that stay in a core's cache, instead of first touching a gigabyte of memory.
+    pub(super) fn consume(&self, key: &K, amount: u64) {
         let mut state = lock(&self.state);
-        if let Some(Slot::Ready(_, left)) = state.slots.peek_mut(key) {
-            *left = left.saturating_sub(uses);
-            if *left == 0
+        if let Some(Slot::Ready(_, remaining)) = state.slots.peek_mut(key) {
+            *remaining = remaining.saturating_sub(amount);
+            if *remaining == 0
                 && let Some(Slot::Ready(bytes, _)) = state.slots.pop(key)
             {
                 state.recycle(bytes);
@@ -194,69 +199,69 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
 }
 
 impl<E: Clone> Flight<E> {
-    fn wait(&self) -> Result<Bytes, E> {
+    fn wait(&self) -> Result<SharedBuffer, E> {
         let mut result = lock(&self.result);
         loop {
             if let Some(result) = &*result {
                 return result.clone();
             }
-            result = self.landed.wait(result).unwrap_or_else(PoisonError::into_inner);
+            result = self.done.wait(result).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
 
-/// Ends a flight, also when making the bytes panics.
-struct Landing<'a, K: Hash + Eq + Copy, E: Clone> {
+/// Completes a flight when dropped, also when the computation panics.
+struct FlightGuard<'a, K: Hash + Eq + Copy, E: Clone> {
     cache: &'a Cache<K, E>,
-    wanted: Wanted<K>,
+    request: CacheRequest<K>,
     flight: &'a Flight<E>,
-    result: Result<Bytes, E>,
+    result: Result<SharedBuffer, E>,
 }
 
-impl<K: Hash + Eq + Copy, E: Clone> Drop for Landing<'_, K, E> {
+impl<K: Hash + Eq + Copy, E: Clone> Drop for FlightGuard<'_, K, E> {
     fn drop(&mut self) {
         {
             let mut state = lock(&self.cache.state);
             match &self.result {
                 Ok(bytes) => {
-                    let slot = Slot::Ready(Arc::clone(bytes), self.wanted.uses);
-                    state.slots.put(self.wanted.key, slot);
+                    let slot = Slot::Ready(Arc::clone(bytes), self.request.remaining);
+                    state.slots.put(self.request.key, slot);
                 }
                 Err(_) => {
-                    state.slots.pop(&self.wanted.key);
-                    let len = u64::try_from(self.wanted.len);
+                    state.slots.pop(&self.request.key);
+                    let len = u64::try_from(self.request.len);
                     state.bytes -= len.expect("a usize fits in 64 bits");
                 }
             }
             state.evict(self.cache.budget);
         }
         *lock(&self.flight.result) = Some(self.result.clone());
-        self.flight.landed.notify_all();
+        self.flight.done.notify_all();
     }
 }
 
-impl<K: Hash + Eq + Copy, E> State<K, E> {
-    /// Lets the least recently used that lie ready go until the budget is kept.
+impl<K: Hash + Eq + Copy, E> CacheState<K, E> {
+    /// Drops the least recently used complete entries until the budget is met.
     fn evict(&mut self, budget: u64) {
-        let mut busy = Vec::new();
+        let mut in_flight = Vec::new();
         while self.bytes > budget {
             match self.slots.pop_lru() {
                 Some((_, Slot::Ready(bytes, _))) => self.recycle(bytes),
-                Some((key, making @ Slot::Making(_))) => busy.push((key, making)),
+                Some((key, slot @ Slot::InFlight(_))) => in_flight.push((key, slot)),
                 None => break,
             }
         }
-        for (key, slot) in busy {
+        for (key, slot) in in_flight {
             self.slots.put(key, slot);
         }
     }
 
-    /// Keeps a buffer that nobody reads any more for the next of its size.
-    fn recycle(&mut self, bytes: Bytes) {
+    /// Uncounts the bytes of a dropped entry; keeps its buffer for reuse if nobody reads it any more.
+    fn recycle(&mut self, bytes: SharedBuffer) {
         self.bytes -= size(&bytes);
         if let Ok(buffer) = Arc::try_unwrap(bytes) {
-            // The oldest may be of a size that nobody wants any more.
-            if self.spare.len() == SPARES {
+            // The oldest buffer goes: its size may not be needed any more.
+            if self.spare.len() == MAX_SPARE_BUFFERS {
                 self.spare.remove(0);
             }
             self.spare.push(buffer);
@@ -283,8 +288,8 @@ mod tests {
     }
 
     /// Ten bytes that are read once.
-    fn ten(key: u64) -> Wanted<u64> {
-        Wanted { key, len: 10, uses: 10 }
+    fn ten(key: u64) -> CacheRequest<u64> {
+        CacheRequest { key, len: 10, remaining: 10 }
     }
 
     fn outcome(cache: &Cache<u64, String>, chunk: u64) -> Outcome {
@@ -298,7 +303,7 @@ mod tests {
     fn waiting(cache: &Cache<u64, String>, chunk: u64) -> usize {
         match lock(&cache.state).slots.peek(&chunk) {
             // The slot and the maker hold it too.
-            Some(Slot::Making(flight)) => Arc::strong_count(flight) - 2,
+            Some(Slot::InFlight(flight)) => Arc::strong_count(flight) - 2,
             Some(Slot::Ready(..)) | None => 0,
         }
     }
@@ -307,20 +312,20 @@ mod tests {
     fn least_recently_used_go_first() {
         let cache = cache(30);
         for chunk in [1, 2, 3] {
-            assert_eq!(outcome(&cache, chunk), Outcome::Made);
+            assert_eq!(outcome(&cache, chunk), Outcome::Miss);
         }
         assert_eq!(outcome(&cache, 1), Outcome::Hit);
-        assert_eq!(outcome(&cache, 4), Outcome::Made);
+        assert_eq!(outcome(&cache, 4), Outcome::Miss);
         assert_eq!(outcome(&cache, 1), Outcome::Hit);
-        assert_eq!(outcome(&cache, 2), Outcome::Made);
+        assert_eq!(outcome(&cache, 2), Outcome::Miss);
         assert_eq!(cache.bytes(), 30);
     }
 
     #[test]
     fn a_budget_of_nothing_keeps_nothing() {
         let cache = cache(0);
-        assert_eq!(outcome(&cache, 1), Outcome::Made);
-        assert_eq!(outcome(&cache, 1), Outcome::Made);
+        assert_eq!(outcome(&cache, 1), Outcome::Miss);
+        assert_eq!(outcome(&cache, 1), Outcome::Miss);
         assert_eq!(cache.bytes(), 0);
     }
 
@@ -355,12 +360,12 @@ mod tests {
     fn what_was_given_whole_goes() {
         let cache = cache(30);
         for n in [4, 6] {
-            assert_eq!(outcome(&cache, 1), if n == 4 { Outcome::Made } else { Outcome::Hit });
-            cache.given(&1, n);
+            assert_eq!(outcome(&cache, 1), if n == 4 { Outcome::Miss } else { Outcome::Hit });
+            cache.consume(&1, n);
         }
         assert_eq!(cache.bytes(), 0);
-        assert_eq!(outcome(&cache, 1), Outcome::Made);
-        cache.given(&2, 10);
+        assert_eq!(outcome(&cache, 1), Outcome::Miss);
+        cache.consume(&2, 10);
         assert_eq!(cache.bytes(), 10);
     }
 
@@ -369,17 +374,17 @@ mod tests {
         let cache = cache(30);
         let (bytes, outcome) = cache
             .get(ten(1), String::new(), |_| {
-                assert!(cache.has(&1));
-                let busy = cache.get_unless_busy(ten(1), String::new(), fill(2)).unwrap();
+                assert!(cache.contains(&1));
+                let busy = cache.get_unless_in_flight(ten(1), String::new(), fill(2)).unwrap();
                 assert!(busy.is_none());
                 Ok(())
             })
             .unwrap();
-        assert_eq!((bytes.len(), outcome), (10, Outcome::Made));
-        let ready = cache.get_unless_busy(ten(1), String::new(), fill(2)).unwrap();
+        assert_eq!((bytes.len(), outcome), (10, Outcome::Miss));
+        let ready = cache.get_unless_in_flight(ten(1), String::new(), fill(2)).unwrap();
         assert_eq!(ready.map(|(_, outcome)| outcome), Some(Outcome::Hit));
-        let made = cache.get_unless_busy(ten(2), String::new(), fill(2)).unwrap();
-        assert_eq!(made.map(|(bytes, outcome)| (bytes[0], outcome)), Some((2, Outcome::Made)));
+        let made = cache.get_unless_in_flight(ten(2), String::new(), fill(2)).unwrap();
+        assert_eq!(made.map(|(bytes, outcome)| (bytes[0], outcome)), Some((2, Outcome::Miss)));
     }
 
     #[test]
@@ -388,7 +393,7 @@ mod tests {
         let failed = cache.get(ten(1), String::new(), |_| Err("no".to_owned()));
         assert_eq!(failed.unwrap_err(), "no");
         assert_eq!(cache.bytes(), 0);
-        assert_eq!(outcome(&cache, 1), Outcome::Made);
+        assert_eq!(outcome(&cache, 1), Outcome::Miss);
     }
 
     #[test]
@@ -411,6 +416,6 @@ mod tests {
             assert_eq!(waited.unwrap_err(), "abandoned");
         });
         assert_eq!(cache.bytes(), 0);
-        assert_eq!(outcome(&cache, 1), Outcome::Made);
+        assert_eq!(outcome(&cache, 1), Outcome::Miss);
     }
 }

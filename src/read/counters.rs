@@ -1,8 +1,8 @@
-//! Live counters of an engine.
+//! Counters of an engine: which path served how many bytes.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Counters as the engine keeps them.
+/// The live counters; [`CounterSnapshot`] says what they count.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub reads: AtomicU64,
@@ -16,40 +16,45 @@ pub(super) struct Counters {
     pub errors: AtomicU64,
 }
 
-/// Adds to a counter; counters order nothing else.
+/// Adds to a counter. Relaxed: no other memory depends on counters.
 pub(super) fn add(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
-/// Counters of an engine at one moment.
+/// The values of an engine's counters at one moment, since the engine was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct CounterSnapshot {
-    /// Reads of tensors.
+    /// Reads of tensors, failed ones included.
     pub reads: u64,
-    /// Bytes given to readers.
+    /// Bytes served to readers.
     pub served_bytes: u64,
-    /// Of these, bytes that are the source's own.
+    /// Of these, bytes that were copied or spliced unchanged from the source.
     pub verbatim_bytes: u64,
-    /// Reads of a chunk that found it in the cache.
+    /// Chunk requests of readers that found the chunk in the cache.
     pub chunk_hits: u64,
-    /// Reads of a chunk that waited for another reader's decoding.
+    /// Chunk requests of readers that waited for another thread to decode the chunk.
     pub chunk_waits: u64,
-    /// Reads of a chunk that decoded it.
+    /// Chunk requests of readers that decoded the chunk. Reads that are decoded in place request no
+    /// chunk.
     pub chunk_misses: u64,
-    /// Bytes of chunks that were decoded.
+    /// Bytes that were decoded or encoded: chunks, by readers and by prefetch threads, and rows in
+    /// place.
     pub decoded_bytes: u64,
-    /// Bytes that were asked of the source: payloads, scales and verbatim runs.
+    /// Bytes that were requested from the source: payloads, scales and verbatim runs, for readers and
+    /// ahead of them. Not counted: shape tensors, and scales that the encoder takes from an original
+    /// checkpoint.
     pub source_bytes: u64,
-    /// Reads that failed.
+    /// Reads of tensors that failed.
     pub errors: u64,
-    /// Bytes in the chunk cache, those being decoded included.
+    /// Bytes in the cache of decoded chunks and in the cache of source rows, entries in flight
+    /// included.
     pub cache_bytes: u64,
-    /// Budget of the chunk cache in bytes.
+    /// Budget of both caches together, in bytes.
     pub cache_budget: u64,
 }
 
 impl Counters {
-    /// Counts bytes that were given as the source has them.
+    /// Counts bytes that were served unchanged from the source.
     pub(super) fn add_verbatim(&self, bytes: u64) {
         add(&self.verbatim_bytes, bytes);
         add(&self.source_bytes, bytes);

@@ -1,13 +1,15 @@
-//! Encodes one chunk of a facet: codes of rows of a matrix, or the scales of its blocks.
+//! Encodes one chunk of a quantized tensor of the view: the codes of some rows of a matrix, or the
+//! scales of its blocks.
 //!
-//! The matrix's rows are decoded to F32 as if they were a tensor of the view, a block of rows that
-//! share their scales at a time.
+//! The matrix's rows are first decoded to F32, like a tensor of the view, at most one row of scale
+//! blocks at a time. The largest magnitude of each block gives its scale, unless the plan takes the
+//! scales from the original checkpoint; then the rows are encoded with the scales.
 
 use crate::tensor::{to_u64, to_usize};
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::chunk::{ChunkReader, Failure};
+use super::decode::{ChunkDecoder, DecodeError};
 use crate::codec::{Scales, block_amax, encode, f32_to_scale, scale_to_f32};
 use crate::plan::{
     ChunkBox, Encoded, EncodedMatrix, Facet, Matrix, MatrixId, Member, ScaleBand, ScaleOf,
@@ -15,19 +17,22 @@ use crate::plan::{
 use crate::source::Checkpoint;
 use crate::tensor::DType;
 
-/// Rows that are taken at a time where every row has scales of its own.
-const ROWS_AT_A_TIME: u64 = 128;
+/// Rows that are encoded at a time if each row has its own scales.
+const BATCH_ROWS: u64 = 128;
 
-/// Buffers that a thread keeps from chunk to chunk.
+/// Buffers of a thread, reused from chunk to chunk.
 #[derive(Default)]
-struct Scratch {
+struct EncodeBuffers {
+    /// The rows to encode.
     values: Values,
+    /// The rows whose magnitudes give the scales.
     others: Values,
     scales: Vec<f32>,
+    /// Scales of the original checkpoint, as stored.
     stored: Vec<u8>,
 }
 
-/// Rows of a matrix as F32: bytes as the decoder writes them, and the numbers.
+/// Rows of a matrix as F32: the bytes that the decoder writes, and the numbers.
 #[derive(Default)]
 struct Values {
     bytes: Vec<u8>,
@@ -35,44 +40,45 @@ struct Values {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static BUFFERS: RefCell<EncodeBuffers> = RefCell::default();
 }
 
-/// What a facet is encoded from.
-pub(super) struct Encoder<'a, F> {
-    pub reader: ChunkReader<'a>,
+/// Encodes chunks of one quantized matrix.
+pub(super) struct ChunkEncoder<'a, F> {
+    pub decoder: ChunkDecoder<'a>,
+    /// The checkpoint that scales are taken from, if the plan names one.
     pub original: Option<&'a Checkpoint>,
     pub matrix_of: F,
     pub quantized: &'a EncodedMatrix,
 }
 
-impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
-    /// Fills `out` with the chunk at `chunk` of a facet.
+impl<'m, F: Fn(MatrixId) -> &'m Matrix> ChunkEncoder<'_, F> {
+    /// Fills `out` with the rows `chunk` of a payload or scale tensor.
     ///
     /// # Errors
-    /// What the source fails with.
+    /// The error of the source.
     pub(super) fn fill(
         &self,
         facet: &Encoded,
         chunk: ChunkBox,
         out: &mut [u8],
-    ) -> Result<(), Failure> {
+    ) -> Result<(), DecodeError> {
         let first = chunk.plane * facet.grid.rows + chunk.row;
         let rows = first..first + chunk.rows;
-        SCRATCH.with_borrow_mut(|scratch| match facet.facet {
-            Facet::Payload => self.payload(facet, rows, out, scratch),
-            Facet::Scale => self.scales(facet.member, rows, out, scratch),
+        BUFFERS.with_borrow_mut(|buffers| match facet.facet {
+            Facet::Payload => self.encode_payload(facet, rows, out, buffers),
+            Facet::Scale => self.encode_scales(facet.member, rows, out, buffers),
         })
     }
 
-    /// Codes of matrix rows `rows` of a member.
-    fn payload(
+    /// Writes the codes of rows `rows` of a member matrix to `out`.
+    fn encode_payload(
         &self,
         facet: &Encoded,
         rows: Range<u64>,
         out: &mut [u8],
-        scratch: &mut Scratch,
-    ) -> Result<(), Failure> {
+        buffers: &mut EncodeBuffers,
+    ) -> Result<(), DecodeError> {
         let member = &self.quantized.members[facet.member];
         let block = self.quantized.block;
         let row_bytes = to_usize(facet.grid.row_bytes);
@@ -80,99 +86,100 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
         let mut row = rows.start;
         while row < rows.end {
             let band = band_of(member, row);
-            let step = if block[0] == 1 { ROWS_AT_A_TIME } else { block[0] };
+            let step = if block[0] == 1 { BATCH_ROWS } else { block[0] };
             let until_block = if block[0] == 1 {
                 row + step
             } else {
                 band.rows_of(band.scale_row(row, block[0]), block[0]).end
             };
             let end = until_block.min(band.rows.end).min(rows.end).min(member.plane_end(row));
-            self.scales_of(band, row..end, member, scratch)?;
-            self.values(member, row..end, &mut scratch.values)?;
+            self.load_scales(band, row..end, member, buffers)?;
+            self.decode_rows(member, row..end, &mut buffers.values)?;
             let n = to_usize(end - row);
-            let into = row - band.rows.start + band.skip;
+            let block_row = row - band.rows.start + band.skip;
             let scales = Scales {
-                values: &scratch.scales,
+                values: &buffers.scales,
                 stride: to_usize(member.scale_cols),
                 block: [to_usize(block[0]), to_usize(block[1])],
-                phase: [to_usize(into % block[0]), 0],
+                phase: [to_usize(block_row % block[0]), 0],
             };
             let at = to_usize(row - rows.start) * row_bytes;
             let code = self.quantized.scheme.code();
-            let numbers = &scratch.values.numbers;
+            let numbers = &buffers.values.numbers;
             encode(code, numbers, cols, n, cols, Some(&scales), &mut out[at..], row_bytes);
             row = end;
         }
         Ok(())
     }
 
-    /// Scales (into `scratch.scales`) of the rows of a band, from the first row's scale row on.
-    fn scales_of(
+    /// Loads the scales of some rows of a band into `buffers.scales`, computed or read from the
+    /// original. The first scale row is the one of the first row.
+    fn load_scales(
         &self,
         band: &ScaleBand<ScaleOf>,
         rows: Range<u64>,
         member: &Member,
-        scratch: &mut Scratch,
-    ) -> Result<(), Failure> {
+        buffers: &mut EncodeBuffers,
+    ) -> Result<(), DecodeError> {
         let block = self.quantized.block[0];
         let first = band.scale_row(rows.start, block);
         let last = band.scale_row(rows.end - 1, block);
         let n = to_usize(last - first + 1) * to_usize(member.scale_cols);
         match band.scale {
-            ScaleOf::Member(of) => self.made(of, first..last + 1, scratch),
+            ScaleOf::Member(of) => self.compute_scales(of, first..last + 1, buffers),
             ScaleOf::Original(id) => {
                 let code = self.quantized.scale;
                 let width = code.bytes();
-                scratch.stored.resize(n * width, 0);
+                buffers.stored.resize(n * width, 0);
                 let at = first * member.scale_cols * to_u64(width);
                 let original = self.original.expect("the plan took the scales from it");
-                original.read(id, at, &mut scratch.stored)?;
-                scratch.scales.resize(n, 0.0);
-                scale_to_f32(code, &scratch.stored, &mut scratch.scales);
-                // Under a scale of 0 every code is a zero, but 0 / 0 would be a NaN.
-                scratch.scales.iter_mut().filter(|s| **s == 0.0).for_each(|s| *s = 1.0);
+                original.read(id, at, &mut buffers.stored)?;
+                buffers.scales.resize(n, 0.0);
+                scale_to_f32(code, &buffers.stored, &mut buffers.scales);
+                // With a scale of 0 all codes are zero. Encode with 1 instead: 0 / 0 is a NaN.
+                buffers.scales.iter_mut().filter(|s| **s == 0.0).for_each(|s| *s = 1.0);
                 Ok(())
             }
         }
     }
 
-    /// Scale rows of a member's scale tensor, as they are stored.
-    fn scales(
+    /// Writes rows `rows` of a member's scale tensor to `out`.
+    fn encode_scales(
         &self,
         member: usize,
         rows: Range<u64>,
         out: &mut [u8],
-        scratch: &mut Scratch,
-    ) -> Result<(), Failure> {
+        buffers: &mut EncodeBuffers,
+    ) -> Result<(), DecodeError> {
         let width = self.quantized.scale.bytes();
         let row_bytes = to_usize(self.quantized.members[member].scale_cols) * width;
         let mut row = rows.start;
         while row < rows.end {
-            let end = (row + ROWS_AT_A_TIME).min(rows.end);
-            self.made(member, row..end, scratch)?;
+            let end = (row + BATCH_ROWS).min(rows.end);
+            self.compute_scales(member, row..end, buffers)?;
             let at = to_usize(row - rows.start) * row_bytes;
             let bytes = &mut out[at..][..to_usize(end - row) * row_bytes];
-            f32_to_scale(self.quantized.scale, &scratch.scales, bytes);
+            f32_to_scale(self.quantized.scale, &buffers.scales, bytes);
             row = end;
         }
         Ok(())
     }
 
-    /// Makes scale rows of a member's scale tensor (into `scratch.scales`) from the largest
-    /// magnitudes of all rows that they serve, in whichever member those are.
-    fn made(
+    /// Computes rows of a member's scale tensor into `buffers.scales` from the largest magnitudes of
+    /// all blocks that they scale. Those blocks may be in several members.
+    fn compute_scales(
         &self,
         of: usize,
         scale_rows: Range<u64>,
-        scratch: &mut Scratch,
-    ) -> Result<(), Failure> {
+        buffers: &mut EncodeBuffers,
+    ) -> Result<(), DecodeError> {
         let EncodedMatrix { scheme, scale, block, ref members } = *self.quantized;
         let cols = to_usize(members[of].scale_cols);
-        scratch.scales.clear();
-        scratch.scales.resize(to_usize(scale_rows.end - scale_rows.start) * cols, 0.0);
+        buffers.scales.clear();
+        buffers.scales.resize(to_usize(scale_rows.end - scale_rows.start) * cols, 0.0);
         for member in members {
-            let serving = |b: &&ScaleBand<ScaleOf>| b.scale == ScaleOf::Member(of);
-            for band in member.bands.iter().filter(serving) {
+            let scaled = |b: &&ScaleBand<ScaleOf>| b.scale == ScaleOf::Member(of);
+            for band in member.bands.iter().filter(scaled) {
                 let mut row = scale_rows.start;
                 while row < scale_rows.end {
                     let first = band.rows_of(row, block[0]);
@@ -180,7 +187,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
                         row += 1;
                         continue;
                     }
-                    // Where each row has its own scales, as many as lie together.
+                    // If each row has its own scales: all consecutive rows at once.
                     let end = if block[0] == 1 {
                         (first.start + (scale_rows.end - row))
                             .min(band.rows.end)
@@ -188,8 +195,8 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
                     } else {
                         first.end
                     };
-                    self.values(member, first.start..end, &mut scratch.others)?;
-                    let numbers = &scratch.others.numbers;
+                    self.decode_rows(member, first.start..end, &mut buffers.others)?;
+                    let numbers = &buffers.others.numbers;
                     let served = if block[0] == 1 { end - first.start } else { 1 };
                     let height = if block[0] == 1 { 1 } else { to_usize(end - first.start) };
                     let width = to_usize(member.cols());
@@ -200,8 +207,8 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
                             let wide = to_usize(block[1]).min(width - from);
                             let start = to_usize(i) * width + from;
                             let amax = block_amax(&numbers[start..], width, height, wide);
-                            let so_far = &mut scratch.scales[line + c];
-                            // A NaN stays: nothing is greater.
+                            let so_far = &mut buffers.scales[line + c];
+                            // A NaN is kept: no comparison with it is true.
                             if amax > *so_far || amax.is_nan() {
                                 *so_far = amax;
                             }
@@ -211,19 +218,19 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
                 }
             }
         }
-        for value in &mut scratch.scales {
+        for value in &mut buffers.scales {
             *value = scheme.scale_of(scale, *value);
         }
         Ok(())
     }
 
-    /// Rows of a member as F32; they lie in one plane.
-    fn values(
+    /// Decodes rows of a member to F32. They must be in one plane.
+    fn decode_rows(
         &self,
         member: &Member,
         rows: Range<u64>,
         values: &mut Values,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), DecodeError> {
         let cols = to_usize(member.cols());
         let n = to_usize(rows.end - rows.start) * cols;
         values.bytes.resize(n * 4, 0);
@@ -233,7 +240,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
             row: rows.start % plane_rows,
             rows: rows.end - rows.start,
         };
-        self.reader.fill(
+        self.decoder.fill(
             &member.values,
             &self.matrix_of,
             &member.shape,
@@ -248,6 +255,7 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> Encoder<'_, F> {
     }
 }
 
+/// The scale band that contains a row.
 fn band_of(member: &Member, row: u64) -> &ScaleBand<ScaleOf> {
     let i = member.bands.partition_point(|b| b.rows.end <= row);
     &member.bands[i]

@@ -1,24 +1,18 @@
-//! Carries out a plan: bytes of the view's tensors, computed when they are asked for.
-//!
-//! ```text
-//! Engine::read ── verbatim ── pread of the source
-//!             └── computed ── cache (single flight) ── chunk: fragments decoded into place
-//! ```
-//! Any split of a read gives the same bytes. Nothing is decoded under a lock.
+#![doc = include_str!("README.md")]
 
-mod ahead;
 mod audit;
+mod box_copy;
 mod buffer;
 mod cache;
-mod chunk;
-mod core;
 mod counters;
+mod decode;
 mod encode;
 mod engine;
-mod placement;
-mod planes;
-mod slabs;
-mod streams;
+mod history;
+mod plane_rows;
+mod prefetch;
+mod shared;
+mod source_rows;
 
 use std::sync::Arc;
 
@@ -27,42 +21,42 @@ pub use buffer::Buffer;
 pub use counters::CounterSnapshot;
 pub use engine::{Engine, EngineOptions};
 
-/// Why bytes of a tensor cannot be had.
+/// Why a read of a tensor failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ReadError {
-    /// The source gave an error; it is shared by all who waited for the same chunk.
+    /// The source failed. All reads that waited for the same chunk share the error.
     #[error("tensor `{tensor}`: {source}")]
     Source {
         /// The tensor of the view.
         tensor: Box<str>,
-        /// What the source says.
+        /// The error of the source.
         source: Arc<crate::source::SourceReadError>,
     },
-    /// A tensor that states the extents of a matrix states others.
+    /// The shape tensor of a packed matrix contradicts the size of its payload.
     #[error("tensor `{tensor}`: `{matrix}` is stored as {expected}, but its shape tensor says [{}, {}]", got[0], got[1])]
     StatedShape {
         /// The tensor of the view.
         tensor: Box<str>,
         /// The matrix of the checkpoint.
         matrix: Box<str>,
-        /// Extents that the payload gives.
+        /// The shape according to the payload.
         expected: String,
-        /// Extents that the shape tensor gives.
+        /// The extents that the shape tensor contains.
         got: [i64; 2],
     },
-    /// A read that leaves its tensor.
+    /// The range of the read is not within the tensor.
     #[error("tensor `{tensor}`: cannot read {bytes} bytes at {at}, it has {size}")]
     OutOfRange {
         /// The tensor of the view.
         tensor: Box<str>,
-        /// First byte asked for.
+        /// First byte of the read.
         at: u64,
-        /// Bytes asked for.
+        /// Bytes of the read.
         bytes: u64,
         /// Bytes of the tensor.
         size: u64,
     },
-    /// Whoever decoded the chunk that this read waited for died of it.
+    /// The thread that decoded a chunk for this read panicked, a bug.
     #[error("the decoder of a chunk that this read waited for panicked")]
     Abandoned,
 }

@@ -1,4 +1,4 @@
-//! Lays the files of the view out in a [`Tree`].
+//! Builds the inode table: for each directory of the plan its shards, index and other files.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -6,43 +6,44 @@ use std::time::SystemTime;
 use crate::plan::{Directory, TensorId};
 use crate::source::INDEX;
 
-use super::header::Entry;
-use super::host::Host;
+use super::header::HeaderEntry;
 use super::index::index;
-use super::shard::{self, Shard};
-use super::status::Live;
-use super::tensors::TensorDirectory;
-use super::tree::{Body, NodeId, Tree};
+use super::passthrough::PassthroughFile;
+use super::shard::{self, ViewShard};
+use super::status::StatusFile;
+use super::tensor_directory::TensorDirectory;
+use super::tree::{NodeData, NodeId, Tree};
 use super::{INTERNAL, ViewError, ViewOptions};
 
-/// A file that every directory of the view gets.
+/// A file that appears in every directory of the view.
 #[derive(Clone, Debug)]
-pub(super) struct Common {
-    /// Path in the directory, with slashes.
+pub(super) struct SharedFile {
+    /// Path relative to the directory, with slashes.
     pub(super) name: String,
     pub(super) mtime: SystemTime,
-    pub(super) bytes: CommonBytes,
+    pub(super) bytes: SharedBytes,
 }
 
-/// Where the bytes of a [`Common`] file are.
+/// Where the bytes of a [`SharedFile`] are.
 #[derive(Clone, Debug)]
-pub(super) enum CommonBytes {
+pub(super) enum SharedBytes {
     Memory(Arc<[u8]>),
-    Host(Arc<Host>),
+    Passthrough(Arc<PassthroughFile>),
 }
 
-/// The tree over `directories`; every directory gets `common`, shards and index come first.
+/// Builds the tree of `directories`. Every directory and the root get the files `shared`. Shards and
+/// the index are added first, so their names win.
 pub(super) fn tree<'a>(
     directories: &[Directory],
-    entry_of: impl Fn(TensorId) -> Entry<'a> + Copy,
-    common: &[Common],
+    entry_of: impl Fn(TensorId) -> HeaderEntry<'a> + Copy,
+    shared: &[SharedFile],
     mtime: SystemTime,
     options: &ViewOptions,
 ) -> Result<Tree, ViewError> {
     let mut tree = Tree::new(mtime);
     let internal = tree.directory(NodeId::ROOT, INTERNAL, mtime).expect("the root is empty");
-    for (live, name) in Live::ALL {
-        tree.add(internal, name, mtime, Body::Live(live)).expect("a name each");
+    for (file, name) in StatusFile::ALL {
+        tree.add(internal, name, mtime, NodeData::Status(file)).expect("the names are distinct");
     }
     for directory in directories {
         let refuse = || ViewError::DirectoryName { name: directory.name.clone() };
@@ -56,32 +57,33 @@ pub(super) fn tree<'a>(
             ),
         };
         add_shards(&mut tree, top, directory, entry_of, mtime, options.shard_size)?;
-        add_common(&mut tree, top, common, mtime);
+        add_shared_files(&mut tree, top, shared, mtime);
         let tensors = TensorDirectory::new(&directory.tensors, |id| entry_of(id).name);
-        tree.add(status, "tensors", mtime, Body::Tensors(tensors)).ok_or_else(refuse)?;
+        tree.add(status, "tensors", mtime, NodeData::TensorDirectory(tensors))
+            .ok_or_else(refuse)?;
     }
     if !directories.iter().any(|d| d.name.is_empty()) {
-        add_common(&mut tree, NodeId::ROOT, common, mtime);
+        add_shared_files(&mut tree, NodeId::ROOT, shared, mtime);
     }
     Ok(tree)
 }
 
 /// Adds the shards of a directory and their index.
 ///
-/// A single shard is called `model-00001-of-00001.safetensors` and has an index too, so that a
-/// view looks the same whatever its size; transformers, vLLM and DCP's reader all take it.
+/// A single shard is called `model-00001-of-00001.safetensors` and has an index too, so that a view
+/// looks the same whatever its size; transformers, vLLM and DCP's reader all accept it.
 fn add_shards<'a>(
     tree: &mut Tree,
     top: NodeId,
     directory: &Directory,
-    entry_of: impl Fn(TensorId) -> Entry<'a> + Copy,
+    entry_of: impl Fn(TensorId) -> HeaderEntry<'a> + Copy,
     mtime: SystemTime,
     shard_size: u64,
 ) -> Result<(), ViewError> {
     let tensors = &directory.tensors;
     let taken = || ViewError::DirectoryName { name: directory.name.clone() };
     let too_large = || ViewError::TooLarge { directory: directory.name.clone() };
-    let shards = shard::fill(tensors.iter().map(|&id| entry_of(id)), shard_size);
+    let shards = shard::split_into_shards(tensors.iter().map(|&id| entry_of(id)), shard_size);
     let names: Vec<String> = (1..=shards.len())
         .map(|i| format!("model-{i:05}-of-{:05}.safetensors", shards.len()))
         .collect();
@@ -93,27 +95,27 @@ fn add_shards<'a>(
             map.push((entry.name, name.as_str()));
             total = total.checked_add(entry.bytes).ok_or_else(too_large)?;
         }
-        let shard = Shard::new(entries).ok_or_else(too_large)?;
-        tree.add(top, name, mtime, Body::Shard(shard)).ok_or_else(taken)?;
+        let shard = ViewShard::new(entries).ok_or_else(too_large)?;
+        tree.add(top, name, mtime, NodeData::Shard(shard)).ok_or_else(taken)?;
     }
-    let text = Body::Bytes(index(total, map).into());
-    tree.add(top, INDEX, mtime, text).ok_or_else(taken)?;
+    let index = NodeData::Memory(index(total, map).into());
+    tree.add(top, INDEX, mtime, index).ok_or_else(taken)?;
     Ok(())
 }
 
-/// Adds the files that every directory gets; a name that the view has already stays the view's.
-fn add_common(tree: &mut Tree, top: NodeId, common: &[Common], mtime: SystemTime) {
-    for file in common {
+/// Adds the files that appear in every directory. If a name is taken, the existing file stays.
+fn add_shared_files(tree: &mut Tree, top: NodeId, shared: &[SharedFile], mtime: SystemTime) {
+    for file in shared {
         let (parents, name) = file.name.rsplit_once('/').unwrap_or(("", &file.name));
         let parent = parents
             .split('/')
             .filter(|part| !part.is_empty())
             .try_fold(top, |parent, part| tree.directory(parent, part, mtime));
-        let body = match &file.bytes {
-            CommonBytes::Memory(bytes) => Body::Bytes(Arc::clone(bytes)),
-            CommonBytes::Host(host) => Body::Host(Arc::clone(host)),
+        let data = match &file.bytes {
+            SharedBytes::Memory(bytes) => NodeData::Memory(Arc::clone(bytes)),
+            SharedBytes::Passthrough(file) => NodeData::Passthrough(Arc::clone(file)),
         };
-        if parent.and_then(|parent| tree.add(parent, name, file.mtime, body)).is_none() {
+        if parent.and_then(|parent| tree.add(parent, name, file.mtime, data)).is_none() {
             tracing::warn!("`{}` of the source is hidden by a file of the view", file.name);
         }
     }
@@ -125,7 +127,7 @@ mod tests {
 
     use super::*;
     use crate::tensor::{DType, Shape};
-    use crate::view::tree::Place;
+    use crate::view::tree::InodeRef;
 
     const T: SystemTime = UNIX_EPOCH;
 
@@ -135,11 +137,11 @@ mod tests {
         (0..n).map(|i| Tensor(format!("layers.{i}.weight"), Shape::from([i, 2]))).collect()
     }
 
-    fn entry_of<'a>(tensors: &'a [Tensor]) -> impl Fn(TensorId) -> Entry<'a> + Copy {
+    fn entry_of<'a>(tensors: &'a [Tensor]) -> impl Fn(TensorId) -> HeaderEntry<'a> + Copy {
         |id| {
             let Tensor(name, shape) = &tensors[id.0 as usize];
             let bytes = shape.bytes(DType::BF16).expect("small");
-            Entry { name, dtype: DType::BF16, shape, bytes }
+            HeaderEntry { name, dtype: DType::BF16, shape, bytes }
         }
     }
 
@@ -151,10 +153,13 @@ mod tests {
         ViewOptions { shard_size, ..ViewOptions::default() }
     }
 
-    fn common(names: &[&str]) -> Vec<Common> {
-        let bytes = CommonBytes::Memory(Arc::from(&b"text"[..]));
+    fn common(names: &[&str]) -> Vec<SharedFile> {
+        let bytes = SharedBytes::Memory(Arc::from(&b"text"[..]));
         let mtime = T + Duration::from_secs(7);
-        names.iter().map(|n| Common { name: n.to_string(), mtime, bytes: bytes.clone() }).collect()
+        names
+            .iter()
+            .map(|n| SharedFile { name: n.to_string(), mtime, bytes: bytes.clone() })
+            .collect()
     }
 
     /// Every path with its number and size, in the order of a walk.
@@ -170,13 +175,13 @@ mod tests {
                 let name_of = |id: TensorId| tensors[id.0 as usize].0.as_str();
                 let Some((name, ino)) = tree.nth(id, n, name_of) else { break };
                 let path = format!("{path}{name}");
-                match tree.place(ino).expect("listed") {
-                    Place::Node(id, node) if node.body.is_directory() => {
+                match tree.resolve(ino).expect("listed") {
+                    InodeRef::Node(id, node) if node.data.is_directory() => {
                         out.push((format!("{path}/"), ino.0, 0));
                         below(tree, id, tensors, &format!("{path}/"), out);
                     }
-                    Place::Node(_, node) => out.push((path, ino.0, node.body.size())),
-                    Place::Tensor(..) => out.push((path, ino.0, 0)),
+                    InodeRef::Node(_, node) => out.push((path, ino.0, node.data.size())),
+                    InodeRef::TensorFile(..) => out.push((path, ino.0, 0)),
                 }
             }
         }

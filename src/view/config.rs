@@ -1,4 +1,7 @@
-//! The config.json of the view: the source's, made true for the view's tensors.
+//! The config.json of the view: the source's, with the quantization and dtype of the view.
+//!
+//! Loaders decide by `quantization_config` whether to dequantize. A view that shows BF16 must not state
+//! the FP8 of its source, wherever in the file it is stated.
 
 use serde_json::{Map, Value};
 
@@ -6,16 +9,16 @@ use crate::plan::Stated;
 use crate::source::Config;
 use crate::tensor::Float;
 
-/// Keys under which tools say how weights are quantized; transformers reads the first.
+/// Keys that state how weights are quantized; transformers reads the first.
 const QUANTIZATION: [&str; 2] = ["quantization_config", "compression_config"];
-/// Keys under which transformers says the dtype of the weights, before version 5 and from it on.
+/// Keys that state the dtype of the weights: of transformers before version 5, and from 5 on.
 const DTYPE: [&str; 2] = ["torch_dtype", "dtype"];
-/// Composite models keep their language model's settings here.
+/// The object that contains the language model's settings in a composite model.
 const TEXT: &str = "text_config";
 
-/// The view's config.json, or `None` where the source's own bytes serve.
+/// The text of the view's config.json; `None` if it equals the source's.
 ///
-/// Every other key keeps its value and its place.
+/// All other keys keep their values and their order.
 pub(super) fn rewritten(source: &Map<String, Value>, stated: &Stated) -> Option<Vec<u8>> {
     let mut config = source.clone();
     set_quantization(&mut config, stated);
@@ -23,15 +26,15 @@ pub(super) fn rewritten(source: &Map<String, Value>, stated: &Stated) -> Option<
     (config != *source).then(|| Config::write(&config))
 }
 
-/// Removes what says how weights are quantized, wherever it stands, and puts in what is true.
+/// Removes all statements of a quantization and inserts the one of the view, if it has one.
 fn set_quantization(config: &mut Map<String, Value>, stated: &Stated) {
     let new = stated.quantization.as_ref();
     let within = new
         .and_then(|new| new.within.as_ref())
         .filter(|name| config.get(*name).is_some_and(Value::is_object));
-    let clean = |object: &mut Map<String, Value>, is_place: bool| {
+    let replace = |object: &mut Map<String, Value>, is_place: bool| {
         match new.filter(|_| is_place) {
-            // An old value keeps its place among the keys.
+            // Replacing a value keeps its position among the keys.
             Some(new) => {
                 object.insert(QUANTIZATION[0].to_owned(), new.value.clone());
                 object.shift_remove(QUANTIZATION[1]);
@@ -41,17 +44,17 @@ fn set_quantization(config: &mut Map<String, Value>, stated: &Stated) {
             }),
         }
     };
-    clean(config, within.is_none());
+    replace(config, within.is_none());
     for (name, value) in config.iter_mut() {
         if let Some(object) = value.as_object_mut() {
-            clean(object, within == Some(name));
+            replace(object, within == Some(name));
             object.values_mut().for_each(remove_quantization);
         }
     }
 }
 
-/// Removes what says how weights are quantized, however deep it stands: a composite of composites
-/// has it in `thinker_config.text_config`.
+/// Removes all statements of a quantization, at any depth: nested composite models have one in
+/// `thinker_config.text_config`.
 fn remove_quantization(value: &mut Value) {
     match value {
         Value::Object(object) => {
@@ -65,7 +68,7 @@ fn remove_quantization(value: &mut Value) {
     }
 }
 
-/// Gives the dtype of the view's weights where the source names another.
+/// Replaces the dtype if the source states another one than the view has.
 fn set_dtype(config: &mut Map<String, Value>, stated: &Stated) {
     let Some(dtype) = stated.dtype.map(torch_name) else { return };
     let set = |object: &mut Map<String, Value>, every: bool| {
@@ -80,7 +83,7 @@ fn set_dtype(config: &mut Map<String, Value>, stated: &Stated) {
     };
     set(config, true);
     for (name, value) in config.iter_mut() {
-        // Towers beside the language model have dtypes of their own, but no quantized one.
+        // Other towers keep their own dtypes, unless these are quantized ones.
         if let Some(object) = value.as_object_mut() {
             set(object, name == TEXT);
         }

@@ -1,30 +1,30 @@
-//! What can go wrong in the view.
+//! The errors of a view.
 
 use std::io;
 use std::path::PathBuf;
 
 use crate::read::ReadError;
 
-/// Why a view cannot be built, or what was asked of it not be done.
+/// Why a view cannot be built, or an operation on it failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ViewError {
-    /// A number or name that the view does not hold.
+    /// The view has no such inode number or name.
     #[error("no such file or directory")]
     NotFound,
-    /// A name was looked up in a file.
+    /// A directory operation on a file.
     #[error("not a directory")]
     NotADirectory,
-    /// Bytes of a directory were asked for.
+    /// A file operation on a directory.
     #[error("is a directory")]
     IsADirectory,
-    /// The engine could not make the bytes.
+    /// The engine failed.
     #[error("cannot read `{file}` at byte {at}")]
     Read {
         /// Path in the view.
         file: String,
         /// Offset of the read in the file, in bytes.
         at: u64,
-        /// What failed.
+        /// The cause.
         source: ReadError,
     },
     /// A file of the source could not be read.
@@ -32,10 +32,10 @@ pub enum ViewError {
     Host {
         /// Path of the source's file.
         path: PathBuf,
-        /// What failed.
+        /// The cause.
         source: io::Error,
     },
-    /// A file of the source was replaced under the view.
+    /// A file of the source was replaced or truncated after the view was built.
     #[error("`{}` changed under the view: expected {expected} bytes, got {got} bytes, or a newer file", path.display())]
     HostChanged {
         /// Path of the source's file.
@@ -45,16 +45,16 @@ pub enum ViewError {
         /// Size now, in bytes.
         got: u64,
     },
-    /// Files could not be told apart, or would lie outside the view.
+    /// The name is reserved, already in use, or would be outside the view.
     #[error("a directory of the view cannot be called `{name}`")]
     DirectoryName {
-        /// The plan's name.
+        /// The name in the plan.
         name: String,
     },
     /// The tensors of a directory exceed 2^64 bytes.
     #[error("the tensors of directory `{directory}` exceed 2^64 bytes")]
     TooLarge {
-        /// The plan's name of the directory.
+        /// The name of the directory in the plan.
         directory: String,
     },
 }

@@ -1,13 +1,12 @@
-//! The text before the data of a safetensors file.
+//! Headers of safetensors files (crate `safetensors`, "Format").
 //!
 //! ```text
-//! byte 0        8                                              8 + N, an Alignment
+//! byte 0        8                                              8 + N, a multiple of an Alignment
 //!      | N, LE  | {"__metadata__":{"format":"pt"},"a":{…}}···· | data of a | data of b | …
 //!                                             padded with spaces
 //! ```
-//! `data_offsets` count from the first byte of the data (crate `safetensors`, "Format"). The JSON
-//! is compact, its keys stand in the order of the data, and the same tensors give the same bytes
-//! in every mount.
+//! `data_offsets` count from the first byte of the data. The JSON is compact and its keys are in the
+//! order of the data. The same tensors give the same header in every mount.
 
 use crate::tensor::to_u64;
 use std::io::Write;
@@ -15,14 +14,14 @@ use std::io::Write;
 use crate::plan::TensorPlan;
 use crate::tensor::{DType, Shape};
 
-/// Where the data of a file starts: at a multiple of so many bytes.
+/// The alignment of the first byte of data in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Alignment {
-    /// A page, 4096 bytes: it holds header or data, and no reader has to copy to align.
+    /// 4096 bytes: no page contains both header and data, and mapped tensors are aligned.
     Page,
-    /// 2 MiB, two of the kernel's largest requests. Requests then begin where rows of large tensors
-    /// do, and such rows are decoded in place, by one request. And of the 4 MiB that the kernel
-    /// reads ahead of whoever looks at the header, little is data.
+    /// 2 MiB: 1 MiB FUSE requests then start on row boundaries of large tensors, and rows are decoded
+    /// without an intermediate chunk. A reader of the header alone makes the kernel read 4 MiB
+    /// ahead; with the padding, less of that is data that has to be decoded.
     Request,
 }
 
@@ -35,20 +34,20 @@ impl Alignment {
         }
     }
 
-    /// The alignment of a shard with so many bytes of data: padding is 1.6 % of it at most.
+    /// The alignment for a shard with `data` bytes of data: padding is at most 1.6 % of it.
     pub(super) fn of_shard(data: u64) -> Alignment {
         if data < 128 << 20 { Alignment::Page } else { Alignment::Request }
     }
 }
 
-/// Most bytes that [`header`] adds to the entries: braces, `__metadata__`, padding.
+/// Upper bound of the bytes that [`header`] adds to the entries: braces, `__metadata__`, padding.
 pub(super) const OVERHEAD: u64 = 64 + (2 << 20);
 
 const METADATA: &str = r#"{"__metadata__":{"format":"pt"}"#;
 
-/// What a header says of one tensor.
+/// What a header says about one tensor.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Entry<'a> {
+pub(super) struct HeaderEntry<'a> {
     pub(super) name: &'a str,
     pub(super) dtype: DType,
     pub(super) shape: &'a Shape,
@@ -56,17 +55,17 @@ pub(super) struct Entry<'a> {
     pub(super) bytes: u64,
 }
 
-impl<'a> From<&'a TensorPlan> for Entry<'a> {
-    fn from(plan: &'a TensorPlan) -> Entry<'a> {
-        Entry { name: &plan.name, dtype: plan.dtype, shape: &plan.shape, bytes: plan.bytes() }
+impl<'a> From<&'a TensorPlan> for HeaderEntry<'a> {
+    fn from(plan: &'a TensorPlan) -> HeaderEntry<'a> {
+        HeaderEntry { name: &plan.name, dtype: plan.dtype, shape: &plan.shape, bytes: plan.bytes() }
     }
 }
 
-impl Entry<'_> {
-    /// Most bytes that the tensor takes in a header, wherever its data lies.
+impl HeaderEntry<'_> {
+    /// Upper bound of the bytes that the entry takes in a header, for any offsets.
     pub(super) fn bound(&self) -> u64 {
-        // `,"":{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]}`, two offsets of 20 digits;
-        // an extent is 20 digits and a comma.
+        // `,"":{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]}` and two offsets of 20 digits; an
+        // extent is 20 digits and a comma.
         const FIXED: u64 = 96;
         const EXTENT: u64 = 21;
         let extents = to_u64(self.shape.rank()).saturating_mul(EXTENT);
@@ -74,20 +73,20 @@ impl Entry<'_> {
     }
 }
 
-/// Most bytes that `text` takes between the quotes of a JSON string.
+/// Upper bound of the bytes of `text` between the quotes of a JSON string.
 fn json_bound(text: &str) -> u64 {
     let bytes = to_u64(text.len());
     let plain = text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\');
     if plain { bytes } else { bytes.saturating_mul(6) }
 }
 
-/// What pads a header.
+/// The byte that pads a header.
 pub(super) const PADDING: u8 = b' ';
 
-/// Length word and JSON of a file that holds these tensors in this order, and where its data starts:
-/// what lies between is [`PADDING`], and may be megabytes.
+/// The length word and JSON for a file of these tensors in this order, and the offset of its data.
+/// The bytes between, up to 2 MiB, are [`PADDING`] and are not stored.
 pub(super) fn header<'a>(
-    entries: impl IntoIterator<Item = Entry<'a>>,
+    entries: impl IntoIterator<Item = HeaderEntry<'a>>,
     alignment: Alignment,
 ) -> (Vec<u8>, u64) {
     const IN_MEMORY: &str = "writing to memory does not fail";
@@ -115,12 +114,12 @@ pub(super) fn header<'a>(
 mod tests {
     use super::*;
 
-    fn entry<'a>(name: &'a str, dtype: DType, shape: &'a Shape) -> Entry<'a> {
-        Entry { name, dtype, shape, bytes: shape.bytes(dtype).expect("small") }
+    fn entry<'a>(name: &'a str, dtype: DType, shape: &'a Shape) -> HeaderEntry<'a> {
+        HeaderEntry { name, dtype, shape, bytes: shape.bytes(dtype).expect("small") }
     }
 
     /// A header with its padding.
-    fn padded(entries: &[Entry<'_>], alignment: Alignment) -> Vec<u8> {
+    fn padded(entries: &[HeaderEntry<'_>], alignment: Alignment) -> Vec<u8> {
         let (mut text, start) = header(entries.iter().copied(), alignment);
         text.resize(usize::try_from(start).expect("small"), PADDING);
         text
@@ -166,7 +165,7 @@ mod tests {
         for (name, dtype) in
             [("w", DType::F8E4M3), ("\u{1}\u{2}", DType::U8), ("é\"", DType::F6E2M3)]
         {
-            let one = Entry { name, dtype, shape: &big, bytes: u64::from(u32::MAX) };
+            let one = HeaderEntry { name, dtype, shape: &big, bytes: u64::from(u32::MAX) };
             let text = padded(&[one], Alignment::Page);
             let json = text[8..].trim_ascii_end().len() as u64;
             let alone = json - METADATA.len() as u64 - 1;

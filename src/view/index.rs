@@ -1,11 +1,11 @@
-//! `model.safetensors.index.json`: which tensor lies in which shard.
+//! `model.safetensors.index.json`: which shard contains which tensor.
 
 use std::io::Write;
 
-/// Text of an index over tensors of `total_size` bytes, each given as name and file name.
+/// The text of an index: `tensors` are names and the file names of their shards.
 ///
-/// Written by hand, line by line as `save_pretrained` does: a document tree of 200,000 tensors
-/// would cost more memory than the text.
+/// It is formatted by hand, line by line as `save_pretrained` does: a JSON document of 200,000
+/// tensors would take more memory than the text.
 pub(super) fn index(total_size: u64, mut tensors: Vec<(&str, &str)>) -> Vec<u8> {
     const IN_MEMORY: &str = "writing to memory does not fail";
     tensors.sort_unstable();

@@ -1,9 +1,9 @@
-//! Synthetic shards: which tensors share a file, and where in it their bytes lie.
+//! Synthetic shards: which tensors are in which file, and at which offset.
 //!
-//! Pure arithmetic over names and sizes. Tensors fill shards in the order of the plan; within a
-//! shard they stand by the largest power of two that divides their size, largest first, so that
-//! without a hole each starts at a multiple of its own (where the data does): of its element, and
-//! those that are whole mebibytes where the kernel's requests start.
+//! Pure arithmetic over names and sizes. Tensors fill shards in the order of the plan. Within a shard
+//! they are sorted by the largest power of two that divides their size, in descending order. Without
+//! any gap, each tensor then starts at a multiple of its own power of two, up to the alignment of the
+//! data: elements are aligned, and tensors of whole mebibytes start where FUSE requests start.
 
 use crate::tensor::to_u64;
 use std::cmp::Reverse;
@@ -12,14 +12,14 @@ use std::ops::Range;
 use crate::plan::TensorId;
 use crate::source::MAX_HEADER_BYTES;
 
-use super::header::{self, Alignment, Entry};
+use super::header::{self, Alignment, HeaderEntry};
 
-/// Cuts tensors, in their order, into shards of at most `shard_size` bytes of data.
+/// Splits tensors, in their order, into shards of at most `shard_size` bytes of data.
 ///
-/// A tensor that is larger has a shard of its own. A shard also ends where its header would
-/// exceed what readers accept.
-pub(super) fn fill<'a>(
-    entries: impl IntoIterator<Item = Entry<'a>>,
+/// A larger tensor gets its own shard. A shard also ends where its header would become larger than
+/// readers accept.
+pub(super) fn split_into_shards<'a>(
+    entries: impl IntoIterator<Item = HeaderEntry<'a>>,
     shard_size: u64,
 ) -> Vec<Range<usize>> {
     let mut shards: Vec<Range<usize>> = Vec::new();
@@ -41,35 +41,39 @@ pub(super) fn fill<'a>(
     shards
 }
 
-/// One safetensors file of the view: header, then the tensors' bytes without a hole.
+/// One safetensors file of the view: a header, then the bytes of the tensors without gaps.
 #[derive(Debug)]
-pub(super) struct Shard {
-    /// Without its padding.
+pub(super) struct ViewShard {
+    /// Length word and JSON, without the padding.
     header: Box<[u8]>,
+    /// Offset of the first tensor, in bytes.
     data_start: u64,
     tensors: Box<[TensorId]>,
-    /// Offset in the file behind each tensor, in bytes.
+    /// Offset of the end of each tensor, in bytes.
     ends: Box<[u64]>,
 }
 
-impl Shard {
-    /// A file of these tensors; `None` where its size exceeds 2^64 bytes.
-    pub(super) fn new<'a>(mut tensors: Vec<(TensorId, Entry<'a>)>) -> Option<Shard> {
+impl ViewShard {
+    /// A shard of these tensors; `None` if its size exceeds 2^64 bytes.
+    pub(super) fn new<'a>(mut tensors: Vec<(TensorId, HeaderEntry<'a>)>) -> Option<ViewShard> {
         let data = tensors.iter().try_fold(0u64, |sum, (_, e)| sum.checked_add(e.bytes))?;
         let alignment = Alignment::of_shard(data);
         let most = alignment.bytes().trailing_zeros();
         tensors.sort_by_key(|(_, e)| Reverse(e.bytes.trailing_zeros().min(most)));
-        Shard::laid_out(&tensors, alignment)
+        ViewShard::with_alignment(&tensors, alignment)
     }
 
-    /// A file of one tensor; `None` where its size exceeds 2^64 bytes.
+    /// A file of one tensor; `None` if its size exceeds 2^64 bytes.
     ///
-    /// Made for each request: its header is a page, however large the tensor is.
-    pub(super) fn of_one(tensor: TensorId, entry: Entry<'_>) -> Option<Shard> {
-        Shard::laid_out(&[(tensor, entry)], Alignment::Page)
+    /// It is built for each request, so its header is a page, whatever the size of the tensor.
+    pub(super) fn of_one(tensor: TensorId, entry: HeaderEntry<'_>) -> Option<ViewShard> {
+        ViewShard::with_alignment(&[(tensor, entry)], Alignment::Page)
     }
 
-    fn laid_out(tensors: &[(TensorId, Entry<'_>)], alignment: Alignment) -> Option<Shard> {
+    fn with_alignment(
+        tensors: &[(TensorId, HeaderEntry<'_>)],
+        alignment: Alignment,
+    ) -> Option<ViewShard> {
         let (header, data_start) = header::header(tensors.iter().map(|(_, e)| *e), alignment);
         let mut end = data_start;
         let mut ends = Vec::with_capacity(tensors.len());
@@ -79,7 +83,7 @@ impl Shard {
         }
         let tensors = tensors.iter().map(|(id, _)| *id).collect();
         let (header, ends) = (header.into_boxed_slice(), ends.into_boxed_slice());
-        Some(Shard { header, data_start, tensors, ends })
+        Some(ViewShard { header, data_start, tensors, ends })
     }
 
     /// Size of the file, in bytes.
@@ -87,18 +91,18 @@ impl Shard {
         self.ends.last().copied().unwrap_or(self.data_start)
     }
 
-    /// Number of the tensor that holds the file's byte `at`, or of the first behind it.
+    /// Position of the tensor that contains byte `at` of the file, or of the first one after it.
     fn index_at(&self, at: u64) -> usize {
         self.ends.partition_point(|&end| end <= at)
     }
 
-    /// Offset in the file where tensor `i` starts, or where the last one ends.
+    /// Offset in the file where tensor `i` starts; for the position after the last, where that ends.
     fn start(&self, i: usize) -> u64 {
         if i == 0 { self.data_start } else { self.ends[i - 1] }
     }
 
-    /// The tensor that holds all of the file's bytes `at..at + len`, the byte of it where they start,
-    /// and how many they are: fewer than `len` only at the end of the file.
+    /// The tensor that contains all of the file's bytes `at..at + len`, their offset in the tensor, and
+    /// their number: less than `len` only at the end of the file. `None` if no single tensor does.
     pub(super) fn within(&self, at: u64, len: usize) -> Option<(TensorId, u64, usize)> {
         let i = self.index_at(at);
         let (start, end) = (self.start(i), *self.ends.get(i)?);
@@ -106,9 +110,9 @@ impl Shard {
         (at >= start && (n == len || end == self.size())).then(|| (self.tensors[i], at - start, n))
     }
 
-    /// Fills `out` from the bytes at `at` and returns how many there were.
+    /// Reads bytes of the file from offset `at` into `out` and returns how many.
     ///
-    /// `fetch(tensor, at, out)` fills `out` with the bytes of a tensor from `at`.
+    /// `fetch(tensor, at, out)` fills `out` with the bytes of a tensor from offset `at`.
     ///
     /// # Errors
     /// The first error of `fetch`.
@@ -141,7 +145,7 @@ impl Shard {
     }
 }
 
-/// Copies the bytes of `from` at `at` into `out` and returns how many there were.
+/// Copies bytes of `from` from offset `at` on into `out` and returns how many.
 pub(super) fn copy_from(from: &[u8], at: u64, out: &mut [u8]) -> usize {
     let Some(rest) = usize::try_from(at).ok().and_then(|at| from.get(at..)) else { return 0 };
     let n = rest.len().min(out.len());
@@ -169,9 +173,9 @@ mod tests {
     }
 
     impl Tensor {
-        fn entry(&self) -> Entry<'_> {
+        fn entry(&self) -> HeaderEntry<'_> {
             let bytes = self.shape.bytes(self.dtype).expect("small");
-            Entry { name: &self.name, dtype: self.dtype, shape: &self.shape, bytes }
+            HeaderEntry { name: &self.name, dtype: self.dtype, shape: &self.shape, bytes }
         }
     }
 
@@ -182,9 +186,9 @@ mod tests {
             .collect()
     }
 
-    fn shard(tensors: &[Tensor]) -> Shard {
+    fn shard(tensors: &[Tensor]) -> ViewShard {
         let ids = (0..).map(TensorId);
-        Shard::new(ids.zip(tensors.iter().map(Tensor::entry)).collect()).expect("small")
+        ViewShard::new(ids.zip(tensors.iter().map(Tensor::entry)).collect()).expect("small")
     }
 
     /// Byte `at` of a made-up tensor.
@@ -210,7 +214,7 @@ mod tests {
             (vec![u64::MAX >> 4, u64::MAX >> 4], u64::MAX, vec![2]),
         ] {
             let tensors = tensors(&sizes.iter().map(|&n| (DType::U8, n)).collect::<Vec<_>>());
-            let shards = fill(tensors.iter().map(Tensor::entry), shard_size);
+            let shards = split_into_shards(tensors.iter().map(Tensor::entry), shard_size);
             let lengths: Vec<usize> = shards.iter().map(ExactSizeIterator::len).collect();
             assert_eq!(lengths, expected, "{sizes:?} into {shard_size}");
             assert!(shards.into_iter().flatten().eq(0..sizes.len()), "{sizes:?}");
@@ -224,7 +228,7 @@ mod tests {
         let tensors: Vec<Tensor> = (0..5)
             .map(|_| Tensor { name: name.clone(), dtype: DType::U8, shape: [1].into() })
             .collect();
-        assert_eq!(fill(tensors.iter().map(Tensor::entry), 100), [0..3, 3..5]);
+        assert_eq!(split_into_shards(tensors.iter().map(Tensor::entry), 100), [0..3, 3..5]);
     }
 
     #[test]
@@ -259,9 +263,10 @@ mod tests {
     #[test]
     fn a_size_that_overflows_is_refused() {
         let shape = Shape::from([1]);
-        let half = Entry { name: "w", dtype: DType::U8, shape: &shape, bytes: u64::MAX / 2 };
-        let of =
-            |n: usize| Shard::new((0..).map(TensorId).zip(std::iter::repeat_n(half, n)).collect());
+        let half = HeaderEntry { name: "w", dtype: DType::U8, shape: &shape, bytes: u64::MAX / 2 };
+        let of = |n: usize| {
+            ViewShard::new((0..).map(TensorId).zip(std::iter::repeat_n(half, n)).collect())
+        };
         assert_eq!(of(1).map(|s| s.size()), Some(u64::MAX / 2 + (2 << 20)));
         assert!(of(2).is_none(), "the data fits, the header does not");
         assert!(of(3).is_none());

@@ -1,7 +1,7 @@
-//! The live files below `.mount-ckpt`: what serves what, and how much of it was served.
+//! The status files in `.mount-ckpt`: the plan of the view and its counters.
 //!
-//! Their text is made when they are opened, so they have no size before; readers get it by
-//! reading to the end, as in `/proc`.
+//! Their text is rendered when they are opened, so their size is 0 before. As in `/proc`, readers
+//! read to the end.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,38 +9,41 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-/// A file whose text is made when it is opened.
+/// A file whose text is rendered when it is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Live {
-    /// `plan.json`: every tensor and what it is made of.
+pub(super) enum StatusFile {
+    /// `plan.json`: every tensor and its sources.
     Plan,
     /// `stats.json`: counters since the mount.
     Stats,
-    /// `metrics.prom`: the same counters in the text format of Prometheus.
+    /// `metrics.prom`: the same counters in Prometheus' text format.
     Metrics,
 }
 
-impl Live {
-    pub(super) const ALL: [(Live, &'static str); 3] =
-        [(Live::Plan, "plan.json"), (Live::Stats, "stats.json"), (Live::Metrics, "metrics.prom")];
+impl StatusFile {
+    pub(super) const ALL: [(StatusFile, &'static str); 3] = [
+        (StatusFile::Plan, "plan.json"),
+        (StatusFile::Stats, "stats.json"),
+        (StatusFile::Metrics, "metrics.prom"),
+    ];
 }
 
-/// What the view has served since it was built.
+/// Reads of files since the view was built.
 #[derive(Debug)]
-pub(super) struct Served {
+pub(super) struct ReadCounters {
     since: Instant,
     reads: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
 }
 
-impl Served {
-    pub(super) fn new() -> Served {
+impl ReadCounters {
+    pub(super) fn new() -> ReadCounters {
         let zero = || AtomicU64::new(0);
-        Served { since: Instant::now(), reads: zero(), bytes: zero(), errors: zero() }
+        ReadCounters { since: Instant::now(), reads: zero(), bytes: zero(), errors: zero() }
     }
 
-    /// Counts a read that gave so many bytes, or failed.
+    /// Counts a read: the bytes that it returned, or `None` if it failed.
     pub(super) fn count(&self, bytes: Option<u64>) {
         self.reads.fetch_add(1, Ordering::Relaxed);
         match bytes {
@@ -49,7 +52,7 @@ impl Served {
         };
     }
 
-    /// The counters.
+    /// The counters as an object, with the age of the view in seconds.
     pub(super) fn to_json(&self) -> Value {
         json!({
             "seconds": self.since.elapsed().as_secs(),
@@ -60,10 +63,10 @@ impl Served {
     }
 }
 
-/// Values that stay, or go up and down; all others only grow.
+/// Suffixes of values that are gauges; all others are counters, which only grow.
 const GAUGES: [&str; 4] = ["files_count", "files_bytes", "cache_bytes", "cache_budget"];
 
-/// The numbers of `stats` as Prometheus text; nested names are joined by underscores.
+/// The numbers of `stats` in Prometheus' text format; nested names are joined with underscores.
 pub(super) fn prometheus(stats: &Value) -> String {
     let mut out = String::new();
     write_metrics("", stats, &mut out);
@@ -95,7 +98,7 @@ mod tests {
 
     #[test]
     fn reads_bytes_and_errors_are_counted() {
-        let served = Served::new();
+        let served = ReadCounters::new();
         for n in [Some(10), None, Some(5)] {
             served.count(n);
         }

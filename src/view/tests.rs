@@ -119,9 +119,9 @@ fn content_says_how_to_open_a_file() {
     let content = |path: &str| view.content(find(&view, path));
     assert!(matches!(content("model-00001-of-00002.safetensors"), Ok(Content::Computed)));
     assert!(matches!(content(".mount-ckpt/tensors/norm.safetensors"), Ok(Content::Computed)));
-    assert!(matches!(content("config.json"), Ok(Content::Resident)));
-    assert!(matches!(content("tokenizer.json"), Ok(Content::Host(_))));
-    assert!(matches!(content(".mount-ckpt/stats.json"), Ok(Content::Live)));
+    assert!(matches!(content("config.json"), Ok(Content::Memory)));
+    assert!(matches!(content("tokenizer.json"), Ok(Content::Passthrough(_))));
+    assert!(matches!(content(".mount-ckpt/stats.json"), Ok(Content::Status)));
     assert!(matches!(content(""), Err(ViewError::IsADirectory)));
 }
 

@@ -1,8 +1,9 @@
-//! The inode table: directories, files and their numbers, fixed when it is built.
+//! The inode table: all directories and files of a view, immutable once built.
 //!
-//! Nodes are numbered from 1, the root, in the order in which they are added. Files of the
-//! per-tensor tree have no node; the number of the one at `position` in the directory with number
-//! `d` is `d * 2^32 + position`. The same plan over the same files gives the same numbers.
+//! A node's inode number is its position in the table plus 1, in the order in which nodes are added;
+//! 1 is the root. Files of the per-tensor directories have no node: the file at `position` in the
+//! directory with inode number `d` has the number `d * 2^32 + position`. The same plan over the same
+//! files gives the same numbers.
 
 use crate::tensor::to_u64;
 use std::sync::Arc;
@@ -11,12 +12,12 @@ use std::time::SystemTime;
 use crate::plan::TensorId;
 
 use super::Ino;
-use super::host::Host;
-use super::shard::Shard;
-use super::status::Live;
-use super::tensors::{self, TensorDirectory};
+use super::passthrough::PassthroughFile;
+use super::shard::ViewShard;
+use super::status::StatusFile;
+use super::tensor_directory::{self, TensorDirectory};
 
-/// Index of a node; its number is one more.
+/// Position of a node in the table; its inode number is one more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NodeId(u32);
 
@@ -28,62 +29,71 @@ impl NodeId {
     }
 }
 
+/// A file or directory of the table.
 #[derive(Debug)]
 pub(super) struct Node {
     pub(super) parent: NodeId,
     pub(super) mtime: SystemTime,
-    pub(super) body: Body,
+    pub(super) data: NodeData,
 }
 
-/// What stands behind a number of the table.
+/// What a node is, and where its bytes come from.
 #[derive(Debug)]
-pub(super) enum Body {
-    /// Names in order, and their nodes.
+pub(super) enum NodeData {
+    /// Its entries, sorted by name.
     Directory(Vec<(Box<str>, NodeId)>),
-    /// The directory of one file for each tensor.
-    Tensors(TensorDirectory),
-    Shard(Shard),
-    Bytes(Arc<[u8]>),
-    Host(Arc<Host>),
-    Live(Live),
+    /// A directory with one safetensors file for each tensor.
+    TensorDirectory(TensorDirectory),
+    /// A synthetic safetensors file: a header, then bytes from the engine.
+    Shard(ViewShard),
+    /// A file whose bytes are in memory: config.json and the index.
+    Memory(Arc<[u8]>),
+    /// A file of the source, byte for byte.
+    Passthrough(Arc<PassthroughFile>),
+    /// A file whose text is rendered when it is opened.
+    Status(StatusFile),
 }
 
-impl Body {
-    /// Bytes of the file; 0 for what has no size before it is read.
+impl NodeData {
+    /// Size in bytes; 0 for directories and status files.
     pub(super) fn size(&self) -> u64 {
         match self {
-            Body::Directory(_) | Body::Tensors(_) | Body::Live(_) => 0,
-            Body::Shard(shard) => shard.size(),
-            Body::Bytes(bytes) => to_u64(bytes.len()),
-            Body::Host(host) => host.size(),
+            NodeData::Directory(_) | NodeData::TensorDirectory(_) | NodeData::Status(_) => 0,
+            NodeData::Shard(shard) => shard.size(),
+            NodeData::Memory(bytes) => to_u64(bytes.len()),
+            NodeData::Passthrough(file) => file.size(),
         }
     }
 
     pub(super) fn is_directory(&self) -> bool {
         match self {
-            Body::Directory(_) | Body::Tensors(_) => true,
-            Body::Shard(_) | Body::Bytes(_) | Body::Host(_) | Body::Live(_) => false,
+            NodeData::Directory(_) | NodeData::TensorDirectory(_) => true,
+            NodeData::Shard(_)
+            | NodeData::Memory(_)
+            | NodeData::Passthrough(_)
+            | NodeData::Status(_) => false,
         }
     }
 }
 
-/// Where a number leads.
+/// What an inode number refers to.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Place<'a> {
+pub(super) enum InodeRef<'a> {
     Node(NodeId, &'a Node),
-    /// A file of the per-tensor tree in this directory.
-    Tensor(NodeId, TensorId),
+    /// The file of a tensor in this per-tensor directory.
+    TensorFile(NodeId, TensorId),
 }
 
+/// The inode table.
 #[derive(Debug)]
 pub(super) struct Tree {
     nodes: Vec<Node>,
 }
 
 impl Tree {
-    /// An empty root.
+    /// A tree of an empty root directory.
     pub(super) fn new(mtime: SystemTime) -> Tree {
-        let root = Node { parent: NodeId::ROOT, mtime, body: Body::Directory(Vec::new()) };
+        let root = Node { parent: NodeId::ROOT, mtime, data: NodeData::Directory(Vec::new()) };
         Tree { nodes: vec![root] }
     }
 
@@ -96,37 +106,41 @@ impl Tree {
     }
 
     fn children(&self, id: NodeId) -> &[(Box<str>, NodeId)] {
-        match &self.node(id).body {
-            Body::Directory(children) => children,
-            Body::Tensors(_) | Body::Shard(_) | Body::Bytes(_) | Body::Host(_) | Body::Live(_) => {
-                &[]
-            }
+        match &self.node(id).data {
+            NodeData::Directory(children) => children,
+            NodeData::TensorDirectory(_)
+            | NodeData::Shard(_)
+            | NodeData::Memory(_)
+            | NodeData::Passthrough(_)
+            | NodeData::Status(_) => &[],
         }
     }
 
+    /// The node of a name; if there is none, where in the sorted entries it would be.
     fn child_node(&self, parent: NodeId, name: &str) -> Result<NodeId, usize> {
         let children = self.children(parent);
         children.binary_search_by(|(n, _)| n.as_ref().cmp(name)).map(|i| children[i].1)
     }
 
-    /// Adds a node, unless the name is taken or `parent` is no directory.
+    /// Adds a node; `None` if the name is taken or `parent` is not a directory.
     pub(super) fn add(
         &mut self,
         parent: NodeId,
         name: &str,
         mtime: SystemTime,
-        body: Body,
+        data: NodeData,
     ) -> Option<NodeId> {
         let at = self.child_node(parent, name).err()?;
         let id = NodeId(u32::try_from(self.nodes.len()).ok()?);
         let index = usize::try_from(parent.0).ok()?;
-        let Body::Directory(children) = &mut self.nodes[index].body else { return None };
+        let NodeData::Directory(children) = &mut self.nodes[index].data else { return None };
         children.insert(at, (name.into(), id));
-        self.nodes.push(Node { parent, mtime, body });
+        self.nodes.push(Node { parent, mtime, data });
         Some(id)
     }
 
-    /// The directory of this name, made where there is none; `None` where a file has the name.
+    /// The directory of this name, created if absent; `None` if the name is not that of a plain
+    /// directory.
     pub(super) fn directory(
         &mut self,
         parent: NodeId,
@@ -134,62 +148,62 @@ impl Tree {
         mtime: SystemTime,
     ) -> Option<NodeId> {
         match self.child_node(parent, name) {
-            Ok(id) => matches!(self.node(id).body, Body::Directory(_)).then_some(id),
-            Err(_) => self.add(parent, name, mtime, Body::Directory(Vec::new())),
+            Ok(id) => matches!(self.node(id).data, NodeData::Directory(_)).then_some(id),
+            Err(_) => self.add(parent, name, mtime, NodeData::Directory(Vec::new())),
         }
     }
 
-    /// Where a number leads, or `None` where it leads nowhere.
-    pub(super) fn place(&self, ino: Ino) -> Option<Place<'_>> {
+    /// What an inode number refers to; `None` if it is not in use.
+    pub(super) fn resolve(&self, ino: Ino) -> Option<InodeRef<'_>> {
         let low = u32::try_from(ino.0 & u64::from(u32::MAX)).ok()?;
         let high = u32::try_from(ino.0 >> 32).ok()?;
         let id = NodeId(if high == 0 { low } else { high }.checked_sub(1)?);
         let node = self.nodes.get(usize::try_from(id.0).ok()?)?;
         if high == 0 {
-            return Some(Place::Node(id, node));
+            return Some(InodeRef::Node(id, node));
         }
-        let Body::Tensors(directory) = &node.body else { return None };
-        Some(Place::Tensor(id, directory.tensor(low)?))
+        let NodeData::TensorDirectory(directory) = &node.data else { return None };
+        Some(InodeRef::TensorFile(id, directory.tensor(low)?))
     }
 
-    /// The number of a name in a directory.
+    /// The inode number of a name in a directory.
     pub(super) fn child<'a>(
         &self,
         parent: NodeId,
         name: &str,
         name_of: impl Fn(TensorId) -> &'a str,
     ) -> Option<Ino> {
-        match &self.node(parent).body {
-            Body::Tensors(directory) => {
+        match &self.node(parent).data {
+            NodeData::TensorDirectory(directory) => {
                 directory.find(name, name_of).map(|position| tensor_ino(parent, position))
             }
-            Body::Directory(_)
-            | Body::Shard(_)
-            | Body::Bytes(_)
-            | Body::Host(_)
-            | Body::Live(_) => self.child_node(parent, name).ok().map(NodeId::ino),
+            NodeData::Directory(_)
+            | NodeData::Shard(_)
+            | NodeData::Memory(_)
+            | NodeData::Passthrough(_)
+            | NodeData::Status(_) => self.child_node(parent, name).ok().map(NodeId::ino),
         }
     }
 
-    /// Name and number of the `n`th entry of a directory, by name; without `.` and `..`.
+    /// Name and inode number of the `n`th entry of a directory, sorted by name, without `.` and `..`.
     pub(super) fn nth<'a>(
         &self,
         directory: NodeId,
         n: usize,
         name_of: impl Fn(TensorId) -> &'a str,
     ) -> Option<(std::borrow::Cow<'_, str>, Ino)> {
-        if let Body::Tensors(tensors) = &self.node(directory).body {
+        if let NodeData::TensorDirectory(tensors) = &self.node(directory).data {
             let position = tensors.nth(n)?;
-            let name = tensors::file_name(name_of(tensors.tensor(position)?));
+            let name = tensor_directory::file_name(name_of(tensors.tensor(position)?));
             return Some((name.into(), tensor_ino(directory, position)));
         }
         let (name, id) = self.children(directory).get(n)?;
         Some((name.as_ref().into(), id.ino()))
     }
 
-    /// Number of directories in a directory.
+    /// Number of subdirectories of a directory.
     pub(super) fn subdirectories(&self, id: NodeId) -> usize {
-        self.children(id).iter().filter(|(_, c)| self.node(*c).body.is_directory()).count()
+        self.children(id).iter().filter(|(_, c)| self.node(*c).data.is_directory()).count()
     }
 
     /// Path of a node from the root, without a leading slash.
@@ -208,6 +222,7 @@ impl Tree {
     }
 }
 
+/// The inode number of a file in a per-tensor directory.
 fn tensor_ino(directory: NodeId, position: u32) -> Ino {
     Ino(directory.ino().0 << 32 | u64::from(position))
 }
@@ -225,18 +240,18 @@ mod tests {
         NAMES[id.0 as usize]
     }
 
-    fn bytes() -> Body {
-        Body::Bytes(Arc::from(&b"abc"[..]))
+    fn bytes() -> NodeData {
+        NodeData::Memory(Arc::from(&b"abc"[..]))
     }
 
     fn tree() -> Tree {
         let mut tree = Tree::new(T);
         let dir = tree.directory(NodeId::ROOT, "dir", T).expect("free");
         tree.add(dir, "z", T, bytes()).expect("free");
-        tree.add(dir, "a", T, Body::Live(Live::Stats)).expect("free");
+        tree.add(dir, "a", T, NodeData::Status(StatusFile::Stats)).expect("free");
         let ids = [TensorId(2), TensorId(0), TensorId(1)];
         let tensors = TensorDirectory::new(&ids, name_of);
-        tree.add(NodeId::ROOT, "tensors", T, Body::Tensors(tensors)).expect("free");
+        tree.add(NodeId::ROOT, "tensors", T, NodeData::TensorDirectory(tensors)).expect("free");
         tree
     }
 
@@ -260,13 +275,13 @@ mod tests {
         for directory in [NodeId::ROOT, NodeId(1), NodeId(4)] {
             for (name, ino) in list(&tree, directory) {
                 assert_eq!(tree.child(directory, &name, name_of), Some(ino), "{name}");
-                match tree.place(ino).expect("leads somewhere") {
-                    Place::Node(id, node) => {
+                match tree.resolve(ino).expect("leads somewhere") {
+                    InodeRef::Node(id, node) => {
                         assert_eq!((id.ino(), node.parent), (ino, directory), "{name}");
                     }
-                    Place::Tensor(id, tensor) => {
+                    InodeRef::TensorFile(id, tensor) => {
                         assert_eq!(id, directory);
-                        assert_eq!(tensors::file_name(name_of(tensor)), name);
+                        assert_eq!(tensor_directory::file_name(name_of(tensor)), name);
                     }
                 }
             }
@@ -277,7 +292,7 @@ mod tests {
     fn numbers_that_nobody_has_lead_nowhere() {
         let tree = tree();
         for ino in [0, 6, 5 << 32 | 3, 4 << 32, 6 << 32, u64::MAX, u64::from(u32::MAX)] {
-            assert!(tree.place(Ino(ino)).is_none(), "{ino:#x}");
+            assert!(tree.resolve(Ino(ino)).is_none(), "{ino:#x}");
         }
         assert_eq!(tree.child(NodeId(1), "absent", name_of), None);
         assert_eq!(tree.child(NodeId(2), "z", name_of), None, "a file has no children");
@@ -303,6 +318,6 @@ mod tests {
         }
         assert_eq!(tree.subdirectories(NodeId::ROOT), 2);
         assert_eq!(tree.subdirectories(NodeId(1)), 0);
-        assert_eq!(tree.node(NodeId(2)).body.size(), 3);
+        assert_eq!(tree.node(NodeId(2)).data.size(), 3);
     }
 }

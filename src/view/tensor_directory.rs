@@ -1,7 +1,8 @@
-//! The per-tensor tree: one safetensors file for each tensor of a directory.
+//! Per-tensor directories: one safetensors file for each tensor.
 //!
-//! Nothing is kept for such a file but its place in the order of names; its number follows from
-//! that of the tensor, its header is made when it is asked for.
+//! To keep 200,000 such files cheap, a directory stores only the ids of its tensors and the order of
+//! their names: 8 bytes for each. A file's inode number follows from the position of its tensor, and
+//! its header is built for each request.
 
 use std::borrow::Cow;
 
@@ -9,10 +10,11 @@ use crate::plan::TensorId;
 
 const SUFFIX: &str = ".safetensors";
 
-/// Longest name of a file, in bytes (NAME_MAX of every common file system).
+/// Longest file name, in bytes: NAME_MAX of Linux.
 const NAME_MAX: usize = 255;
 
-/// Name of the file that holds one tensor: its name, with `%`, `/` and NUL as `%25`, `%2F`, `%00`.
+/// File name for a tensor: its name with `%`, `/` and NUL escaped as `%25`, `%2F` and `%00`, and the
+/// suffix.
 pub(super) fn file_name(tensor: &str) -> String {
     let mut name = String::with_capacity(tensor.len() + SUFFIX.len());
     for c in tensor.chars() {
@@ -27,7 +29,7 @@ pub(super) fn file_name(tensor: &str) -> String {
     name
 }
 
-/// The tensor whose file is called so, or `None` where no tensor's is.
+/// The inverse of [`file_name`]; `None` if `file` is not the file name of any tensor.
 fn tensor_name(file: &str) -> Option<Cow<'_, str>> {
     let name = file.strip_suffix(SUFFIX)?;
     if name.contains(['/', '\0']) {
@@ -51,27 +53,27 @@ fn tensor_name(file: &str) -> Option<Cow<'_, str>> {
     Some(Cow::Owned(tensor))
 }
 
-/// The tensors of one directory of the plan, by name and by position.
+/// The tensors of one directory of the plan, by position and sorted by name.
 #[derive(Debug)]
 pub(super) struct TensorDirectory {
     tensors: Box<[TensorId]>,
-    /// Positions in `tensors` in the order of their names. A tensor whose file name would be too
-    /// long has a position and no file.
+    /// Positions in `tensors`, sorted by tensor name. A tensor whose file name would be too long has
+    /// a position but no file.
     sorted: Box<[u32]>,
 }
 
 impl TensorDirectory {
-    /// The tree of these tensors, none of which occurs twice.
+    /// A directory of these tensors, which must be distinct.
     ///
     /// # Panics
-    /// Where there are 2^32 of them or more, which a [`TensorId`] cannot count.
+    /// If there are 2^32 tensors or more, which a [`TensorId`] cannot count.
     pub(super) fn new<'a>(
         tensors: &[TensorId],
         name_of: impl Fn(TensorId) -> &'a str,
     ) -> TensorDirectory {
         let count = u32::try_from(tensors.len()).expect("tensors are counted by a u32");
         let fits = |name: &str| {
-            // Three bytes for one where escaped: most names are far from needing a closer look.
+            // An escape is three bytes: most names are short enough without a closer look.
             name.len() * 3 + SUFFIX.len() <= NAME_MAX || file_name(name).len() <= NAME_MAX
         };
         let mut sorted: Vec<(&str, u32)> =
@@ -94,12 +96,12 @@ impl TensorDirectory {
         self.tensors.get(usize::try_from(position).ok()?).copied()
     }
 
-    /// Position of the `n`th file by name.
+    /// Position of the `n`th file, sorted by name.
     pub(super) fn nth(&self, n: usize) -> Option<u32> {
         self.sorted.get(n).copied()
     }
 
-    /// Position of the tensor whose file is called `file`.
+    /// Position of the tensor whose file name is `file`.
     pub(super) fn find<'a>(
         &self,
         file: &str,

@@ -1,16 +1,22 @@
-//! Work that is done before a reader asks for it, by threads of its own.
+//! The prefetch threads and their queue of jobs.
+//!
+//! Prefetching is optional work: jobs may be dropped, and a reader that comes first does the work
+//! itself.
 
 use std::collections::VecDeque;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
-/// Jobs that wait at most: what a reader asks for itself meanwhile is no use any more.
-const WAITING: usize = 64;
+/// Most jobs in the queue; older ones are dropped. By the time they would run, the reader has
+/// probably decoded those bytes itself.
+const MAX_QUEUED_JOBS: usize = 64;
 
-/// Does jobs in the order in which they came. The first job starts the threads; dropped, it waits
-/// until those under way are done.
-pub(super) struct Ahead<J: Send + 'static> {
+/// A pool of threads that run jobs in the order in which they were queued.
+///
+/// The first job starts the threads. Dropping the pool discards queued jobs and waits for those that
+/// are running.
+pub(super) struct PrefetchPool<J: Send + 'static> {
     queue: Arc<Queue<J>>,
     threads: usize,
     work: Arc<dyn Fn(J) + Send + Sync>,
@@ -18,22 +24,22 @@ pub(super) struct Ahead<J: Send + 'static> {
 }
 
 struct Queue<J> {
-    state: Mutex<State<J>>,
+    state: Mutex<QueueState<J>>,
     changed: Condvar,
 }
 
-struct State<J> {
+struct QueueState<J> {
     jobs: VecDeque<J>,
     closed: bool,
 }
 
 impl<J> Queue<J> {
-    fn lock(&self) -> MutexGuard<'_, State<J>> {
-        // Whole between two calls: no job runs under the lock.
+    fn lock(&self) -> MutexGuard<'_, QueueState<J>> {
+        // Poisoning does not matter: no job runs under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next job, once there is one; `None` when there will be no more.
+    /// Waits for a job and takes it; `None` once the pool is closed.
     fn next(&self) -> Option<J> {
         let mut state = self.lock();
         loop {
@@ -48,22 +54,22 @@ impl<J> Queue<J> {
     }
 }
 
-impl<J: Send + 'static> Ahead<J> {
-    /// Jobs that `threads` threads do by `work`.
-    pub(super) fn new(threads: usize, work: impl Fn(J) + Send + Sync + 'static) -> Ahead<J> {
-        let state = Mutex::new(State { jobs: VecDeque::new(), closed: false });
+impl<J: Send + 'static> PrefetchPool<J> {
+    /// A pool of `threads` threads that run each job with `work`.
+    pub(super) fn new(threads: usize, work: impl Fn(J) + Send + Sync + 'static) -> PrefetchPool<J> {
+        let state = Mutex::new(QueueState { jobs: VecDeque::new(), closed: false });
         let queue = Arc::new(Queue { state, changed: Condvar::new() });
-        Ahead { queue, threads, work: Arc::new(work), workers: OnceLock::new() }
+        PrefetchPool { queue, threads, work: Arc::new(work), workers: OnceLock::new() }
     }
 
-    /// Adds jobs. Where too many wait, the oldest are forgotten.
+    /// Queues jobs. If the queue is full, the oldest jobs are dropped.
     pub(super) fn push(&self, jobs: impl IntoIterator<Item = J>) {
         let mut state = self.queue.lock();
         let before = state.jobs.len();
         state.jobs.extend(jobs);
         let added = state.jobs.len() > before;
-        let surplus = state.jobs.len().saturating_sub(WAITING);
-        state.jobs.drain(..surplus);
+        let excess = state.jobs.len().saturating_sub(MAX_QUEUED_JOBS);
+        state.jobs.drain(..excess);
         drop(state);
         if added {
             self.workers.get_or_init(|| self.start());
@@ -76,23 +82,23 @@ impl<J: Send + 'static> Ahead<J> {
             let (queue, work) = (Arc::clone(&self.queue), Arc::clone(&self.work));
             let run = move || {
                 while let Some(job) = queue.next() {
-                    // A panic is a bug that the reader of the same bytes will meet and tell of.
+                    // A panic here is a bug; the reader of these bytes hits it again and reports it.
                     let _ = panic::catch_unwind(AssertUnwindSafe(|| work(job)));
                 }
             };
-            // Without threads, readers do everything themselves.
-            thread::Builder::new().name("ahead".to_owned()).spawn(run).ok()
+            // If no thread can be started, readers do all the work themselves.
+            thread::Builder::new().name("prefetch".to_owned()).spawn(run).ok()
         };
         (0..self.threads).filter_map(spawn).collect()
     }
 }
 
-impl<J: Send + 'static> Drop for Ahead<J> {
+impl<J: Send + 'static> Drop for PrefetchPool<J> {
     fn drop(&mut self) {
         self.queue.lock().closed = true;
         self.queue.changed.notify_all();
         for worker in self.workers.take().into_iter().flatten() {
-            // Panics were caught.
+            // Cannot fail: the thread catches the panics of its jobs.
             let _ = worker.join();
         }
     }
@@ -107,7 +113,7 @@ mod tests {
     #[test]
     fn jobs_are_done_in_order_and_a_panic_is_not_the_end() {
         let (send, done) = mpsc::channel();
-        let ahead = Ahead::new(1, move |job: u32| {
+        let ahead = PrefetchPool::new(1, move |job: u32| {
             assert_ne!(job, 2, "a bug in a job");
             send.send(job).unwrap();
         });
@@ -121,14 +127,14 @@ mod tests {
     fn the_oldest_are_forgotten_and_the_end_does_not_wait_for_the_rest() {
         let (go, started) = (Arc::new(Mutex::new(())), mpsc::channel());
         let (held, (send, running)) = (Arc::clone(&go), started);
-        let ahead = Ahead::new(1, move |job: usize| {
+        let ahead = PrefetchPool::new(1, move |job: usize| {
             let _ = send.send(job);
             drop(held.lock());
         });
         let gate = go.lock().unwrap();
         ahead.push([0]);
         assert_eq!(running.recv(), Ok(0));
-        ahead.push(1..WAITING + 11);
+        ahead.push(1..MAX_QUEUED_JOBS + 11);
         assert_eq!(ahead.queue.lock().jobs.front(), Some(&11));
         drop(gate);
         assert_eq!(running.recv(), Ok(11));

@@ -1,40 +1,43 @@
-//! The part of a fragment that falls into a chunk, seen as a 2-D box of the matrix and where it
-//! goes in the chunk.
+//! Intersects a fragment with a chunk: 2-D copies from a matrix into the chunk.
+//!
+//! A fragment maps an N-d box of a matrix to an N-d box of the view's tensor. A chunk is some rows of
+//! one plane. What the fragment contributes to the chunk is a 2-D box of the matrix, possibly
+//! strided, possibly transposed.
 
 use crate::plan::{ChunkBox, Fragment, Matrix};
 use crate::tensor::{Axis, BoxMap, Shape};
 
-/// Start, step and count along one direction, in elements.
+/// A strided range along one axis: start, step and count, in elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Span {
+pub(super) struct StridedRange {
     pub start: u64,
     pub step: u64,
     pub count: u64,
 }
 
-/// A 2-D box of a matrix (rows are all axes but the last) and its place in a chunk.
+/// A 2-D box of a matrix, whose rows are all axes but the last, and the box of a chunk to copy it to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Placement {
+pub(super) struct BoxCopy {
     /// Rows of the matrix.
-    pub rows: Span,
+    pub rows: StridedRange,
     /// Columns of the matrix.
-    pub cols: Span,
-    /// Whether matrix rows run along the chunk's columns.
+    pub cols: StridedRange,
+    /// Whether rows of the matrix become columns of the chunk.
     pub transposed: bool,
-    /// Rows of the chunk; their count is that of what runs along them.
-    pub to_rows: Span,
+    /// Rows of the chunk, as many as `rows`, or as `cols` if `transposed`.
+    pub to_rows: StridedRange,
     /// Columns of the chunk.
-    pub to_cols: Span,
+    pub to_cols: StridedRange,
 }
 
-/// What of a fragment falls into a chunk: nothing, one placement, or (where neither of the chunk's
-/// directions moves along the matrix's columns) one for each row of the chunk.
-pub(super) fn placements(
+/// The copies that a fragment contributes to a chunk: none, one, or (if neither axis of the chunk
+/// runs along the matrix's columns) one for each row of the chunk.
+pub(super) fn copies_into_chunk(
     fragment: &Fragment,
     matrix: &Matrix,
     shape: &Shape,
     chunk: ChunkBox,
-) -> Vec<Placement> {
+) -> Vec<BoxCopy> {
     let (start, extent) = chunk_region(shape, chunk);
     let Some(map) = fragment.map.within(&start, &extent) else { return Vec::new() };
     let map = map.relative_to(&start);
@@ -59,11 +62,12 @@ pub(super) fn placements(
         outer.iter().enumerate().find(moving).map(|(a, x)| x.step * row_stride(a))
     };
     let count = |along: Option<u8>| along.map_or(1, |k| map.extent[usize::from(k)]);
-    let span = |axis: Axis| Span { start: axis.start, step: axis.step, count: count(axis.along) };
+    let span =
+        |axis: Axis| StridedRange { start: axis.start, step: axis.step, count: count(axis.along) };
     let cols = span(last);
     let rows_along = |along: Option<u8>| match row_step(along) {
-        Some(step) => Span { start: row_start, step, count: count(along) },
-        None => Span { start: row_start, step: 1, count: 1 },
+        Some(step) => StridedRange { start: row_start, step, count: count(along) },
+        None => StridedRange { start: row_start, step: 1, count: 1 },
     };
     let (to_rows, to_cols) = (span(to_row), span(to_col));
 
@@ -71,27 +75,27 @@ pub(super) fn placements(
     let cols_move_cols = last.along.is_some() && last.along == along_cols;
     if cols_move_rows {
         let rows = rows_along(along_cols);
-        return vec![Placement { rows, cols, transposed: true, to_rows, to_cols }];
+        return vec![BoxCopy { rows, cols, transposed: true, to_rows, to_cols }];
     }
     if cols_move_cols || along_cols.is_none() {
         let rows = rows_along(along_rows);
-        return vec![Placement { rows, cols, transposed: false, to_rows, to_cols }];
+        return vec![BoxCopy { rows, cols, transposed: false, to_rows, to_cols }];
     }
-    // The chunk's columns move along matrix rows, and so do its rows, if they move at all.
+    // Both axes of the chunk run along rows of the matrix; its rows may be a single one.
     let step = row_step(along_rows).unwrap_or(0);
     let rows = rows_along(along_cols);
     (0..count(along_rows))
-        .map(|i| Placement {
-            rows: Span { start: rows.start + i * step, ..rows },
+        .map(|i| BoxCopy {
+            rows: StridedRange { start: rows.start + i * step, ..rows },
             cols,
             transposed: true,
-            to_rows: Span { start: to_rows.start + i * to_rows.step, step: 1, count: 1 },
+            to_rows: StridedRange { start: to_rows.start + i * to_rows.step, step: 1, count: 1 },
             to_cols,
         })
         .collect()
 }
 
-/// The chunk's box in the tensor.
+/// The chunk as a box of the tensor: start and extent for each axis.
 fn chunk_region(shape: &Shape, chunk: ChunkBox) -> (Vec<u64>, Vec<u64>) {
     let dims = shape.dims();
     match dims {
@@ -112,7 +116,7 @@ fn chunk_region(shape: &Shape, chunk: ChunkBox) -> (Vec<u64>, Vec<u64>) {
     }
 }
 
-/// Whether a fragment turns rows into columns somewhere: its source is read in narrow strips.
+/// Whether a fragment turns columns into rows, so that a chunk needs a narrow strip of its source.
 pub(super) fn transposes(map: &BoxMap) -> bool {
     let last = map.source.last().and_then(|a| a.along);
     last.is_some() && map.target.last().and_then(|a| a.along) != last

@@ -1,4 +1,4 @@
-//! A file of the source that the view shows byte for byte.
+//! A file of the source that the view shows byte for byte, such as tokenizer.json.
 
 use std::fs::File;
 use std::io;
@@ -9,21 +9,22 @@ use std::time::SystemTime;
 
 use super::ViewError;
 
-/// A file outside the view, as it was when the view was built; opened once, at its first read.
+/// A file of the source, with its size and time when the view was built. It is opened once, when it
+/// is first opened or read.
 #[derive(Debug)]
-pub(super) struct Host {
+pub(super) struct PassthroughFile {
     path: PathBuf,
     size: u64,
     mtime: SystemTime,
     file: OnceLock<File>,
 }
 
-impl Host {
-    pub(super) fn new(path: PathBuf, size: u64, mtime: SystemTime) -> Host {
-        Host { path, size, mtime, file: OnceLock::new() }
+impl PassthroughFile {
+    pub(super) fn new(path: PathBuf, size: u64, mtime: SystemTime) -> PassthroughFile {
+        PassthroughFile { path, size, mtime, file: OnceLock::new() }
     }
 
-    /// Size in bytes, when the view was built.
+    /// Size in bytes when the view was built.
     pub(super) fn size(&self) -> u64 {
         self.size
     }
@@ -31,7 +32,7 @@ impl Host {
     /// The open file.
     ///
     /// # Errors
-    /// Where it cannot be opened, or is another file than when the view was built: its new bytes
+    /// If it cannot be opened, or has another size or time than when the view was built: its new bytes
     /// would be cut to the old size.
     pub(super) fn file(&self) -> Result<&File, ViewError> {
         if let Some(file) = self.file.get() {
@@ -45,11 +46,11 @@ impl Host {
         Ok(self.file.get_or_init(|| file))
     }
 
-    /// Fills `out` from the bytes at `at` and returns how many there were, counted by the size
-    /// when the view was built.
+    /// Reads bytes from offset `at` into `out` and returns how many. The file ends at its size when
+    /// the view was built.
     ///
     /// # Errors
-    /// As [`Host::file`], and where the file ends before that size.
+    /// As [`PassthroughFile::file`], and if the file is now shorter than that.
     pub(super) fn read(&self, at: u64, out: &mut [u8]) -> Result<usize, ViewError> {
         let rest = self.size.saturating_sub(at);
         let n = usize::try_from(rest).unwrap_or(usize::MAX).min(out.len());
@@ -84,9 +85,9 @@ mod tests {
 
     use super::*;
 
-    fn host(path: &Path) -> Host {
+    fn host(path: &Path) -> PassthroughFile {
         let now = fs::metadata(path).expect("there");
-        Host::new(path.to_owned(), now.len(), now.modified().expect("known"))
+        PassthroughFile::new(path.to_owned(), now.len(), now.modified().expect("known"))
     }
 
     #[test]
