@@ -2,19 +2,12 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use super::assemble::{self, Dropped, Leftover, Target};
-use super::companions;
-use super::complete::Completeness;
-use super::detect::source_layout;
-use super::directories::{Layers, natural_key, refuse_uncastable};
-use super::matrix::ScaleReading;
+use super::arrange::{self, Completeness, Dropped, Leftover, Target, source_layout};
+use super::gather::{self, Whole, check_extents, wholes};
+use super::lay_out::{self, Facets, Layers, Original, natural_key, refuse_uncastable, stated};
 use super::options::{PlanOptions, Unmapped};
-use super::problems::{PlanError, Problem, Problems};
-use super::quantize::{self, Facets, Original};
-use super::show::{Summary, SummaryParts};
-use super::stated::stated;
-use super::wholes::{Whole, check_extents, wholes};
-use super::{Plan, sources};
+use super::report::{PlanError, Problem, Problems, Summary, SummaryParts};
+use super::{Plan, ScaleReading};
 use crate::mapping::{LayoutName, Mapping, Resolved};
 use crate::source::Checkpoint;
 
@@ -30,7 +23,7 @@ impl Plan {
     ) -> Result<Plan, PlanError> {
         let mapping = &mapping.resolve(&|key| checkpoint.config().get(key).cloned())?;
         let mut problems = Problems::default();
-        let grouped = sources::matrices(checkpoint, mapping, options.scale_reading, &mut problems)?;
+        let grouped = gather::matrices(checkpoint, mapping, options.scale_reading, &mut problems)?;
         let matrices = grouped.list;
         let wholes = wholes(&matrices, checkpoint, &mut problems);
         let from = source_layout(&wholes, &matrices, checkpoint, mapping)?;
@@ -45,7 +38,7 @@ impl Plan {
         let original = match original {
             Some(original) => Some(Original {
                 checkpoint: original,
-                matrices: sources::matrices(
+                matrices: gather::matrices(
                     original,
                     mapping,
                     options.scale_reading,
@@ -58,8 +51,8 @@ impl Plan {
         let mut dropped = Dropped::new();
         let mut leftovers: Vec<Leftover> = Vec::new();
         let logical = match source {
-            None => assemble::from_published(&wholes, mapping, &mut problems),
-            Some(layout) => assemble::from_layout(
+            None => arrange::from_published(&wholes, mapping, &mut problems),
+            Some(layout) => arrange::from_layout(
                 &wholes,
                 layout,
                 original.as_ref().map(|o| &o.matrices[..]),
@@ -71,7 +64,7 @@ impl Plan {
         let mut targets = match target {
             None => Vec::new(),
             Some(layout) => {
-                assemble::to_layout(&logical, layout, &mut dropped, &mut leftovers, &mut problems)
+                arrange::to_layout(&logical, layout, &mut dropped, &mut leftovers, &mut problems)
             }
         };
         let published = |name: &str| mapping.layouts().any(|l| l.take_hf(name).is_some());
@@ -88,16 +81,16 @@ impl Plan {
         };
         completeness.check(strangers, &mut problems);
         let (lacking, absent) = (completeness.lacking, completeness.absent);
-        companions::check_config(checkpoint.config(), &matrices, &mut problems);
+        gather::check_config(checkpoint.config(), &matrices, &mut problems);
         if target.is_none() {
-            targets = assemble::to_published(logical, mapping, source.is_some(), &mut leftovers);
+            targets = arrange::to_published(logical, mapping, source.is_some(), &mut leftovers);
         }
         let unmapped = unmapped(&leftovers, &wholes, options.unmapped, &mut targets, &mut problems);
         // A published checkpoint that is quantized is so already, in its own way.
         let stored = source.is_none() && matrices.iter().any(|m| m.scales.is_some());
         let stored = stored && options.quantize.is_some() && original.is_none();
         let facets = if stored && target.is_none() {
-            quantize::as_stored(checkpoint, &matrices, mapping, &mut targets)
+            lay_out::as_stored(checkpoint, &matrices, mapping, &mut targets)
         } else {
             facets(mapping, options, original.as_ref(), to, &mut targets, &mut problems)?
         };
@@ -169,9 +162,9 @@ fn facets(
         return Err(PlanError::QuantizedLayout(to));
     }
     match original {
-        Some(original) => Ok(quantize::by_original(original, mapping, targets, problems)),
+        Some(original) => Ok(lay_out::by_original(original, mapping, targets, problems)),
         None => {
-            let facets = quantize::by_mapping(mapping, quantize.scale_dtype, targets, problems);
+            let facets = lay_out::by_mapping(mapping, quantize.scale_dtype, targets, problems);
             if facets.quantized.is_empty() && !mapping.published_plain {
                 let lacks = "which tensors of this checkpoint are quantized";
                 let mapping = mapping.name.clone();

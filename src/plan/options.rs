@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use regex::Regex;
 
-use super::matrix::ScaleReading;
-use super::slice::{ExpertParallel, ExpertShard};
+use super::{ExpertParallel, ExpertShard, ScaleReading};
 use crate::mapping::LayoutName;
 use crate::source::Checkpoint;
 use crate::tensor::Float;

@@ -2,9 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::assemble::{Logical, Target, empty_part, fragments_of, has_few_pieces};
-use super::problems::{Problem, Problems};
+use super::assemble::{empty_part, has_few_pieces};
+use super::{Logical, Target};
 use crate::mapping::{Assembled, Bindings, Layout, Row, Rule, Side};
+use crate::plan::fragment::fragments_of;
+use crate::plan::report::{Problem, Problems};
 
 /// Missing parts that are looked at one by one: a config.json can ask for any number of them.
 const WALKED: usize = 1 << 16;

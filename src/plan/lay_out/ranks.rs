@@ -1,8 +1,8 @@
 //! Expert-parallel cuts of grouped tensors.
 
-use super::Fragment;
-use super::assemble::Target;
-use super::problems::{Problem, Problems};
+use crate::plan::Fragment;
+use crate::plan::arrange::Target;
+use crate::plan::report::{Problem, Problems};
 
 /// Ranks that share the experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -227,7 +227,7 @@ pub enum PlanError {
         /// Tensors of the checkpoint.
         tensors: usize,
     },
-    /// `include` and `exclude` of [`super::PlanOptions`] leave no tensor.
+    /// `include` and `exclude` of [`crate::plan::PlanOptions`] leave no tensor.
     #[error("the view is empty: no tensor's name passes the filters")]
     Empty,
     /// `expert_parallel` or `expert_shard` for a layout without grouped experts.

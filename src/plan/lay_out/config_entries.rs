@@ -5,11 +5,11 @@
 
 use serde_json::Value;
 
-use super::assemble::Target;
-use super::problems::PlanError;
-use super::{Body, EncodedMatrix, Origin, Stated, TensorPlan};
 use crate::codec::{ScaleCode, Scheme};
 use crate::mapping::{QuantizationConfig, Resolved};
+use crate::plan::arrange::Target;
+use crate::plan::report::PlanError;
+use crate::plan::{Body, EncodedMatrix, Origin, Stated, TensorPlan};
 use crate::source::{Checkpoint, Config};
 use crate::tensor::Float;
 
@@ -18,7 +18,7 @@ use crate::tensor::Float;
 ///
 /// # Errors
 /// Where neither the original nor the mapping says what `quantization_config` is.
-pub(super) fn stated(
+pub(in crate::plan) fn stated(
     is_quantized: bool,
     like: Option<&Checkpoint>,
     mapping: &Resolved,

@@ -3,25 +3,26 @@
 
 use std::collections::HashSet;
 
-use super::assemble::MOST_PIECES;
-use super::matrix::{Matrix, MatrixScales, ScaleBand, ScaleReading, fused_bands};
 use super::orphans::one_of;
-use super::problems::{PlanError, Problem, Problems};
 use crate::codec::{ScaleGrid, Scheme};
 use crate::mapping::{Bindings, Encoding, NameTemplate, Resolved};
+use crate::plan::fragment::MOST_PIECES;
+use crate::plan::matrix::fused_bands;
+use crate::plan::report::{PlanError, Problem, Problems};
+use crate::plan::{Matrix, MatrixScales, ScaleBand, ScaleReading};
 use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Shape};
 
 /// The matrices of a checkpoint, in the order of their payloads' names.
 #[derive(Debug)]
-pub(super) struct Matrices {
+pub(in crate::plan) struct Matrices {
     pub list: Vec<Matrix>,
     /// Pairs whose scales are shared over the boundary of the two tensors.
     pub fused_pairs: u64,
 }
 
 /// Groups all tensors of `checkpoint` by the mapping's encodings.
-pub(super) fn matrices(
+pub(in crate::plan) fn matrices(
     checkpoint: &Checkpoint,
     mapping: &Resolved,
     reading: ScaleReading,

@@ -6,21 +6,22 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::assemble::Target;
-use super::matrix::{Matrix, ScaleBand, fused_bands};
-use super::problems::{Problem, Problems};
-use super::{
-    Body, Computed, Encoded, EncodedMatrix, EncodedMatrixId, Facet, Fragment, Grid, Member, Origin,
-    ScaleOf, SourceRange, cover,
-};
+use super::bodies;
 use crate::codec::Scheme;
 use crate::mapping::{Bindings, Encoding, Resolved};
+use crate::plan::arrange::Target;
+use crate::plan::matrix::fused_bands;
+use crate::plan::report::{Problem, Problems};
+use crate::plan::{
+    Body, Computed, Encoded, EncodedMatrix, EncodedMatrixId, Facet, Fragment, Grid, Matrix, Member,
+    Origin, ScaleBand, ScaleOf, SourceRange,
+};
 use crate::source::{Checkpoint, SourceId};
 use crate::tensor::{DType, Float, Shape};
 
 /// A tensor of the view that is a facet of a quantized matrix.
 #[derive(Debug)]
-pub(super) struct FacetTensor {
+pub(in crate::plan) struct FacetTensor {
     pub name: String,
     pub dtype: DType,
     pub shape: Shape,
@@ -29,7 +30,7 @@ pub(super) struct FacetTensor {
 
 /// Everything that quantizing made.
 #[derive(Debug, Default)]
-pub(super) struct Facets {
+pub(in crate::plan) struct Facets {
     pub tensors: Vec<FacetTensor>,
     pub quantized: Vec<EncodedMatrix>,
     /// Dtypes that plain tensors have in the original, by name.
@@ -38,13 +39,13 @@ pub(super) struct Facets {
 
 /// The checkpoint that scales are taken from, and its matrices.
 #[derive(Debug)]
-pub(super) struct Original<'a> {
+pub(in crate::plan) struct Original<'a> {
     pub checkpoint: &'a Checkpoint,
     pub matrices: Vec<Matrix>,
 }
 
 /// Takes the targets that the original checkpoint holds quantized, and gives their facets.
-pub(super) fn by_original(
+pub(in crate::plan) fn by_original(
     original: &Original<'_>,
     mapping: &Resolved,
     targets: &mut Vec<Target>,
@@ -112,7 +113,7 @@ pub(super) fn by_original(
 
 /// Takes the targets that a published checkpoint holds quantized, and gives the tensors that it holds
 /// them in.
-pub(super) fn as_stored(
+pub(in crate::plan) fn as_stored(
     checkpoint: &Checkpoint,
     matrices: &[Matrix],
     mapping: &Resolved,
@@ -148,7 +149,7 @@ pub(super) fn as_stored(
 /// Takes the targets that the model's published checkpoints hold quantized, and gives their facets.
 ///
 /// `scale_dtype` is what INT4 scales are stored as.
-pub(super) fn by_mapping(
+pub(in crate::plan) fn by_mapping(
     mapping: &Resolved,
     scale_dtype: Option<Float>,
     targets: &mut Vec<Target>,
@@ -333,7 +334,7 @@ fn values_of(target: &Target, transposed: bool) -> Computed {
         let key = |f: &Fragment| f.map.target.iter().map(|a| a.start).collect::<Vec<_>>();
         fragments.sort_by_cached_key(key);
     }
-    cover::computed(&Shape::new(shape), DType::F32, fragments)
+    bodies::computed(&Shape::new(shape), DType::F32, fragments)
 }
 
 /// Chunks of a payload: whole matrix rows, whatever shape the payload has.

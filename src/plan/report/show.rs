@@ -5,9 +5,11 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use super::matrix::ScaleReading;
-use super::{Body, Computed, Directory, EncodedMatrix, Facet, Origin, Plan, TensorPlan, Unmapped};
 use crate::mapping::{LayoutName, Resolved};
+use crate::plan::{
+    Body, Computed, Directory, EncodedMatrix, Facet, Origin, Plan, ScaleReading, SourceRange,
+    TensorPlan, Unmapped,
+};
 use crate::source::{Checkpoint, printable};
 use crate::tensor::{ByteSize, Float};
 
@@ -45,7 +47,7 @@ pub struct Summary {
 }
 
 /// What a summary is made of, beside the tensors.
-pub(super) struct SummaryParts<'a> {
+pub(in crate::plan) struct SummaryParts<'a> {
     pub mapping: &'a Resolved,
     pub from: LayoutName,
     pub to: LayoutName,
@@ -64,7 +66,7 @@ fn count<T>(items: impl Iterator<Item = T>) -> u64 {
 }
 
 impl Summary {
-    pub(super) fn new(
+    pub(in crate::plan) fn new(
         parts: SummaryParts<'_>,
         tensors: &[TensorPlan],
         directories: &[Directory],
@@ -203,7 +205,7 @@ impl Plan {
     pub fn made_of(&self, tensor: &TensorPlan) -> Vec<&str> {
         let mut names: Vec<&str> = match &tensor.body {
             Body::Verbatim(runs) => {
-                let of = |r: &super::SourceRange| match (r.origin, &self.original) {
+                let of = |r: &SourceRange| match (r.origin, &self.original) {
                     (Origin::Original, Some(original)) => &*original.tensor(r.source).name,
                     (Origin::Source | Origin::Original, _) => {
                         let at = self.matrices.partition_point(|m| m.payload < r.source);

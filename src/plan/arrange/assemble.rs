@@ -5,46 +5,15 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 
 use super::group::{self, Group, Groups};
-use super::matrix::Matrix;
-use super::problems::{Problem, Problems};
-use super::wholes::Whole;
-use super::{Fragment, MatrixId};
+use super::{Dropped, Leftover, Logical, LogicalTensors, Target};
 use crate::mapping::{Assembled, Bindings, Layout, Resolved, Rule, Taken};
-use crate::tensor::{BoxMap, DType, coalesce};
-
-/// A tensor of the checkpoint's own naming, wherever its elements are.
-#[derive(Debug)]
-pub(super) struct Logical {
-    pub shape: Vec<u64>,
-    /// Target: the logical tensor. Source: the matrix.
-    pub parts: Vec<(MatrixId, BoxMap)>,
-}
-
-/// A tensor of the view before its dtype is known.
-#[derive(Debug)]
-pub(super) struct Target {
-    pub name: String,
-    pub shape: Vec<u64>,
-    pub fragments: Vec<Fragment>,
-    /// Whether it holds expert weights, which always have the output dtype.
-    pub grouped: bool,
-    /// Whether its first axis counts experts.
-    pub expert_axis: bool,
-    /// The dtype that published checkpoints have, where the mapping says so and it is none of them.
-    pub dtype: Option<DType>,
-}
-
-/// Counts of what is left out, by reason.
-pub(super) type Dropped = BTreeMap<String, u64>;
-
-/// The checkpoint's logical tensors by name.
-pub(super) type LogicalTensors = BTreeMap<String, Logical>;
-
-/// A source matrix that no rule takes, for the user to decide on.
-pub(super) type Leftover = MatrixId;
+use crate::plan::Matrix;
+use crate::plan::fragment::{MOST_PIECES, fragments_of};
+use crate::plan::gather::Whole;
+use crate::plan::report::{Problem, Problems};
 
 /// Logical tensors of a source that is in the published layout.
-pub(super) fn from_published(
+pub(in crate::plan) fn from_published(
     wholes: &[Whole<'_>],
     mapping: &Resolved,
     problems: &mut Problems,
@@ -71,7 +40,7 @@ pub(super) fn from_published(
 /// Logical tensors of a source that is in a grouped layout: its tensors taken apart.
 ///
 /// Where there are several published forms they are those of `original`, else the usual ones.
-pub(super) fn from_layout(
+pub(in crate::plan) fn from_layout(
     wholes: &[Whole<'_>],
     layout: &Layout,
     original: Option<&[Matrix]>,
@@ -169,7 +138,7 @@ fn taken_apart(
 }
 
 /// Target tensors of a grouped layout, assembled from logical tensors.
-pub(super) fn to_layout(
+pub(in crate::plan) fn to_layout(
     logical: &LogicalTensors,
     layout: &Layout,
     dropped: &mut Dropped,
@@ -202,7 +171,7 @@ pub(super) fn to_layout(
 
 /// Target tensors in the published layout: the logical tensors themselves, those that a rule of
 /// the mapping names.
-pub(super) fn to_published(
+pub(in crate::plan) fn to_published(
     logical: LogicalTensors,
     mapping: &Resolved,
     named_by_layout: bool,
@@ -228,14 +197,6 @@ pub(super) fn to_published(
     }
     targets
 }
-
-pub(super) fn fragments_of(parts: Vec<(MatrixId, BoxMap)>) -> Vec<Fragment> {
-    coalesce(parts).into_iter().map(|(matrix, map)| Fragment { map, matrix }).collect()
-}
-
-/// Most pieces of one tensor: experts times the matrices of each. The largest published have 1,800;
-/// a sparse file of some KiB can hold a tensor of any number of rows.
-pub(super) const MOST_PIECES: u64 = 1 << 16;
 
 /// Whether a tensor of the rule has no more pieces than any model's; notes it where it has.
 pub(super) fn has_few_pieces(rule: &Rule, tensor: &str, problems: &mut Problems) -> bool {

@@ -8,11 +8,11 @@ use std::collections::HashSet;
 
 use serde_json::{Map, Value};
 
-use super::matrix::Matrix;
+use super::matrices::Grouping;
 use super::orphans::Owner;
-use super::problems::{Problem, Problems};
-use super::sources::Grouping;
 use crate::codec::Scheme;
+use crate::plan::Matrix;
+use crate::plan::report::{Problem, Problems};
 use crate::source::{Config, SourceId};
 
 /// Ends of names beside a quantized weight that do not change its numbers: biases, and scales of
@@ -134,7 +134,7 @@ fn foreign_matrix(name: &str) -> Option<String> {
 
 /// Notes what config.json states of a quantization that these matrices are not, or that is not
 /// supported.
-pub(super) fn check_config(config: &Config, matrices: &[Matrix], problems: &mut Problems) {
+pub(in crate::plan) fn check_config(config: &Config, matrices: &[Matrix], problems: &mut Problems) {
     const KEY: &str = "quantization_config";
     let is_int4 = |m: &&Matrix| m.scales.as_ref().is_some_and(|s| s.scheme == Scheme::Int4);
     let Some(matrix) = matrices.iter().find(is_int4) else { return };

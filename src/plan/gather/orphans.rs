@@ -1,8 +1,8 @@
 //! Scale and shape tensors whose payload is missing or something else.
 
-use super::problems::Problem;
-use super::sources::Grouping;
+use super::matrices::Grouping;
 use crate::mapping::Encoding;
+use crate::plan::report::Problem;
 use crate::source::SourceId;
 use crate::tensor::DType;
 

@@ -1,40 +1,7 @@
 //! Checks on a finished tensor: complete cover, and whether its bytes are the source's own.
 
-use super::{Computed, Fragment, Grid, Matrix, Origin, SourceRange};
+use crate::plan::{Computed, Fragment, Grid, Matrix, Origin, SourceRange};
 use crate::tensor::{BoxMap, DType, Shape};
-
-/// Whether the fragments cover a tensor of this shape, each element once.
-pub(super) fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
-    let within = |f: &Fragment| {
-        f.map.target.len() == shape.rank()
-            && (0..shape.rank()).all(|a| f.map.target_span(a).1 < shape.dims()[a])
-    };
-    let total: u64 = fragments.iter().map(|f| f.map.elements()).sum();
-    if Some(total) != shape.elements() {
-        return false;
-    }
-    // Nothing to cover; a box without elements has no last one.
-    if total == 0 {
-        return true;
-    }
-    if !fragments.iter().all(within) {
-        return false;
-    }
-    if shape.rank() == 0 {
-        return fragments.len() == 1;
-    }
-    // Fragments come in the order of their targets; only those whose first axes meet can overlap.
-    let mut open: Vec<&Fragment> = Vec::new();
-    for f in fragments {
-        let (first, _) = f.map.target_span(0);
-        open.retain(|o| o.map.target_span(0).1 >= first);
-        if open.iter().any(|o| o.map.overlaps(&f.map)) {
-            return false;
-        }
-        open.push(f);
-    }
-    true
-}
 
 /// The source runs that are the tensor's bytes, where it is made of plain matrices of its own
 /// dtype, all contiguous on both sides.

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use regex::Regex;
 
-use super::assemble::{self, Dropped, LogicalTensors};
-use super::options::matches;
-use super::problems::{Problem, Problems};
+use super::{Dropped, LogicalTensors, assemble};
 use crate::mapping::{Layout, Name, NameTemplate, Requirement, Resolved, Row, Scope, Taken};
+use crate::plan::options::matches;
+use crate::plan::report::{Problem, Problems};
 
 /// Missing layers that are looked at one by one: a name or a config.json can ask for any number.
 const WALKED: usize = 1 << 12;
@@ -17,7 +17,7 @@ const WALKED: usize = 1 << 12;
 type Layers<'n> = BTreeMap<u64, BTreeSet<&'n str>>;
 
 /// Looks for what is missing from a checkpoint.
-pub(super) struct Completeness<'a> {
+pub(in crate::plan) struct Completeness<'a> {
     /// The checkpoint's tensors.
     pub logical: &'a LogicalTensors,
     /// What they should be.
@@ -40,7 +40,7 @@ impl Completeness<'_> {
     ///
     /// What a mapping requires is looked at only where there are no strangers: they may be the
     /// missing ones under other names.
-    pub(super) fn check(&mut self, strangers: bool, problems: &mut Problems) {
+    pub(in crate::plan) fn check(&mut self, strangers: bool, problems: &mut Problems) {
         let layout = self.target.or(self.source).or_else(|| self.mapping.layouts().next());
         let Some(layout) = layout else { return };
         self.layers(layout, strangers, problems);

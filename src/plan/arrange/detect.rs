@@ -1,14 +1,14 @@
 //! Which layout a checkpoint is in, by its names and, where those do not tell, its shapes.
 
-use super::matrix::Matrix;
-use super::problems::PlanError;
-use super::wholes::Whole;
 use crate::mapping::{Layout, LayoutName, Resolved, Taken};
+use crate::plan::Matrix;
+use crate::plan::gather::Whole;
+use crate::plan::report::PlanError;
 use crate::source::Checkpoint;
 
 /// Which layout the source is in: the one whose renaming and grouping rules know most of its names,
 /// and more of them as the layout's than as the checkpoint's; `hf` where there is none.
-pub(super) fn source_layout(
+pub(in crate::plan) fn source_layout(
     wholes: &[Whole<'_>],
     matrices: &[Matrix],
     checkpoint: &Checkpoint,

@@ -3,16 +3,16 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::matrix::Matrix;
-use super::problems::{Problem, Problems};
-use super::{Fragment, MatrixId, cover};
 use crate::mapping::{Layout, Resolved, Taken};
+use crate::plan::fragment::{covers, fragments_of};
+use crate::plan::report::{Problem, Problems};
+use crate::plan::{Fragment, Matrix, MatrixId};
 use crate::source::Checkpoint;
 use crate::tensor::{BoxMap, Shape};
 
 /// A tensor of the checkpoint.
 #[derive(Debug)]
-pub(super) struct Whole<'a> {
+pub(in crate::plan) struct Whole<'a> {
     /// Name in the checkpoint, without the suffixes of a quantized matrix's parts.
     pub name: &'a str,
     /// Name of the tensor that holds its elements or their codes.
@@ -27,13 +27,13 @@ pub(super) struct Whole<'a> {
 
 impl Whole<'_> {
     /// The tensor's fragments, in the order of their targets.
-    pub(super) fn fragments(&self) -> Vec<Fragment> {
-        super::assemble::fragments_of(self.parts.clone())
+    pub(in crate::plan) fn fragments(&self) -> Vec<Fragment> {
+        fragments_of(self.parts.clone())
     }
 }
 
 /// The tensors of a checkpoint in the order of its matrices; notes pieces that are no whole.
-pub(super) fn wholes<'a>(
+pub(in crate::plan) fn wholes<'a>(
     matrices: &'a [Matrix],
     checkpoint: &'a Checkpoint,
     problems: &mut Problems,
@@ -89,7 +89,7 @@ fn check(whole: &Whole<'_>, matrices: &[Matrix], problems: &mut Problems) {
     if let Some(other) = whole.parts.iter().map(dtype).find(|d| *d != first) {
         let what = format!("expected {first} in every piece, got {other} in one");
         problems.explain(Problem::Pieces, whole.name, what);
-    } else if !cover::covers(&Shape::new(whole.shape.as_slice()), &whole.fragments()) {
+    } else if !covers(&Shape::new(whole.shape.as_slice()), &whole.fragments()) {
         let n = whole.parts.len();
         let what = format!("expected all of {:?}, got {n} that leave gaps or overlap", whole.shape);
         problems.explain(Problem::Pieces, whole.name, what);
@@ -101,7 +101,7 @@ fn check(whole: &Whole<'_>, matrices: &[Matrix], problems: &mut Problems) {
 ///
 /// Nothing in the shards says how large the whole is, so the last pieces of all tensors can be
 /// missing with the file of a process.
-pub(super) fn check_extents(
+pub(in crate::plan) fn check_extents(
     wholes: &[Whole<'_>],
     mapping: &Resolved,
     source: Option<&Layout>,

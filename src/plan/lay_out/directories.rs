@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use super::assemble::Target;
-use super::matrix::Matrix;
-use super::options::PlanOptions;
-use super::problems::{PlanError, Problem, Problems};
+use super::bodies;
 use super::quantize::FacetTensor;
-use super::slice::{self, ExpertParallel};
-use super::{Body, Directory, TensorId, TensorPlan, cover};
+use super::ranks::{self, ExpertParallel};
 use crate::mapping::LayoutName;
+use crate::plan::arrange::Target;
+use crate::plan::fragment::covers;
+use crate::plan::options::PlanOptions;
+use crate::plan::report::{PlanError, Problem, Problems};
+use crate::plan::{Body, Directory, Matrix, TensorId, TensorPlan};
 use crate::tensor::{DType, Float, Shape};
 
 /// Puts tensors into directories, sharing those that no cut changes.
-pub(super) struct Layers<'a> {
+pub(in crate::plan) struct Layers<'a> {
     pub tensors: Vec<TensorPlan>,
     pub matrices: &'a [Matrix],
     pub dtype: Float,
@@ -23,7 +24,7 @@ pub(super) struct Layers<'a> {
 }
 
 impl Layers<'_> {
-    pub(super) fn directories(
+    pub(in crate::plan) fn directories(
         &mut self,
         targets: &[Target],
         to: LayoutName,
@@ -34,7 +35,7 @@ impl Layers<'_> {
             return Err(PlanError::NoGroupedExperts(to));
         }
         let shard = |t: &Target, problems: &mut Problems| match options.expert_shard {
-            Some(shard) if t.expert_axis => Some(slice::axis_shard(t, shard, problems)),
+            Some(shard) if t.expert_axis => Some(ranks::axis_shard(t, shard, problems)),
             Some(_) | None => None,
         };
         let (size, ranks) = match options.expert_parallel {
@@ -58,7 +59,7 @@ impl Layers<'_> {
             for (slot, target) in whole.iter_mut().zip(targets) {
                 tensors.push(match (target.expert_axis, *slot) {
                     (true, _) => {
-                        let cut = slice::expert_slice(target, size, rank, &mut self.problems);
+                        let cut = ranks::expert_slice(target, size, rank, &mut self.problems);
                         let sharded = shard(&cut, &mut self.problems);
                         self.add(sharded.as_ref().unwrap_or(&cut))?
                     }
@@ -66,14 +67,14 @@ impl Layers<'_> {
                     (false, None) => *slot.insert(self.add(target)?),
                 });
             }
-            let name = if at_root { String::new() } else { slice::directory_name(rank, size) };
+            let name = if at_root { String::new() } else { ranks::directory_name(rank, size) };
             directories.push(Directory { name, tensors });
         }
         Ok(directories)
     }
 
     /// Adds facets to the root, in the order of all names.
-    pub(super) fn add_facets(
+    pub(in crate::plan) fn add_facets(
         &mut self,
         facets: Vec<FacetTensor>,
         options: &PlanOptions,
@@ -107,21 +108,21 @@ impl Layers<'_> {
         let shape = Shape::new(target.shape.as_slice());
         if shape.bytes(dtype).is_none() {
             self.problems.explain(Problem::Size, &target.name, format!("{shape} {dtype}"));
-        } else if !cover::covers(&shape, &target.fragments) {
+        } else if !covers(&shape, &target.fragments) {
             self.problems.explain(
                 Problem::RuleShape,
                 &target.name,
                 "its parts leave gaps or overlap",
             );
         }
-        let body = match cover::verbatim_runs(&shape, dtype, &target.fragments, self.matrices) {
+        let body = match bodies::verbatim_runs(&shape, dtype, &target.fragments, self.matrices) {
             Some(runs) => Body::Verbatim(runs),
             None => {
                 if dtype.bits() < 8 {
                     let what = format!("{dtype} cannot be moved element by element");
                     self.problems.explain(Problem::RuleDtype, &target.name, what);
                 }
-                Body::Computed(cover::computed(&shape, dtype, target.fragments.clone()))
+                Body::Computed(bodies::computed(&shape, dtype, target.fragments.clone()))
             }
         };
         self.tensors.push(TensorPlan { name: target.name.as_str().into(), dtype, shape, body });
@@ -163,7 +164,7 @@ impl Layers<'_> {
 }
 
 /// Refuses a matrix whose numbers cannot be had as floating-point numbers.
-pub(super) fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
+pub(in crate::plan) fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
     if !matrix.is_castable() && !problems.is_refused(&matrix.name) {
         problems.refuse_matrix(matrix.name.to_string());
         let what = format!("expected a quantized matrix, BF16, F16 or F32, got {}", matrix.dtype);
@@ -172,7 +173,7 @@ pub(super) fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
 }
 
 /// Sorts `layers.2` before `layers.10`.
-pub(super) fn natural_key(name: &str) -> Vec<(u64, String)> {
+pub(in crate::plan) fn natural_key(name: &str) -> Vec<(u64, String)> {
     let mut key = Vec::new();
     let mut left = name;
     while !left.is_empty() {

@@ -1,0 +1,10 @@
+//! Takes the tensors of a checkpoint together into matrices.
+
+mod matrices;
+mod orphans;
+mod unsupported;
+mod whole_tensors;
+
+pub(super) use matrices::matrices;
+pub(super) use unsupported::check_config;
+pub(super) use whole_tensors::{Whole, check_extents, wholes};
