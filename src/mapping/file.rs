@@ -3,15 +3,16 @@
 use std::path::Path;
 
 use super::layout::{
-    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, Side, WayBack,
+    Alias, Encoding, Layout, LayoutName, QuantizationConfig, QuantizeSpec, ResolvedMapping, Rule,
+    Side, TableRow,
 };
 use super::raw::{
     OneOrMany, RawConcat, RawEncoding, RawInterleave, RawLayout, RawMapping, RawOp,
-    RawQuantization, RawRotary, RawRow, RawScope, RawSide, RawSplit, RawStack, RawWord,
+    RawQuantization, RawRotary, RawRule, RawScope, RawSide, RawSplit, RawStack, RawWord,
 };
-use super::require::{holds, is_set, requirements, siblings};
+use super::require::{condition_holds, is_truthy, requirements, siblings};
 use super::template::{ConfigKey, RawTemplate, Variables};
-use super::{Lookup, MappingError, Op};
+use super::{ConfigLookup, MappingError, Op};
 use crate::codec::Scheme;
 use crate::tensor::DType;
 
@@ -125,14 +126,17 @@ impl Mapping {
     ///
     /// # Errors
     /// A config key that is absent, a rule that makes no sense, a rule that can never match.
-    pub(crate) fn resolve(&self, config: &Lookup<'_>) -> Result<Resolved, MappingError> {
+    pub(crate) fn resolve(
+        &self,
+        config: &ConfigLookup<'_>,
+    ) -> Result<ResolvedMapping, MappingError> {
         let raw = &self.raw;
         let mut aliases = Vec::with_capacity(raw.alias.len());
         for alias in &raw.alias {
             let mut vars = Variables::default();
             let from = RawTemplate::parse(&alias.from)?.resolve(&mut vars, config)?;
             let to = RawTemplate::parse(&alias.to)?.resolve(&mut vars, config)?;
-            if !vars.same_in([&from, &to]) {
+            if !vars.shared_by([&from, &to]) {
                 let why = "`from` and `to` have different variables";
                 return Err(MappingError::rule(&alias.from, why));
             }
@@ -148,7 +152,7 @@ impl Mapping {
         let layout = |name, layout: &Option<RawLayout>| {
             layout.as_ref().map(|l| self.layout(name, l, config)).transpose()
         };
-        Ok(Resolved {
+        Ok(ResolvedMapping {
             name: raw.name.clone(),
             aliases,
             encodings,
@@ -170,20 +174,19 @@ impl Mapping {
         &self,
         name: LayoutName,
         raw: &RawLayout,
-        config: &Lookup<'_>,
+        config: &ConfigLookup<'_>,
     ) -> Result<Layout, MappingError> {
         let mut rows = Vec::new();
         for row in &raw.rule {
-            let bare =
-                row.names().next().is_none() && !row.speaks_of_values() && row.drop.is_none();
+            let bare = row.names().next().is_none() && !row.has_value_keys() && row.drop.is_none();
             match (&row.scope, &row.set) {
-                (None, None) => rows.extend(resolved_rows(row, None, config)?),
+                (None, None) => rows.extend(resolve_rules(row, None, config)?),
                 (Some(scope), Some(set)) if bare => {
                     let rules = self.raw.set.get(set).ok_or_else(|| {
                         MappingError::rule(&scope.hf, format!("no set `{set}` in the file"))
                     })?;
                     for rule in rules {
-                        rows.extend(resolved_rows(rule, Some(scope), config)?);
+                        rows.extend(resolve_rules(rule, Some(scope), config)?);
                     }
                 }
                 (Some(_), _) | (_, Some(_)) => {
@@ -216,7 +219,7 @@ fn parse_scheme(name: &str, rule: &str) -> Result<Scheme, MappingError> {
     })
 }
 
-fn encoding(raw: &RawEncoding, config: &Lookup<'_>) -> Result<Encoding, MappingError> {
+fn encoding(raw: &RawEncoding, config: &ConfigLookup<'_>) -> Result<Encoding, MappingError> {
     let first = raw.matrix.as_slice().first().cloned().unwrap_or_default();
     let fail = |why: String| MappingError::rule(&first, why);
     let scheme = parse_scheme(&raw.scheme, &first)?;
@@ -245,10 +248,10 @@ fn encoding(raw: &RawEncoding, config: &Lookup<'_>) -> Result<Encoding, MappingE
     {
         return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
     }
-    if !vars.same_in(matrix.iter().chain(&payload).chain(scale.iter().flatten()).chain(&shape)) {
+    if !vars.shared_by(matrix.iter().chain(&payload).chain(scale.iter().flatten()).chain(&shape)) {
         return Err(fail("its names have different variables".to_owned()));
     }
-    let back = way_back(raw, scheme, &first, config)?;
+    let quantize = quantize_spec(raw, scheme, &first, config)?;
     let RawEncoding { block, fused_shards, transposed, .. } = *raw;
     Ok(Encoding {
         scheme,
@@ -259,17 +262,17 @@ fn encoding(raw: &RawEncoding, config: &Lookup<'_>) -> Result<Encoding, MappingE
         block,
         fused_shards,
         transposed,
-        back,
+        quantize,
         vars,
     })
 }
 
-fn way_back(
+fn quantize_spec(
     raw: &RawEncoding,
     scheme: Scheme,
     rule: &str,
-    config: &Lookup<'_>,
-) -> Result<WayBack, MappingError> {
+    config: &ConfigLookup<'_>,
+) -> Result<QuantizeSpec, MappingError> {
     let fail = |why: &str| MappingError::rule(rule, why);
     let resolved = |text: &String| {
         let mut vars = Variables::default();
@@ -287,43 +290,43 @@ fn way_back(
     if raw.fused_shards && !quantizes.is_empty() && shards.is_none() {
         return Err(fail("the way back of fused shards needs their number, `shards`"));
     }
-    let active = raw.when.as_ref().is_none_or(|when| holds(when, config));
-    Ok(WayBack { active, quantizes, scale_dtype, shards })
+    let active = raw.when.as_ref().is_none_or(|when| condition_holds(when, config));
+    Ok(QuantizeSpec { active, quantizes, scale_dtype, shards })
 }
 
 /// The rows that a rule stands for: one, or one for each name that stays the same.
-fn resolved_rows(
-    raw: &RawRow,
+fn resolve_rules(
+    raw: &RawRule,
     scope: Option<&RawScope>,
-    config: &Lookup<'_>,
-) -> Result<Vec<Row>, MappingError> {
+    config: &ConfigLookup<'_>,
+) -> Result<Vec<TableRow>, MappingError> {
     if let Some(key) = &raw.unless {
         if raw.drop.is_none() {
             let text = raw.names().next().map_or("(without names)", String::as_str);
             return Err(MappingError::rule(text, "`unless` stands with `drop` only"));
         }
-        if is_set(config(key).as_ref()) {
+        if is_truthy(config(key).as_ref()) {
             return Ok(Vec::new());
         }
     }
-    let Some(same) = &raw.same else { return Ok(vec![resolved_row(raw, scope, config)?]) };
+    let Some(same) = &raw.same else { return Ok(vec![resolve_rule(raw, scope, config)?]) };
     if raw.hf.is_some() || raw.to.is_some() || raw.drop.is_some() {
         let text = raw.names().next().map_or("(without names)", String::as_str);
         return Err(MappingError::rule(text, "`same` stands without `hf`, `to` and `drop`"));
     }
     let one = |name: &String| {
         let name = Some(OneOrMany::One(name.clone()));
-        let row = RawRow { hf: name.clone(), to: name, same: None, ..raw.clone() };
-        resolved_row(&row, scope, config)
+        let row = RawRule { hf: name.clone(), to: name, same: None, ..raw.clone() };
+        resolve_rule(&row, scope, config)
     };
     same.as_slice().iter().map(one).collect()
 }
 
-fn resolved_row(
-    raw: &RawRow,
+fn resolve_rule(
+    raw: &RawRule,
     scope: Option<&RawScope>,
-    config: &Lookup<'_>,
-) -> Result<Row, MappingError> {
+    config: &ConfigLookup<'_>,
+) -> Result<TableRow, MappingError> {
     let mut vars = Variables::default();
     let mut side = |names: &Option<OneOrMany<String>>, prefix: Option<&str>| {
         let names = names.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
@@ -342,10 +345,10 @@ fn resolved_row(
     let text = raw.names().next().map_or("(without names)", String::as_str).to_owned();
     let fail = |why: &str| MappingError::rule(&text, why);
     if let Some(reason) = &raw.drop {
-        if raw.speaks_of_values() || hf.len() + to.len() != 1 {
+        if raw.has_value_keys() || hf.len() + to.len() != 1 {
             return Err(fail("a rule that drops has one name and no operation"));
         }
-        return Ok(Row::Drop {
+        return Ok(TableRow::Drop {
             hf: hf.into_iter().next(),
             to: to.into_iter().next(),
             vars,
@@ -427,12 +430,12 @@ fn resolved_row(
         text,
     };
     rule.check()?;
-    Ok(Row::Map(rule))
+    Ok(TableRow::Map(rule))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Taken;
+    use super::super::RuleMatch;
     use super::*;
 
     #[test]
@@ -518,12 +521,12 @@ mod tests {
             ("layers.2.b", None),
         ];
         for (hf, expected) in cases {
-            let got = match native.take_hf(hf) {
-                Some(Taken::Map { rule, bindings, .. }) => {
+            let got = match native.match_hf(hf) {
+                Some(RuleMatch::Map { rule, bindings, .. }) => {
                     let name = rule.to[0].format(&bindings, &rule.vars).unwrap();
                     Some((name, rule.grouped, rule.expert_axis))
                 }
-                Some(Taken::Drop { .. }) | None => None,
+                Some(RuleMatch::Drop { .. }) | None => None,
             };
             assert_eq!(got.as_ref().map(|(n, g, e)| (n.as_str(), *g, *e)), expected, "{hf}");
         }
@@ -554,9 +557,9 @@ mod tests {
             use = 'layer'";
         let config = |key: &str| (key == "two").then(|| 2.into());
         let native = Mapping::parse("x", text).unwrap().resolve(&config).unwrap().native.unwrap();
-        let names = |hf: &str| match native.take_hf(hf) {
-            Some(Taken::Map { rule, bindings, .. }) => rule.to[0].format(&bindings, &rule.vars),
-            Some(Taken::Drop { .. }) | None => None,
+        let names = |hf: &str| match native.match_hf(hf) {
+            Some(RuleMatch::Map { rule, bindings, .. }) => rule.to[0].format(&bindings, &rule.vars),
+            Some(RuleMatch::Drop { .. }) | None => None,
         };
         assert_eq!(names("layers.1.n.w").as_deref(), Some("model.layers.1.m.w"));
         assert_eq!(names("mtp.0.n.w").as_deref(), Some("mtp.layers.0.m.w"));

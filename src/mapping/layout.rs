@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::op::{Assembled, OpError, assemble, disassembled_shape};
+use super::op::{AssembledTensor, OpError, assemble, disassembled_shape};
 use super::require::{Requirement, Siblings};
 use super::template::{Bindings, NameTemplate, Var, Variables};
 use super::{MappingError, Op};
@@ -40,7 +40,7 @@ impl fmt::Display for LayoutName {
 
 /// A mapping whose templates and operations hold numbers.
 #[derive(Debug)]
-pub(crate) struct Resolved {
+pub(crate) struct ResolvedMapping {
     /// Value of `--model`.
     pub name: String,
     /// Other names under which checkpoints hold the same tensors.
@@ -74,7 +74,7 @@ pub(crate) struct QuantizationConfig {
     pub value: serde_json::Value,
 }
 
-impl Resolved {
+impl ResolvedMapping {
     /// The rules of a layout; `None` for `hf`, whose names need none.
     ///
     /// # Errors
@@ -137,14 +137,14 @@ pub(crate) struct Encoding {
     /// Whether the payload holds the matrix with its last two axes exchanged.
     pub transposed: bool,
     /// What it says of the way back to the published checkpoint.
-    pub back: WayBack,
+    pub quantize: QuantizeSpec,
     /// Variables of the templates.
     pub vars: Variables,
 }
 
 /// Which matrices published checkpoints hold in an encoding.
 #[derive(Debug)]
-pub(crate) struct WayBack {
+pub(crate) struct QuantizeSpec {
     /// Whether config.json lets the encoding be used.
     pub active: bool,
     /// Names of the matrices, each with its own variables.
@@ -155,7 +155,7 @@ pub(crate) struct WayBack {
     pub shards: Option<u64>,
 }
 
-impl WayBack {
+impl QuantizeSpec {
     /// Whether published checkpoints hold the matrix `name` in this encoding.
     pub(crate) fn takes(&self, name: &str) -> bool {
         self.active
@@ -165,7 +165,7 @@ impl WayBack {
 
 /// A line of a layout's table.
 #[derive(Debug)]
-pub(crate) enum Row {
+pub(crate) enum TableRow {
     /// Ties names of the checkpoint to names of the layout.
     Map(Rule),
     /// Leaves tensors out of the other side, and says why.
@@ -192,17 +192,17 @@ pub(crate) enum Side {
     To,
 }
 
-impl Row {
+impl TableRow {
     fn templates(&self, side: Side) -> &[NameTemplate] {
         match (self, side) {
-            (Row::Map(rule), side) => rule.names(side),
-            (Row::Drop { hf, .. }, Side::Hf) => hf.as_slice(),
-            (Row::Drop { to, .. }, Side::To) => to.as_slice(),
+            (TableRow::Map(rule), side) => rule.names(side),
+            (TableRow::Drop { hf, .. }, Side::Hf) => hf.as_slice(),
+            (TableRow::Drop { to, .. }, Side::To) => to.as_slice(),
         }
     }
 
     fn takes(&self, side: Side, name: &str) -> bool {
-        let (Row::Map(Rule { vars, .. }) | Row::Drop { vars, .. }) = self;
+        let (TableRow::Map(Rule { vars, .. }) | TableRow::Drop { vars, .. }) = self;
         self.templates(side).iter().any(|t| t.bind(name, vars).is_some())
     }
 }
@@ -238,7 +238,7 @@ pub(crate) struct Rule {
 impl Rule {
     pub(super) fn check(&self) -> Result<(), MappingError> {
         let fail = |why: &str| Err(MappingError::rule(&self.text, why));
-        if self.hf.iter().chain(&self.to).any(NameTemplate::takes_everything) {
+        if self.hf.iter().chain(&self.to).any(NameTemplate::matches_every_name) {
             return fail("takes every name; name a namespace");
         }
         // A name of `to` lacks the stacked variable and has all others.
@@ -296,7 +296,7 @@ impl Rule {
 
     /// How many pieces the layout's tensors are made of, at one binding: parts times experts, times
     /// two for each head of a rotary permutation.
-    pub(crate) fn piece_count(&self) -> u64 {
+    pub(crate) fn fragment_count(&self) -> u64 {
         let parts = u64::try_from(self.hf.len().max(self.to.len())).expect("a rule has few names");
         let factor = |op: &Op| match op {
             Op::Stack { count } => *count,
@@ -323,7 +323,7 @@ impl Rule {
     ///
     /// # Errors
     /// Shapes that the operations do not fit.
-    pub(crate) fn assemble(&self, shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
+    pub(crate) fn assemble(&self, shapes: &[Vec<u64>]) -> Result<Vec<AssembledTensor>, OpError> {
         assemble(&self.ops, shapes)
     }
 
@@ -338,7 +338,7 @@ impl Rule {
 
 /// What a layout's table does with a name.
 #[derive(Debug)]
-pub(crate) enum Taken<'a> {
+pub(crate) enum RuleMatch<'a> {
     /// A rule takes it.
     Map {
         /// Position of the rule in the table.
@@ -363,53 +363,53 @@ pub(crate) struct Layout {
     /// Which layout.
     pub name: LayoutName,
     /// Its lines; the first that takes a name decides.
-    pub rows: Vec<Row>,
+    pub rows: Vec<TableRow>,
     /// Whether every floating-point tensor has the output dtype, BF16 where F32 was asked for.
     pub cast_floats: bool,
 }
 
 impl Layout {
     /// What becomes of a checkpoint tensor; `None` where no rule names it.
-    pub(crate) fn take_hf(&self, name: &str) -> Option<Taken<'_>> {
+    pub(crate) fn match_hf(&self, name: &str) -> Option<RuleMatch<'_>> {
         self.take(name, |rule| rule.names(Side::Hf), |hf, _| hf)
     }
 
     /// What becomes of a tensor of the layout; `None` where no rule names it.
-    pub(crate) fn take_to(&self, name: &str) -> Option<Taken<'_>> {
+    pub(crate) fn match_to(&self, name: &str) -> Option<RuleMatch<'_>> {
         self.take(name, |rule| rule.names(Side::To), |_, to| to)
     }
 
-    /// As [`Layout::take_to`], by a rule that else only reads the checkpoint's names, where those
+    /// As [`Layout::match_to`], by a rule that else only reads the checkpoint's names, where those
     /// are the ones that `published` knows.
-    pub(crate) fn take_to_as(
+    pub(crate) fn match_to_as_published(
         &self,
         name: &str,
         published: impl Fn(&str) -> bool,
-    ) -> Option<Taken<'_>> {
+    ) -> Option<RuleMatch<'_>> {
         let known = |rule: &Rule, bindings: &Bindings| {
             rule.part_name(0, rule.stack.map(|_| 0), bindings).is_some_and(|n| published(&n))
         };
-        let usual = self.take_to(name);
-        if let Some(Taken::Map { rule, bindings, .. }) = &usual
+        let usual = self.match_to(name);
+        if let Some(RuleMatch::Map { rule, bindings, .. }) = &usual
             && known(rule, bindings)
         {
             return usual;
         }
         let alternative = self.rows.iter().enumerate().find_map(|(row, line)| {
-            let Row::Map(rule) = line else { return None };
+            let TableRow::Map(rule) = line else { return None };
             let mut names = rule.to.iter().enumerate().filter(|_| rule.reads == Some(Side::Hf));
             let (part, bindings) =
                 names.find_map(|(part, t)| Some((part, t.bind(name, &rule.vars)?)))?;
-            known(rule, &bindings).then_some(Taken::Map { row, rule, part, bindings })
+            known(rule, &bindings).then_some(RuleMatch::Map { row, rule, part, bindings })
         });
         alternative.or(usual)
     }
 
     /// The layout's names of a checkpoint tensor: what it becomes, or a part of.
     pub(crate) fn name_of(&self, hf: &str) -> Option<String> {
-        match self.take_hf(hf)? {
-            Taken::Map { rule, bindings, .. } => rule.to[0].format(&bindings, &rule.vars),
-            Taken::Drop { .. } => None,
+        match self.match_hf(hf)? {
+            RuleMatch::Map { rule, bindings, .. } => rule.to[0].format(&bindings, &rule.vars),
+            RuleMatch::Drop { .. } => None,
         }
     }
 
@@ -418,28 +418,28 @@ impl Layout {
         name: &str,
         side: impl Fn(&'a Rule) -> &'a [NameTemplate],
         dropped: impl Fn(&'a Option<NameTemplate>, &'a Option<NameTemplate>) -> &'a Option<NameTemplate>,
-    ) -> Option<Taken<'a>> {
+    ) -> Option<RuleMatch<'a>> {
         self.rows.iter().enumerate().find_map(|(row, line)| match line {
-            Row::Map(rule) => side(rule).iter().enumerate().find_map(|(part, template)| {
+            TableRow::Map(rule) => side(rule).iter().enumerate().find_map(|(part, template)| {
                 let bindings = template.bind(name, &rule.vars)?;
-                Some(Taken::Map { row, rule, part, bindings })
+                Some(RuleMatch::Map { row, rule, part, bindings })
             }),
-            Row::Drop { hf, to, vars, reason, .. } => {
+            TableRow::Drop { hf, to, vars, reason, .. } => {
                 dropped(hf, to).as_ref()?.bind(name, vars)?;
-                Some(Taken::Drop { reason })
+                Some(RuleMatch::Drop { reason })
             }
         })
     }
 
     /// Whether a rule names a tensor of either side without `{r}`: more certain of what it is than
     /// any template that takes names by their ends.
-    pub(crate) fn writes_out(&self, name: &str) -> bool {
+    pub(crate) fn names_exactly(&self, name: &str) -> bool {
         self.rows.iter().any(|row| match row {
-            Row::Map(rule) => {
+            TableRow::Map(rule) => {
                 let mut names = rule.hf.iter().chain(&rule.to).filter(|t| !t.has_rest());
                 names.any(|t| t.bind(name, &rule.vars).is_some())
             }
-            Row::Drop { .. } => false,
+            TableRow::Drop { .. } => false,
         })
     }
 
@@ -451,16 +451,16 @@ impl Layout {
         let last = |bound: Option<u64>| bound.map_or(u64::MAX / 4, |b| b.saturating_sub(1));
         for (at, row) in self.rows.iter().enumerate() {
             let (vars, text) = match row {
-                Row::Map(rule) => (&rule.vars, &rule.text),
-                Row::Drop { vars, text, .. } => (vars, text),
+                TableRow::Map(rule) => (&rule.vars, &rule.text),
+                TableRow::Drop { vars, text, .. } => (vars, text),
             };
             let ends =
                 [Bindings::sample(vars, |_| 0, "\u{1}"), Bindings::sample(vars, last, "\u{1}")];
             // A layer that a config.json gives to a rule that drops is no mistake of the mapping.
             let earlier = || {
                 self.rows[..at].iter().filter(|row| match row {
-                    Row::Map(_) => true,
-                    Row::Drop { vars, .. } => vars.all().all(|v| vars.bound(v).is_none()),
+                    TableRow::Map(_) => true,
+                    TableRow::Drop { vars, .. } => vars.all().all(|v| vars.bound(v).is_none()),
                 })
             };
             for (side, why) in [

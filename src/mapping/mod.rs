@@ -11,16 +11,18 @@ mod raw;
 mod require;
 mod template;
 
-pub(crate) use layout::{Encoding, Layout, QuantizationConfig, Resolved, Row, Rule, Side, Taken};
-pub(crate) use op::{Assembled, Op};
-pub(crate) use require::{Name, Requirement, Scope};
+pub(crate) use layout::{
+    Encoding, Layout, QuantizationConfig, ResolvedMapping, Rule, RuleMatch, Side, TableRow,
+};
+pub(crate) use op::{AssembledTensor, Op};
+pub(crate) use require::{RequiredName, Requirement, Scope};
 pub(crate) use template::{Bindings, NameTemplate};
 
 pub use file::{Mapping, ModelName, shipped};
 pub use layout::LayoutName;
 
 /// What config.json says at a (dotted) key; a null is as good as an absent key.
-pub(crate) type Lookup<'a> = dyn Fn(&str) -> Option<serde_json::Value> + 'a;
+pub(crate) type ConfigLookup<'a> = dyn Fn(&str) -> Option<serde_json::Value> + 'a;
 
 /// Why a mapping cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -86,7 +86,7 @@ pub(crate) enum OpError {
 
 /// What of a layout tensor comes from which checkpoint tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub(crate) struct RuleFragment {
     /// Position among the rule's checkpoint names.
     pub part: usize,
     /// Value of the stacked variable, where the rule stacks.
@@ -95,26 +95,26 @@ pub(crate) struct Piece {
     pub map: BoxMap,
 }
 
-/// A layout tensor of a rule: its shape and the pieces that cover it.
+/// A layout tensor of a rule: its shape and the fragments that cover it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Assembled {
+pub(crate) struct AssembledTensor {
     /// Extents, outermost first.
     pub shape: Vec<u64>,
-    /// Disjoint pieces that cover the tensor.
-    pub pieces: Vec<Piece>,
+    /// Disjoint fragments that cover the tensor.
+    pub fragments: Vec<RuleFragment>,
 }
 
 /// Applies a rule's operations to checkpoint tensors of these shapes.
 ///
 /// # Errors
 /// A shape that an operation does not fit.
-pub(crate) fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
-    let mut state: Vec<Assembled> = shapes
+pub(crate) fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<AssembledTensor>, OpError> {
+    let mut state: Vec<AssembledTensor> = shapes
         .iter()
         .enumerate()
-        .map(|(part, shape)| Assembled {
+        .map(|(part, shape)| AssembledTensor {
             shape: shape.clone(),
-            pieces: vec![Piece { part, stacked: None, map: BoxMap::identity(shape) }],
+            fragments: vec![RuleFragment { part, stacked: None, map: BoxMap::identity(shape) }],
         })
         .collect();
     for op in ops {
@@ -169,15 +169,15 @@ pub(crate) fn disassembled_shape(
     shapes.into_iter().next().ok_or(OpError::Count { expected: 1, got: 0 })
 }
 
-fn apply(op: &Op, state: Vec<Assembled>) -> Result<Vec<Assembled>, OpError> {
+fn apply(op: &Op, state: Vec<AssembledTensor>) -> Result<Vec<AssembledTensor>, OpError> {
     match *op {
         Op::Transpose => state
             .into_iter()
             .map(|mut t| {
                 let rank = t.shape.len();
                 transpose_shape(&mut t.shape)?;
-                for piece in &mut t.pieces {
-                    piece.map.target.swap(rank - 2, rank - 1);
+                for fragment in &mut t.fragments {
+                    fragment.map.target.swap(rank - 2, rank - 1);
                 }
                 Ok(t)
             })
@@ -195,35 +195,39 @@ fn apply(op: &Op, state: Vec<Assembled>) -> Result<Vec<Assembled>, OpError> {
 
 /// Joins all tensors along `axis`; `place(i, extent, n)` is start and step of the `i`-th of `n`.
 fn join(
-    state: Vec<Assembled>,
+    state: Vec<AssembledTensor>,
     axis: usize,
     place: impl Fn(u64, u64, u64) -> (u64, u64),
-) -> Result<Vec<Assembled>, OpError> {
+) -> Result<Vec<AssembledTensor>, OpError> {
     let n = u64::try_from(state.len()).expect("a rule names few tensors");
     let first = state.first().map(|t| t.shape.clone()).unwrap_or_default();
     axis_of(&first, axis)?;
     let mut shape = first.clone();
     shape[axis] *= n;
-    let mut pieces = Vec::new();
+    let mut fragments = Vec::new();
     for (i, t) in (0..).zip(state) {
         if t.shape != first {
             return Err(OpError::Unequal { first, other: t.shape });
         }
         let (start, step) = place(i, first[axis], n);
-        pieces.extend(t.pieces.into_iter().map(|mut piece| {
-            let a = &mut piece.map.target[axis];
+        fragments.extend(t.fragments.into_iter().map(|mut fragment| {
+            let a = &mut fragment.map.target[axis];
             a.start = start + a.start * step;
             if a.along.is_some() {
                 a.step *= step;
             }
-            piece
+            fragment
         }));
     }
-    Ok(vec![Assembled { shape, pieces }])
+    Ok(vec![AssembledTensor { shape, fragments }])
 }
 
-fn split(state: Vec<Assembled>, axis: usize, parts: u64) -> Result<Vec<Assembled>, OpError> {
-    let [whole] = <[Assembled; 1]>::try_from(state)
+fn split(
+    state: Vec<AssembledTensor>,
+    axis: usize,
+    parts: u64,
+) -> Result<Vec<AssembledTensor>, OpError> {
+    let [whole] = <[AssembledTensor; 1]>::try_from(state)
         .map_err(|s| OpError::Count { expected: 1, got: s.len() })?;
     let extent = divided(&whole.shape, axis, parts)?;
     let mut shape = whole.shape.clone();
@@ -232,22 +236,22 @@ fn split(state: Vec<Assembled>, axis: usize, parts: u64) -> Result<Vec<Assembled
         .map(|i| {
             let mut origin = vec![0; shape.len()];
             origin[axis] = i * extent;
-            let pieces = whole
-                .pieces
+            let fragments = whole
+                .fragments
                 .iter()
                 .filter_map(|p| {
                     let map = p.map.within(&origin, &shape)?.relative_to(&origin);
-                    Some(Piece { map, ..p.clone() })
+                    Some(RuleFragment { map, ..p.clone() })
                 })
                 .collect();
-            Assembled { shape: shape.clone(), pieces }
+            AssembledTensor { shape: shape.clone(), fragments }
         })
         .collect())
 }
 
-fn rotary(t: Assembled, axis: usize, heads: u64) -> Result<Assembled, OpError> {
+fn rotary(t: AssembledTensor, axis: usize, heads: u64) -> Result<AssembledTensor, OpError> {
     let half = divided(&t.shape, axis, heads.saturating_mul(2))?;
-    let mut pieces = Vec::new();
+    let mut fragments = Vec::new();
     for head in 0..heads {
         for odd in 0..2 {
             // Rows of one half: contiguous in the layout, every second one in the checkpoint.
@@ -261,29 +265,29 @@ fn rotary(t: Assembled, axis: usize, heads: u64) -> Result<Assembled, OpError> {
             if map.source[axis].along.is_some() {
                 map.source[axis].step = 2;
             }
-            pieces.extend(
-                t.pieces
+            fragments.extend(
+                t.fragments
                     .iter()
-                    .filter_map(|p| Some(Piece { map: map.after(&p.map)?, ..p.clone() })),
+                    .filter_map(|p| Some(RuleFragment { map: map.after(&p.map)?, ..p.clone() })),
             );
         }
     }
-    Ok(Assembled { shape: t.shape, pieces })
+    Ok(AssembledTensor { shape: t.shape, fragments })
 }
 
-fn stack(t: Assembled, count: u64) -> Assembled {
+fn stack(t: AssembledTensor, count: u64) -> AssembledTensor {
     let mut shape = t.shape;
     shape.insert(0, count);
-    let pieces = (0..count)
+    let fragments = (0..count)
         .flat_map(|e| {
-            t.pieces.iter().map(move |p| {
+            t.fragments.iter().map(move |p| {
                 let mut map = p.map.clone();
                 map.target.insert(0, Axis::fixed(e));
-                Piece { part: p.part, stacked: Some(e), map }
+                RuleFragment { part: p.part, stacked: Some(e), map }
             })
         })
         .collect();
-    Assembled { shape, pieces }
+    AssembledTensor { shape, fragments }
 }
 
 fn axis_of(shape: &[u64], axis: usize) -> Result<usize, OpError> {
@@ -313,13 +317,13 @@ mod tests {
 
     use super::*;
 
-    fn covers(t: &Assembled) -> bool {
-        let total: u64 = t.pieces.iter().map(|p| p.map.elements()).sum();
+    fn covers(t: &AssembledTensor) -> bool {
+        let total: u64 = t.fragments.iter().map(|p| p.map.elements()).sum();
         let apart = t
-            .pieces
+            .fragments
             .iter()
             .enumerate()
-            .all(|(i, a)| t.pieces[..i].iter().all(|b| !a.map.overlaps(&b.map)));
+            .all(|(i, a)| t.fragments[..i].iter().all(|b| !a.map.overlaps(&b.map)));
         total == t.shape.iter().product::<u64>() && apart
     }
 
@@ -329,9 +333,9 @@ mod tests {
         let out = assemble(&ops, &[vec![5, 7], vec![5, 7]]).unwrap();
         assert_eq!(out.len(), 1);
         assert_eq!(out[0].shape, [3, 7, 10]);
-        assert_eq!(out[0].pieces.len(), 6);
+        assert_eq!(out[0].fragments.len(), 6);
         assert!(covers(&out[0]));
-        let up_of_2 = &out[0].pieces[5];
+        let up_of_2 = &out[0].fragments[5];
         assert_eq!((up_of_2.part, up_of_2.stacked), (1, Some(2)));
         assert_eq!(up_of_2.map.target_span(2), (5, 9));
         assert_eq!(disassembled_shape(&ops, 2, &[vec![3, 7, 10]]).unwrap(), [5, 7]);
@@ -342,9 +346,9 @@ mod tests {
         let out =
             assemble(&[Op::Rotary { axis: 0, heads: 2, of: vec![0] }], &[vec![8, 1]]).unwrap();
         let mut source_of = [0; 8];
-        for piece in &out[0].pieces {
-            for i in 0..piece.map.elements() {
-                let (t, s) = (piece.map.target[0], piece.map.source[0]);
+        for fragment in &out[0].fragments {
+            for i in 0..fragment.map.elements() {
+                let (t, s) = (fragment.map.target[0], fragment.map.source[0]);
                 source_of[usize::try_from(t.start + t.step * i).unwrap()] = s.start + s.step * i;
             }
         }

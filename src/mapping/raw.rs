@@ -25,7 +25,7 @@ pub(super) struct RawMapping {
     #[serde(default)]
     pub(super) siblings: Vec<RawSiblings>,
     #[serde(default)]
-    pub(super) set: BTreeMap<String, Vec<RawRow>>,
+    pub(super) set: BTreeMap<String, Vec<RawRule>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -101,12 +101,12 @@ pub(super) struct RawLayout {
     #[serde(default)]
     pub(super) cast_floats: bool,
     #[serde(default)]
-    pub(super) rule: Vec<RawRow>,
+    pub(super) rule: Vec<RawRule>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub(super) struct RawRow {
+pub(super) struct RawRule {
     pub(super) hf: Option<OneOrMany<String>>,
     pub(super) to: Option<OneOrMany<String>>,
     pub(super) same: Option<OneOrMany<String>>,
@@ -127,14 +127,14 @@ pub(super) struct RawRow {
     pub(super) set: Option<String>,
 }
 
-impl RawRow {
+impl RawRule {
     /// The names that the file writes, in the order of their keys.
     pub(super) fn names(&self) -> impl Iterator<Item = &String> {
         [&self.hf, &self.to, &self.same].into_iter().flatten().flat_map(OneOrMany::as_slice)
     }
 
     /// Whether it says something of values, which only a rule with names can.
-    pub(super) fn speaks_of_values(&self) -> bool {
+    pub(super) fn has_value_keys(&self) -> bool {
         !self.ops.is_empty()
             || self.grouped
             || self.expert_axis

@@ -11,24 +11,27 @@ use serde_json::Value;
 
 use super::raw::{OneOrMany, RawRequirement, RawSiblings, RawWhen};
 use super::template::{Bindings, NameTemplate, RawTemplate, Variables};
-use super::{Lookup, MappingError};
+use super::{ConfigLookup, MappingError};
 
 /// A name within a scope, and the variables of its own.
 #[derive(Debug)]
-pub(crate) struct Name {
+pub(crate) struct RequiredName {
     template: NameTemplate,
     vars: Variables,
 }
 
-impl Name {
-    fn parse(text: &str, config: &Lookup<'_>) -> Result<Name, MappingError> {
+impl RequiredName {
+    fn parse(text: &str, config: &ConfigLookup<'_>) -> Result<RequiredName, MappingError> {
         let mut vars = Variables::default();
         let template = RawTemplate::parse(text)?.resolve(&mut vars, config)?;
-        Ok(Name { template, vars })
+        Ok(RequiredName { template, vars })
     }
 
-    fn parse_all(texts: &[String], config: &Lookup<'_>) -> Result<Vec<Name>, MappingError> {
-        texts.iter().map(|text| Name::parse(text, config)).collect()
+    fn parse_all(
+        texts: &[String],
+        config: &ConfigLookup<'_>,
+    ) -> Result<Vec<RequiredName>, MappingError> {
+        texts.iter().map(|text| RequiredName::parse(text, config)).collect()
     }
 
     /// Whether it stands for this name.
@@ -75,7 +78,7 @@ pub(crate) struct Scope {
 }
 
 impl Scope {
-    fn parse(text: &str, config: &Lookup<'_>) -> Result<Scope, MappingError> {
+    fn parse(text: &str, config: &ConfigLookup<'_>) -> Result<Scope, MappingError> {
         let mut vars = Variables::default();
         let template = RawTemplate::parse(&format!("{text}{{r}}"))?.resolve(&mut vars, config)?;
         if vars.all().count() != 1 || !text.ends_with('.') {
@@ -100,7 +103,7 @@ impl Scope {
 
     /// What the names of a layer begin with: `model.layers.3`.
     pub(crate) fn layer(&self, layer: u64) -> String {
-        self.template.up_to_index(layer).unwrap_or_default()
+        self.template.prefix_through_index(layer).unwrap_or_default()
     }
 
     /// The name of a tensor of a layer.
@@ -115,11 +118,11 @@ pub(crate) struct Requirement {
     /// The layers of which each must hold them; `None`: the model as a whole.
     pub scope: Option<Scope>,
     /// Only layers, or a model, that hold such a tensor must; `None`: all.
-    pub beside: Option<Name>,
+    pub beside: Option<RequiredName>,
     /// Only these layers must; `None`: all.
     pub layers: Option<BTreeSet<u64>>,
     /// Sets of which one must be there, whole.
-    pub one_of: Vec<Vec<Name>>,
+    pub one_of: Vec<Vec<RequiredName>>,
 }
 
 /// Layers of which each must hold what others of its kind hold.
@@ -130,38 +133,38 @@ pub(crate) struct Siblings {
     /// The layers.
     pub scope: Scope,
     /// What a layer may lack all the same.
-    pub may_lack: Vec<Name>,
+    pub may_lack: Vec<RequiredName>,
 }
 
 /// Whether a condition holds: a key that is a text, that is not, or that is true or above 0.
-pub(super) fn holds(when: &RawWhen, config: &Lookup<'_>) -> bool {
+pub(super) fn condition_holds(when: &RawWhen, config: &ConfigLookup<'_>) -> bool {
     let value = config(&when.key);
     let is = |text: &String| value.as_ref().and_then(Value::as_str) == Some(text);
     match (&when.is, &when.is_not) {
-        (None, None) => is_set(value.as_ref()),
+        (None, None) => is_truthy(value.as_ref()),
         (wanted, other) => wanted.as_ref().is_none_or(is) && !other.as_ref().is_some_and(is),
     }
 }
 
 /// Whether a value of config.json is true, a number above 0 or a list with entries.
-pub(super) fn is_set(value: Option<&Value>) -> bool {
+pub(super) fn is_truthy(value: Option<&Value>) -> bool {
     value.and_then(super::template::integer).is_some_and(|n| n > 0)
 }
 
 /// The positions of a list whose entries are true or above 0.
 fn set_entries(entries: &[Value]) -> BTreeSet<u64> {
-    (0..).zip(entries).filter(|(_, entry)| is_set(Some(entry))).map(|(i, _)| i).collect()
+    (0..).zip(entries).filter(|(_, entry)| is_truthy(Some(entry))).map(|(i, _)| i).collect()
 }
 
 pub(super) fn requirements(
     raw: &[RawRequirement],
-    config: &Lookup<'_>,
+    config: &ConfigLookup<'_>,
 ) -> Result<Vec<Requirement>, MappingError> {
     let mut out = Vec::new();
     for block in raw {
         let unless = block.unless.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
-        if unless.iter().any(|key| is_set(config(key).as_ref()))
-            || block.when.as_ref().is_some_and(|when| !holds(when, config))
+        if unless.iter().any(|key| is_truthy(config(key).as_ref()))
+            || block.when.as_ref().is_some_and(|when| !condition_holds(when, config))
         {
             continue;
         }
@@ -193,8 +196,14 @@ pub(super) fn requirements(
             out.push(Requirement {
                 scope: scope.map(|text| Scope::parse(text, config)).transpose()?,
                 layers: layers.clone(),
-                beside: block.beside.as_ref().map(|text| Name::parse(text, config)).transpose()?,
-                one_of: sets.map(|set| Name::parse_all(set, config)).collect::<Result<_, _>>()?,
+                beside: block
+                    .beside
+                    .as_ref()
+                    .map(|text| RequiredName::parse(text, config))
+                    .transpose()?,
+                one_of: sets
+                    .map(|set| RequiredName::parse_all(set, config))
+                    .collect::<Result<_, _>>()?,
             });
         }
     }
@@ -203,13 +212,16 @@ pub(super) fn requirements(
 
 pub(super) fn siblings(
     raw: &[RawSiblings],
-    config: &Lookup<'_>,
+    config: &ConfigLookup<'_>,
 ) -> Result<Vec<Siblings>, MappingError> {
     let mut out = Vec::new();
     for block in raw {
         for scope in block.scope.as_slice() {
             let scope = Scope::parse(scope, config)?;
-            out.push(Siblings { scope, may_lack: Name::parse_all(&block.may_lack, config)? });
+            out.push(Siblings {
+                scope,
+                may_lack: RequiredName::parse_all(&block.may_lack, config)?,
+            });
         }
     }
     Ok(out)

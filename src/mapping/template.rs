@@ -14,7 +14,7 @@ use std::fmt;
 
 use serde_json::Value;
 
-use super::{Lookup, MappingError};
+use super::{ConfigLookup, MappingError};
 
 /// A value of config.json as an integer from 0 on: lists count their entries, `true` is 1.
 pub(super) fn integer(value: &Value) -> Option<u64> {
@@ -67,7 +67,7 @@ impl ConfigKey {
     ///
     /// # Errors
     /// Where the key is absent and has no default.
-    pub(crate) fn resolve(&self, config: &Lookup<'_>) -> Result<u64, MappingError> {
+    pub(crate) fn resolve(&self, config: &ConfigLookup<'_>) -> Result<u64, MappingError> {
         self.keys
             .iter()
             .find_map(|key| integer(&config(key)?))
@@ -78,7 +78,7 @@ impl ConfigKey {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum RawPiece {
+enum RawSegment {
     Literal(String),
     Index { var: String, plus: Vec<ConfigKey>, bound: Option<ConfigKey> },
     Rest,
@@ -88,7 +88,7 @@ enum RawPiece {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RawTemplate {
     text: String,
-    pieces: Vec<RawPiece>,
+    segments: Vec<RawSegment>,
 }
 
 impl RawTemplate {
@@ -99,16 +99,16 @@ impl RawTemplate {
     /// variable.
     pub(crate) fn parse(text: &str) -> Result<RawTemplate, MappingError> {
         let fail = |why| MappingError::template(text, why);
-        let mut pieces = Vec::new();
+        let mut segments = Vec::new();
         let mut vars: Vec<&str> = Vec::new();
         let mut left = text;
         while !left.is_empty() {
             let Some(open) = left.find('{') else {
-                pieces.push(RawPiece::Literal(left.to_owned()));
+                segments.push(RawSegment::Literal(left.to_owned()));
                 break;
             };
             if open > 0 {
-                pieces.push(RawPiece::Literal(left[..open].to_owned()));
+                segments.push(RawSegment::Literal(left[..open].to_owned()));
             }
             let close = left
                 .find('}')
@@ -116,7 +116,7 @@ impl RawTemplate {
                 .ok_or_else(|| fail("a `{` without its `}`"))?;
             let inside = &left[open + 1..close];
             left = &left[close + 1..];
-            if matches!(pieces.last(), Some(RawPiece::Index { .. } | RawPiece::Rest)) {
+            if matches!(segments.last(), Some(RawSegment::Index { .. } | RawSegment::Rest)) {
                 return Err(fail("two variables with nothing between them"));
             }
             let (head, bound) = match inside.split_once(':') {
@@ -140,15 +140,15 @@ impl RawTemplate {
                 if bound.is_some() || !plus.is_empty() {
                     return Err(fail("`{r}` takes no bound"));
                 }
-                pieces.push(RawPiece::Rest);
+                segments.push(RawSegment::Rest);
             } else {
-                pieces.push(RawPiece::Index { var: var.to_owned(), plus, bound });
+                segments.push(RawSegment::Index { var: var.to_owned(), plus, bound });
             }
         }
-        if pieces.iter().any(|p| matches!(p, RawPiece::Literal(l) if l.contains('}'))) {
+        if segments.iter().any(|p| matches!(p, RawSegment::Literal(l) if l.contains('}'))) {
             return Err(fail("a `}` without its `{`"));
         }
-        Ok(RawTemplate { text: text.to_owned(), pieces })
+        Ok(RawTemplate { text: text.to_owned(), segments })
     }
 
     /// `self` followed by `tail`, as a scope's prefix and a rule's name.
@@ -168,14 +168,14 @@ impl RawTemplate {
     pub(crate) fn resolve(
         &self,
         vars: &mut Variables,
-        config: &Lookup<'_>,
+        config: &ConfigLookup<'_>,
     ) -> Result<NameTemplate, MappingError> {
-        let mut pieces = Vec::with_capacity(self.pieces.len());
-        for piece in &self.pieces {
-            pieces.push(match piece {
-                RawPiece::Literal(l) => Piece::Literal(l.as_str().into()),
-                RawPiece::Rest => Piece::Rest,
-                RawPiece::Index { var, plus, bound } => {
+        let mut segments = Vec::with_capacity(self.segments.len());
+        for segment in &self.segments {
+            segments.push(match segment {
+                RawSegment::Literal(l) => Segment::Literal(l.as_str().into()),
+                RawSegment::Rest => Segment::Rest,
+                RawSegment::Index { var, plus, bound } => {
                     let required = bound.as_ref().is_some_and(ConfigKey::is_required);
                     let bound = bound.as_ref().map(|b| b.resolve(config)).transpose()?;
                     let plus = plus.iter().try_fold(0, |sum: u64, key| {
@@ -184,11 +184,11 @@ impl RawTemplate {
                     let var = vars.declare(var, bound, required).ok_or_else(|| {
                         MappingError::template(&self.text, "a variable with two bounds")
                     })?;
-                    Piece::Index { var, plus }
+                    Segment::Index { var, plus }
                 }
             });
         }
-        Ok(NameTemplate { pieces })
+        Ok(NameTemplate { segments })
     }
 }
 
@@ -246,7 +246,7 @@ impl Variables {
 
     /// Whether each of these templates has all variables, and all or none have `{r}`: then what
     /// one of them binds, the others can write.
-    pub(crate) fn same_in<'a>(
+    pub(crate) fn shared_by<'a>(
         &self,
         templates: impl IntoIterator<Item = &'a NameTemplate>,
     ) -> bool {
@@ -304,7 +304,7 @@ impl Bindings {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Piece {
+enum Segment {
     Literal(Box<str>),
     Index { var: Var, plus: u64 },
     Rest,
@@ -313,47 +313,47 @@ enum Piece {
 /// A template whose bounds are numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NameTemplate {
-    pieces: Vec<Piece>,
+    segments: Vec<Segment>,
 }
 
 impl NameTemplate {
     /// What `name` binds the variables to, where the template takes it.
     pub(crate) fn bind(&self, name: &str, vars: &Variables) -> Option<Bindings> {
         let mut bound = Bindings::default();
-        let rest_at = self.pieces.iter().position(|p| *p == Piece::Rest);
+        let rest_at = self.segments.iter().position(|p| *p == Segment::Rest);
         let (before, after) = match rest_at {
-            None => (&self.pieces[..], &[][..]),
-            Some(i) => (&self.pieces[..i], &self.pieces[i + 1..]),
+            None => (&self.segments[..], &[][..]),
+            Some(i) => (&self.segments[..i], &self.segments[i + 1..]),
         };
         // Cheap refusals first: most names of a checkpoint fail a rule on its literal ends.
-        if let Some(Piece::Literal(l)) = after.last()
+        if let Some(Segment::Literal(l)) = after.last()
             && !name.ends_with(&**l)
         {
             return None;
         }
         let mut left = name;
-        for piece in before {
-            match piece {
-                Piece::Literal(l) => left = left.strip_prefix(&**l)?,
-                Piece::Index { var, plus } => {
+        for segment in before {
+            match segment {
+                Segment::Literal(l) => left = left.strip_prefix(&**l)?,
+                Segment::Index { var, plus } => {
                     let digits = left.bytes().take_while(u8::is_ascii_digit).count();
                     let (number, rest) = left.split_at(digits);
                     bound = bound.with(*var, Some(read_index(number, *plus, vars.bound(*var))?));
                     left = rest;
                 }
-                Piece::Rest => return None,
+                Segment::Rest => return None,
             }
         }
-        for piece in after.iter().rev() {
-            match piece {
-                Piece::Literal(l) => left = left.strip_suffix(&**l)?,
-                Piece::Index { var, plus } => {
+        for segment in after.iter().rev() {
+            match segment {
+                Segment::Literal(l) => left = left.strip_suffix(&**l)?,
+                Segment::Index { var, plus } => {
                     let digits = left.bytes().rev().take_while(u8::is_ascii_digit).count();
                     let (rest, number) = left.split_at(left.len() - digits);
                     bound = bound.with(*var, Some(read_index(number, *plus, vars.bound(*var))?));
                     left = rest;
                 }
-                Piece::Rest => return None,
+                Segment::Rest => return None,
             }
         }
         match rest_at {
@@ -369,11 +369,11 @@ impl NameTemplate {
     pub(crate) fn format(&self, bindings: &Bindings, vars: &Variables) -> Option<String> {
         use fmt::Write;
         let mut name = String::new();
-        for piece in &self.pieces {
-            match piece {
-                Piece::Literal(l) => name.push_str(l),
-                Piece::Rest => name.push_str(bindings.rest.as_deref()?),
-                Piece::Index { var, plus } => {
+        for segment in &self.segments {
+            match segment {
+                Segment::Literal(l) => name.push_str(l),
+                Segment::Rest => name.push_str(bindings.rest.as_deref()?),
+                Segment::Index { var, plus } => {
                     let i = bindings.index(*var)?;
                     if vars.bound(*var).is_some_and(|b| i >= b) {
                         return None;
@@ -387,23 +387,23 @@ impl NameTemplate {
 
     /// The first variable of the template, where it is an index.
     pub(crate) fn first_index(&self) -> Option<Var> {
-        self.pieces.iter().find_map(|p| match p {
-            Piece::Literal(_) => None,
-            Piece::Index { var, .. } => Some(Some(*var)),
-            Piece::Rest => Some(None),
+        self.segments.iter().find_map(|p| match p {
+            Segment::Literal(_) => None,
+            Segment::Index { var, .. } => Some(Some(*var)),
+            Segment::Rest => Some(None),
         })?
     }
 
     /// What names begin with whose first variable is the index `i`: `model.layers.3`.
-    pub(crate) fn up_to_index(&self, i: u64) -> Option<String> {
+    pub(crate) fn prefix_through_index(&self, i: u64) -> Option<String> {
         let mut start = String::new();
-        for piece in &self.pieces {
-            match piece {
-                Piece::Literal(l) => start.push_str(l),
-                Piece::Index { plus, .. } => {
+        for segment in &self.segments {
+            match segment {
+                Segment::Literal(l) => start.push_str(l),
+                Segment::Index { plus, .. } => {
                     return Some(format!("{start}{}", i.checked_add(*plus)?));
                 }
-                Piece::Rest => return None,
+                Segment::Rest => return None,
             }
         }
         None
@@ -411,17 +411,17 @@ impl NameTemplate {
 
     /// Whether the template has this variable.
     pub(crate) fn has(&self, wanted: Var) -> bool {
-        self.pieces.iter().any(|p| matches!(p, Piece::Index { var, .. } if *var == wanted))
+        self.segments.iter().any(|p| matches!(p, Segment::Index { var, .. } if *var == wanted))
     }
 
     /// Whether the template is `{r}` alone.
-    pub(crate) fn takes_everything(&self) -> bool {
-        self.pieces == [Piece::Rest]
+    pub(crate) fn matches_every_name(&self) -> bool {
+        self.segments == [Segment::Rest]
     }
 
     /// Whether the template has `{r}`.
     pub(crate) fn has_rest(&self) -> bool {
-        self.pieces.contains(&Piece::Rest)
+        self.segments.contains(&Segment::Rest)
     }
 }
 

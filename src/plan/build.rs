@@ -2,13 +2,15 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use super::arrange::{self, Completeness, Dropped, Leftover, Target, source_layout};
-use super::gather::{self, Whole, check_extents, wholes};
-use super::lay_out::{self, Facets, Layers, Original, natural_key, refuse_uncastable, stated};
+use super::arrange::{self, Completeness, DroppedCounts, ViewTensor, source_layout};
+use super::gather::{WholeTensor, check_config, check_extents, gather_matrices, whole_tensors};
+use super::lay_out::{
+    self, DirectoryBuilder, Facets, Original, config_entries, natural_key, refuse_uncastable,
+};
 use super::options::{PlanOptions, Unmapped};
 use super::report::{PlanError, Problem, Problems, Summary, SummaryParts};
-use super::{Plan, ScaleReading};
-use crate::mapping::{LayoutName, Mapping, Resolved};
+use super::{MatrixId, Plan, ScaleReading};
+use crate::mapping::{LayoutName, Mapping, ResolvedMapping};
 use crate::source::Checkpoint;
 
 impl Plan {
@@ -23,9 +25,9 @@ impl Plan {
     ) -> Result<Plan, PlanError> {
         let mapping = &mapping.resolve(&|key| checkpoint.config().get(key).cloned())?;
         let mut problems = Problems::default();
-        let grouped = gather::matrices(checkpoint, mapping, options.scale_reading, &mut problems)?;
-        let matrices = grouped.list;
-        let wholes = wholes(&matrices, checkpoint, &mut problems);
+        let grouped = gather_matrices(checkpoint, mapping, options.scale_reading, &mut problems)?;
+        let matrices = grouped.matrices;
+        let wholes = whole_tensors(&matrices, checkpoint, &mut problems);
         let from = source_layout(&wholes, &matrices, checkpoint, mapping)?;
         let to = options.to.unwrap_or(match from {
             LayoutName::Hf => LayoutName::Native,
@@ -38,18 +40,13 @@ impl Plan {
         let original = match original {
             Some(original) => Some(Original {
                 checkpoint: original,
-                matrices: gather::matrices(
-                    original,
-                    mapping,
-                    options.scale_reading,
-                    &mut problems,
-                )?
-                .list,
+                matrices: gather_matrices(original, mapping, options.scale_reading, &mut problems)?
+                    .matrices,
             }),
             None => None,
         };
-        let mut dropped = Dropped::new();
-        let mut leftovers: Vec<Leftover> = Vec::new();
+        let mut dropped = DroppedCounts::new();
+        let mut leftovers: Vec<MatrixId> = Vec::new();
         let logical = match source {
             None => arrange::from_published(&wholes, mapping, &mut problems),
             Some(layout) => arrange::from_layout(
@@ -67,7 +64,7 @@ impl Plan {
                 arrange::to_layout(&logical, layout, &mut dropped, &mut leftovers, &mut problems)
             }
         };
-        let published = |name: &str| mapping.layouts().any(|l| l.take_hf(name).is_some());
+        let published = |name: &str| mapping.layouts().any(|l| l.match_hf(name).is_some());
         let strangers = options.unmapped == Unmapped::Refuse
             && (!leftovers.is_empty() || target.is_none() && !logical.keys().all(|n| published(n)));
         let mut completeness = Completeness {
@@ -76,12 +73,13 @@ impl Plan {
             source,
             target,
             allowed: &options.allow_missing,
-            lacking: Vec::new(),
-            absent: BTreeSet::new(),
+            allowed_missing: Vec::new(),
+            absent_layers: BTreeSet::new(),
         };
         completeness.check(strangers, &mut problems);
-        let (lacking, absent) = (completeness.lacking, completeness.absent);
-        gather::check_config(checkpoint.config(), &matrices, &mut problems);
+        let (allowed_missing, absent_layers) =
+            (completeness.allowed_missing, completeness.absent_layers);
+        check_config(checkpoint.config(), &matrices, &mut problems);
         if target.is_none() {
             targets = arrange::to_published(logical, mapping, source.is_some(), &mut leftovers);
         }
@@ -90,7 +88,7 @@ impl Plan {
         let stored = source.is_none() && matrices.iter().any(|m| m.scales.is_some());
         let stored = stored && options.quantize.is_some() && original.is_none();
         let facets = if stored && target.is_none() {
-            lay_out::as_stored(checkpoint, &matrices, mapping, &mut targets)
+            lay_out::copy_quantized(checkpoint, &matrices, mapping, &mut targets)
         } else {
             facets(mapping, options, original.as_ref(), to, &mut targets, &mut problems)?
         };
@@ -98,7 +96,7 @@ impl Plan {
         targets.sort_by_cached_key(|t| natural_key(&t.name));
         for pair in targets.windows(2).filter(|w| w[0].name == w[1].name) {
             let source =
-                |t: &Target| t.fragments.first().map(|f| &*matrices[f.matrix.index()].name);
+                |t: &ViewTensor| t.fragments.first().map(|f| &*matrices[f.matrix.index()].name);
             let [a, b] = [&pair[0], &pair[1]].map(|t| source(t).unwrap_or_default());
             problems.explain(Problem::SameName, &pair[0].name, format!("`{a}` and `{b}`"));
         }
@@ -111,7 +109,7 @@ impl Plan {
             return Err(PlanError::Empty);
         }
 
-        let mut layer = Layers {
+        let mut layer = DirectoryBuilder {
             tensors: Vec::with_capacity(targets.len()),
             matrices: &matrices,
             dtype: options.dtype,
@@ -123,12 +121,13 @@ impl Plan {
         let is_quantized = facets.tensors.iter().any(|f| options.selects(&f.name));
         let mut directories = layer.directories(&targets, to, options)?;
         layer.add_facets(facets.tensors, options, &mut directories)?;
-        let Layers { tensors, problems, .. } = layer;
+        let DirectoryBuilder { tensors, problems, .. } = layer;
         problems.finish()?;
         let original = options.quantize.as_ref().and_then(|q| q.original.clone());
         let quantized = facets.quantized;
         let like = if stored { Some(checkpoint) } else { original.as_deref() };
-        let stated = stated(is_quantized, like, mapping, &targets, &tensors, &quantized)?;
+        let config_entries =
+            config_entries(is_quantized, like, mapping, &targets, &tensors, &quantized)?;
         let parts = SummaryParts {
             mapping,
             from,
@@ -139,22 +138,22 @@ impl Plan {
             quantized: &quantized,
             dropped,
             unmapped,
-            lacking,
-            absent,
+            allowed_missing,
+            absent_layers,
             checkpoint,
         };
         let summary = Summary::new(parts, &tensors, &directories);
-        Ok(Plan { tensors, matrices, quantized, original, directories, stated, summary })
+        Ok(Plan { tensors, matrices, quantized, original, directories, config_entries, summary })
     }
 }
 
 /// The facets of all targets that are quantized on the way back; they are taken from `targets`.
 fn facets(
-    mapping: &Resolved,
+    mapping: &ResolvedMapping,
     options: &PlanOptions,
     original: Option<&Original<'_>>,
     to: LayoutName,
-    targets: &mut Vec<Target>,
+    targets: &mut Vec<ViewTensor>,
     problems: &mut Problems,
 ) -> Result<Facets, PlanError> {
     let Some(quantize) = &options.quantize else { return Ok(Facets::default()) };
@@ -162,9 +161,10 @@ fn facets(
         return Err(PlanError::QuantizedLayout(to));
     }
     match original {
-        Some(original) => Ok(lay_out::by_original(original, mapping, targets, problems)),
+        Some(original) => Ok(lay_out::quantize_like_original(original, mapping, targets, problems)),
         None => {
-            let facets = lay_out::by_mapping(mapping, quantize.scale_dtype, targets, problems);
+            let facets =
+                lay_out::quantize_by_mapping(mapping, quantize.scale_dtype, targets, problems);
             if facets.quantized.is_empty() && !mapping.published_plain {
                 let lacks = "which tensors of this checkpoint are quantized";
                 let mapping = mapping.name.clone();
@@ -177,21 +177,21 @@ fn facets(
 
 /// What is done with tensors that no rule names, and how many there are.
 fn unmapped(
-    leftovers: &[Leftover],
-    wholes: &[Whole<'_>],
+    leftovers: &[MatrixId],
+    wholes: &[WholeTensor<'_>],
     what: Unmapped,
-    targets: &mut Vec<Target>,
+    targets: &mut Vec<ViewTensor>,
     problems: &mut Problems,
 ) -> Option<(Unmapped, u64)> {
-    let leftovers: HashSet<Leftover> = leftovers.iter().copied().collect();
-    let left = |whole: &&Whole<'_>| whole.parts.iter().any(|(m, _)| leftovers.contains(m));
+    let leftovers: HashSet<MatrixId> = leftovers.iter().copied().collect();
+    let left = |whole: &&WholeTensor<'_>| whole.parts.iter().any(|(m, _)| leftovers.contains(m));
     let mut n = 0;
     for whole in wholes.iter().filter(left) {
         n += 1;
         match what {
             Unmapped::Refuse => problems.add(Problem::NoRule, whole.name),
             Unmapped::Drop => {}
-            Unmapped::Keep => targets.push(Target {
+            Unmapped::Keep => targets.push(ViewTensor {
                 name: whole.name.to_owned(),
                 shape: whole.shape.clone(),
                 fragments: whole.fragments(),

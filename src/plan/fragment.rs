@@ -5,7 +5,7 @@ use crate::tensor::{BoxMap, Shape, coalesce};
 
 /// Most pieces of one tensor: experts times the matrices of each. The largest published have 1,800;
 /// a sparse file of some KiB can hold a tensor of any number of rows.
-pub(super) const MOST_PIECES: u64 = 1 << 16;
+pub(super) const MAX_FRAGMENTS: u64 = 1 << 16;
 
 /// A box of the view's tensor and the box of a matrix that it comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]

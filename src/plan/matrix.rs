@@ -102,7 +102,7 @@ impl MatrixScales {
 
 /// Rows of a matrix whose scales lie in one run of scale rows.
 ///
-/// Row `r` of the band has the scale row `row + (r - rows.start + skip) / block[0]`. More than one
+/// TableRow `r` of the band has the scale row `row + (r - rows.start + skip) / block[0]`. More than one
 /// band is needed where the grid starts anew (stacked experts) or where a block reaches over the
 /// boundary of two tensors that were quantized as one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,7 +154,7 @@ pub enum ScaleReading {
 }
 
 /// Most shards of a fused pair: as many as a model has K/V heads.
-const MOST_SHARDS: u64 = 1 << 12;
+const MAX_SHARDS: u64 = 1 << 12;
 
 /// Bands of a pair of matrices that were quantized as shards of their fused rows, first the
 /// bands of the first matrix.
@@ -176,7 +176,7 @@ pub(super) fn fused_bands<S: Copy>(
             rows[i].is_multiple_of(t) && t * (rows[i] / t).div_ceil(block) == scale_rows[i]
         })
     };
-    let most = rows[0].min(rows[1]).min(scale_rows[0]).min(MOST_SHARDS);
+    let most = rows[0].min(rows[1]).min(scale_rows[0]).min(MAX_SHARDS);
     let shards = (1..=most).find(|&t| explains(t))?;
     // One shard is a plain grid on each tensor: nothing was fused.
     if shards == 1 {

@@ -69,7 +69,7 @@ pub struct Plan {
     /// The checkpoints that the view offers; the first is the root.
     pub directories: Vec<Directory>,
     /// What config.json says of the tensors.
-    pub(crate) stated: Stated,
+    pub(crate) config_entries: ConfigEntries,
     /// What the mount reports.
     pub summary: Summary,
 }
@@ -102,7 +102,7 @@ pub struct Directory {
 
 /// What the view's config.json says of the view's tensors.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Stated {
+pub(crate) struct ConfigEntries {
     /// How they are quantized; `None` where none is.
     pub quantization: Option<QuantizationConfig>,
     /// The dtype that most of them have, where they are not quantized; `None` where all are.

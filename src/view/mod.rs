@@ -426,7 +426,7 @@ fn entry(engine: &Engine, id: TensorId) -> Entry<'_> {
 /// The files that every directory of the view gets: config.json and the source's other files.
 fn common_files(engine: &Engine, checkpoint: &Checkpoint, newest: SystemTime) -> Vec<Common> {
     let config = checkpoint.config();
-    let text = config::rewritten(config.top(), &engine.plan().stated);
+    let text = config::rewritten(config.top(), &engine.plan().config_entries);
     let changed = fs::metadata(checkpoint.dir().join(CONFIG)).and_then(|config| config.modified());
     let mut common = vec![Common {
         name: CONFIG.to_owned(),

@@ -1,38 +1,39 @@
 //! Which layout a checkpoint is in, by its names and, where those do not tell, its shapes.
 
-use crate::mapping::{Layout, LayoutName, Resolved, Taken};
+use crate::mapping::{Layout, LayoutName, ResolvedMapping, RuleMatch};
 use crate::plan::Matrix;
-use crate::plan::gather::Whole;
+use crate::plan::gather::WholeTensor;
 use crate::plan::report::PlanError;
 use crate::source::Checkpoint;
 
 /// Which layout the source is in: the one whose renaming and grouping rules know most of its names,
 /// and more of them as the layout's than as the checkpoint's; `hf` where there is none.
 pub(in crate::plan) fn source_layout(
-    wholes: &[Whole<'_>],
+    wholes: &[WholeTensor<'_>],
     matrices: &[Matrix],
     checkpoint: &Checkpoint,
-    mapping: &Resolved,
+    mapping: &ResolvedMapping,
 ) -> Result<LayoutName, PlanError> {
     // A rule speaks for a side where the names of its sides differ, or where it has operations and
     // the tensor's shape is one of that side.
-    let count = |speaks: &dyn Fn(&Whole<'_>) -> bool| wholes.iter().filter(|w| speaks(w)).count();
-    let as_hf = |layout: &Layout, w: &Whole<'_>| {
+    let count =
+        |speaks: &dyn Fn(&WholeTensor<'_>) -> bool| wholes.iter().filter(|w| speaks(w)).count();
+    let as_hf = |layout: &Layout, w: &WholeTensor<'_>| {
         let canonical = mapping.canonical(w.name);
-        match layout.take_hf(canonical.as_deref().unwrap_or(w.name)) {
-            Some(Taken::Map { rule, .. }) => {
+        match layout.match_hf(canonical.as_deref().unwrap_or(w.name)) {
+            Some(RuleMatch::Map { rule, .. }) => {
                 let fits = !rule.keeps_names() || rule.fits_part(&w.shape);
                 !rule.is_identity() && fits
             }
-            Some(Taken::Drop { .. }) | None => false,
+            Some(RuleMatch::Drop { .. }) | None => false,
         }
     };
-    let as_layout = |layout: &Layout, w: &Whole<'_>| match layout.take_to(w.name) {
-        Some(Taken::Map { rule, .. }) => {
+    let as_layout = |layout: &Layout, w: &WholeTensor<'_>| match layout.match_to(w.name) {
+        Some(RuleMatch::Map { rule, .. }) => {
             let fits = !rule.keeps_names() || rule.fits_layout(&w.shape);
             !rule.is_identity() && fits
         }
-        Some(Taken::Drop { .. }) | None => false,
+        Some(RuleMatch::Drop { .. }) | None => false,
     };
     let mut best = (LayoutName::Hf, 0);
     for layout in mapping.layouts() {
@@ -45,7 +46,7 @@ pub(in crate::plan) fn source_layout(
     let named = wholes.iter().any(|w| {
         let canonical = mapping.canonical(w.name);
         let name = canonical.as_deref().unwrap_or(w.name);
-        mapping.layouts().any(|l| l.take_hf(name).is_some())
+        mapping.layouts().any(|l| l.match_hf(name).is_some())
     });
     if best.0 == LayoutName::Hf && !quantized && !named {
         return Err(PlanError::UnknownLayout {

@@ -2,41 +2,41 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::assemble::{empty_part, has_few_pieces};
-use super::{Logical, Target};
-use crate::mapping::{Assembled, Bindings, Layout, Row, Rule, Side};
+use super::assemble::{first_empty, has_allowed_fragment_count};
+use super::{LogicalTensor, ViewTensor};
+use crate::mapping::{AssembledTensor, Bindings, Layout, Rule, Side, TableRow};
 use crate::plan::fragment::fragments_of;
 use crate::plan::report::{Problem, Problems};
 
 /// Missing parts that are looked at one by one: a config.json can ask for any number of them.
-const WALKED: usize = 1 << 16;
+const MAX_MISSING_EXAMINED: usize = 1 << 16;
 
-/// Groups by the row of their rule and what its variables are bound to, the stacked one unbound.
-pub(super) type Groups<'a> = BTreeMap<(usize, Bindings), Group<'a>>;
+/// RuleGroups by the row of their rule and what its variables are bound to, the stacked one unbound.
+pub(super) type RuleGroups<'a> = BTreeMap<(usize, Bindings), RuleGroup<'a>>;
 
 /// The logical tensors that a rule takes at one binding.
 #[derive(Debug)]
-pub(super) struct Group<'a> {
+pub(super) struct RuleGroup<'a> {
     rule: &'a Rule,
     /// By position among the rule's names, and value of the stacked variable.
-    pub parts: BTreeMap<(usize, Option<u64>), &'a Logical>,
+    pub parts: BTreeMap<(usize, Option<u64>), &'a LogicalTensor>,
 }
 
-impl<'a> Group<'a> {
+impl<'a> RuleGroup<'a> {
     /// A group that nothing was found of yet.
-    pub(super) fn new(rule: &'a Rule) -> Group<'a> {
-        Group { rule, parts: BTreeMap::new() }
+    pub(super) fn new(rule: &'a Rule) -> RuleGroup<'a> {
+        RuleGroup { rule, parts: BTreeMap::new() }
     }
 
     /// The layout's tensors; none where the group was refused.
-    pub(super) fn targets(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<Target> {
+    pub(super) fn targets(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<ViewTensor> {
         let rule = self.rule;
         let target_name = |j: usize| rule.to[j].format(bindings, &rule.vars).unwrap_or_default();
         if !self.is_complete(bindings, &target_name(0), problems) {
             return Vec::new();
         }
         let Some(shapes) = self.shapes(bindings, problems) else { return Vec::new() };
-        if !has_few_pieces(rule, &target_name(0), problems) {
+        if !has_allowed_fragment_count(rule, &target_name(0), problems) {
             return Vec::new();
         }
         let assembled = match rule.assemble(&shapes) {
@@ -50,17 +50,17 @@ impl<'a> Group<'a> {
         assembled.into_iter().enumerate().map(target).collect()
     }
 
-    fn target(&self, name: String, tensor: Assembled) -> Target {
+    fn target(&self, name: String, tensor: AssembledTensor) -> ViewTensor {
         let fragments = tensor
-            .pieces
+            .fragments
             .iter()
-            .flat_map(|piece| {
-                let part = self.parts.get(&(piece.part, piece.stacked));
+            .flat_map(|fragment| {
+                let part = self.parts.get(&(fragment.part, fragment.stacked));
                 let parts = part.map_or(&[][..], |t| &t.parts);
-                parts.iter().filter_map(|(m, map)| Some((*m, piece.map.after(map)?)))
+                parts.iter().filter_map(|(m, map)| Some((*m, fragment.map.after(map)?)))
             })
             .collect();
-        Target {
+        ViewTensor {
             name,
             expert_axis: self.rule.expert_axis && !tensor.shape.is_empty(),
             shape: tensor.shape,
@@ -82,11 +82,11 @@ impl<'a> Group<'a> {
         if problems.is_refused(target) {
             return false;
         }
-        problems.note_missing(target);
+        problems.mark_missing(target);
         let all = rule.stacked().flat_map(|s| (0..rule.hf.len()).map(move |part| (part, s)));
         let missing = || all.clone().filter(|key| !self.parts.contains_key(key));
         let name = |(part, s): (usize, Option<u64>)| rule.part_name(part, s, bindings);
-        let known = missing().take(WALKED).filter_map(name);
+        let known = missing().take(MAX_MISSING_EXAMINED).filter_map(name);
         let refused: BTreeSet<String> = known.filter(|n| problems.is_refused(n)).collect();
         let refused_count = u64::try_from(refused.len()).expect("tensors are counted in 32 bits");
         let names = missing().filter_map(name).filter(|n| !refused.contains(n));
@@ -98,7 +98,8 @@ impl<'a> Group<'a> {
     /// The shape of every part of the rule, one for all values of the stacked variable.
     fn shapes(&self, bindings: &Bindings, problems: &mut Problems) -> Option<Vec<Vec<u64>>> {
         let rule = self.rule;
-        let usual: Vec<&[u64]> = (0..rule.hf.len()).map(|part| self.usual_shape(part)).collect();
+        let usual: Vec<&[u64]> =
+            (0..rule.hf.len()).map(|part| self.most_common_shape(part)).collect();
         let mut fit = true;
         for ((part, stacked), tensor) in &self.parts {
             let got = &tensor.shape;
@@ -106,7 +107,7 @@ impl<'a> Group<'a> {
                 format!("expected {expected:?}, got {got:?}")
             } else if got != usual[*part] {
                 format!("expected {:?} as the others, got {got:?}", usual[*part])
-            } else if empty_part(rule, &[got]).is_some() {
+            } else if first_empty(rule, &[got]).is_some() {
                 format!("expected elements, got {got:?}")
             } else {
                 continue;
@@ -119,7 +120,7 @@ impl<'a> Group<'a> {
     }
 
     /// The shape that most tensors of a part have.
-    fn usual_shape(&self, part: usize) -> &[u64] {
+    fn most_common_shape(&self, part: usize) -> &[u64] {
         let mut counts: BTreeMap<&[u64], usize> = BTreeMap::new();
         for (_, tensor) in self.parts.iter().filter(|((p, _), _)| *p == part) {
             *counts.entry(&tensor.shape).or_default() += 1;
@@ -132,7 +133,7 @@ impl<'a> Group<'a> {
 ///
 /// Grouped tensors of one module come together: where `experts.gate_and_up_projs` can be made,
 /// `experts.down_projs` is expected too.
-pub(super) fn add_siblings<'a>(groups: &mut Groups<'a>, layout: &'a Layout) {
+pub(super) fn add_missing_groups<'a>(groups: &mut RuleGroups<'a>, layout: &'a Layout) {
     let name = |rule: &Rule, bindings: &Bindings| rule.to[0].format(bindings, &rule.vars);
     let there = groups.iter().filter(|(_, group)| group.rule.grouped);
     let there: Vec<(Bindings, Option<String>, Option<Side>)> =
@@ -143,13 +144,13 @@ pub(super) fn add_siblings<'a>(groups: &mut Groups<'a>, layout: &'a Layout) {
             continue;
         };
         for (row, line) in layout.rows.iter().enumerate() {
-            let Row::Map(rule) = line else { continue };
+            let TableRow::Map(rule) = line else { continue };
             let sibling = name(rule, &bindings)
                 .filter(|n| rule.grouped && rule.reads == reads && !provided.contains(n));
             let Some(sibling) = sibling else { continue };
             if sibling.rsplit_once('.').is_some_and(|(m, _)| m == module) {
                 provided.insert(sibling);
-                groups.insert((row, bindings.clone()), Group::new(rule));
+                groups.insert((row, bindings.clone()), RuleGroup::new(rule));
             }
         }
     }

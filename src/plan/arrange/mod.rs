@@ -16,7 +16,7 @@ pub(super) use detect::source_layout;
 
 /// A tensor of the checkpoint's own naming, wherever its elements are.
 #[derive(Debug)]
-pub(super) struct Logical {
+pub(super) struct LogicalTensor {
     pub shape: Vec<u64>,
     /// Target: the logical tensor. Source: the matrix.
     pub parts: Vec<(MatrixId, BoxMap)>,
@@ -24,7 +24,7 @@ pub(super) struct Logical {
 
 /// A tensor of the view before its dtype is known.
 #[derive(Debug)]
-pub(super) struct Target {
+pub(super) struct ViewTensor {
     pub name: String,
     pub shape: Vec<u64>,
     pub fragments: Vec<Fragment>,
@@ -37,10 +37,7 @@ pub(super) struct Target {
 }
 
 /// Counts of what is left out, by reason.
-pub(super) type Dropped = BTreeMap<String, u64>;
+pub(super) type DroppedCounts = BTreeMap<String, u64>;
 
 /// The checkpoint's logical tensors by name.
-pub(super) type LogicalTensors = BTreeMap<String, Logical>;
-
-/// A source matrix that no rule takes, for the user to decide on.
-pub(super) type Leftover = MatrixId;
+pub(super) type LogicalTensors = BTreeMap<String, LogicalTensor>;

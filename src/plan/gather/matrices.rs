@@ -3,10 +3,10 @@
 
 use std::collections::HashSet;
 
-use super::orphans::one_of;
+use super::orphans::dtype_list;
 use crate::codec::{ScaleGrid, Scheme};
-use crate::mapping::{Bindings, Encoding, NameTemplate, Resolved};
-use crate::plan::fragment::MOST_PIECES;
+use crate::mapping::{Bindings, Encoding, NameTemplate, ResolvedMapping};
+use crate::plan::fragment::MAX_FRAGMENTS;
 use crate::plan::matrix::fused_bands;
 use crate::plan::report::{PlanError, Problem, Problems};
 use crate::plan::{Matrix, MatrixScales, ScaleBand, ScaleReading};
@@ -15,20 +15,20 @@ use crate::tensor::{DType, Shape};
 
 /// The matrices of a checkpoint, in the order of their payloads' names.
 #[derive(Debug)]
-pub(in crate::plan) struct Matrices {
-    pub list: Vec<Matrix>,
+pub(in crate::plan) struct GatheredMatrices {
+    pub matrices: Vec<Matrix>,
     /// Pairs whose scales are shared over the boundary of the two tensors.
     pub fused_pairs: u64,
 }
 
-/// Groups all tensors of `checkpoint` by the mapping's encodings.
-pub(in crate::plan) fn matrices(
+/// RuleGroups all tensors of `checkpoint` by the mapping's encodings.
+pub(in crate::plan) fn gather_matrices(
     checkpoint: &Checkpoint,
-    mapping: &Resolved,
+    mapping: &ResolvedMapping,
     reading: ScaleReading,
     problems: &mut Problems,
-) -> Result<Matrices, PlanError> {
-    let mut grouping = Grouping {
+) -> Result<GatheredMatrices, PlanError> {
+    let mut gatherer = MatrixGatherer {
         checkpoint,
         mapping,
         reading,
@@ -39,23 +39,23 @@ pub(in crate::plan) fn matrices(
         fused_pairs: 0,
         problems,
     };
-    grouping.foreign();
+    gatherer.refuse_unsupported_schemes();
     for encoding in &mapping.encodings {
-        grouping.group(encoding);
+        gatherer.apply_encoding(encoding);
     }
-    grouping.companions();
-    grouping.orphans();
-    grouping.leftovers();
-    let mut found = grouping.found;
-    let fused_pairs = grouping.fused_pairs;
+    gatherer.refuse_unsupported_companions();
+    gatherer.refuse_orphans();
+    gatherer.add_plain_tensors();
+    let mut found = gatherer.found;
+    let fused_pairs = gatherer.fused_pairs;
     found.sort_by_key(|m| m.payload);
-    Ok(Matrices { list: found, fused_pairs })
+    Ok(GatheredMatrices { matrices: found, fused_pairs })
 }
 
 /// A checkpoint's tensors on their way into matrices.
-pub(super) struct Grouping<'a> {
+pub(super) struct MatrixGatherer<'a> {
     pub(super) checkpoint: &'a Checkpoint,
-    pub(super) mapping: &'a Resolved,
+    pub(super) mapping: &'a ResolvedMapping,
     reading: ScaleReading,
     config_block: Option<[u64; 2]>,
     config_group: Option<u64>,
@@ -67,7 +67,7 @@ pub(super) struct Grouping<'a> {
 }
 
 /// A payload and its scale, before the scale's rows are dealt out.
-pub(super) struct Quantized {
+pub(super) struct PayloadAndScale {
     payload: SourceId,
     scale: SourceId,
     shape: Shape,
@@ -76,16 +76,16 @@ pub(super) struct Quantized {
 }
 
 /// What is there of a quantized matrix.
-pub(super) enum Part {
+pub(super) enum PayloadLookup {
     /// No payload: nothing of that name, or something else.
     Absent,
     /// A payload that was refused.
     Refused,
     /// Payload and scale.
-    There(Quantized),
+    Found(PayloadAndScale),
 }
 
-impl<'a> Grouping<'a> {
+impl<'a> MatrixGatherer<'a> {
     pub(super) fn tensor(&self, id: SourceId) -> &'a SourceTensor {
         self.checkpoint.tensor(id)
     }
@@ -95,7 +95,7 @@ impl<'a> Grouping<'a> {
         self.found.iter().map(|m| m.name.to_string()).collect()
     }
 
-    fn group(&mut self, encoding: &Encoding) {
+    fn apply_encoding(&mut self, encoding: &Encoding) {
         let ids = (0..).map(SourceId).take(self.checkpoint.tensors().len());
         for id in ids {
             let tensor = self.tensor(id);
@@ -105,35 +105,42 @@ impl<'a> Grouping<'a> {
             let bound = encoding.payload.iter().find_map(|t| t.bind(&tensor.name, &encoding.vars));
             let Some(bindings) = bound else { continue };
             if encoding.fused_shards {
-                self.pair(encoding, &bindings);
-            } else if let Part::There(q) = self.quantized(encoding, 0, &bindings) {
-                self.single(encoding, q, &bindings);
+                self.apply_to_pair(encoding, &bindings);
+            } else if let PayloadLookup::Found(q) =
+                self.find_payload_and_scale(encoding, 0, &bindings)
+            {
+                self.add_single(encoding, q, &bindings);
             }
         }
     }
 
     /// Payload and scale number `i` of the encoding.
-    fn quantized(&mut self, encoding: &Encoding, i: usize, bindings: &Bindings) -> Part {
+    fn find_payload_and_scale(
+        &mut self,
+        encoding: &Encoding,
+        i: usize,
+        bindings: &Bindings,
+    ) -> PayloadLookup {
         let name = |t: &NameTemplate| t.format(bindings, &encoding.vars).unwrap_or_default();
         let Some(payload) = self.checkpoint.find(&name(&encoding.payload[i])) else {
-            return Part::Absent;
+            return PayloadLookup::Absent;
         };
         let tensor = self.tensor(payload);
         let scheme = encoding.scheme;
         let matrix = name(&encoding.matrix[i]);
         if self.used[payload.index()] || !scheme.takes_payload(tensor.dtype) {
             let refused = self.used[payload.index()] && self.problems.is_refused(&matrix);
-            return if refused { Part::Refused } else { Part::Absent };
+            return if refused { PayloadLookup::Refused } else { PayloadLookup::Absent };
         }
         let mut spellings = encoding.scale[i].iter().map(name);
         let scale = encoding.scale[i].iter().find_map(|t| self.checkpoint.find(&name(t)));
         let shape = scheme.matrix_shape(tensor.dtype, &tensor.shape);
         let is_matrix =
-            |s: &Shape| s.elements().is_some_and(|n| n > 0) && planes_of(s) <= MOST_PIECES;
+            |s: &Shape| s.elements().is_some_and(|n| n > 0) && plane_count(s) <= MAX_FRAGMENTS;
         let Some(shape) = shape.filter(is_matrix) else {
             // Bytes of a payload's dtype can be something else, unless their scale is there.
             if scale.is_none() && !is_only_a_payload(encoding, tensor) {
-                return Part::Absent;
+                return PayloadLookup::Absent;
             }
             let what = format!("expected a matrix, got {} {}", tensor.dtype, tensor.shape);
             self.problems.explain(Problem::PayloadShape, &tensor.name, what);
@@ -147,23 +154,23 @@ impl<'a> Grouping<'a> {
         };
         let (scale_name, given) = (&self.tensor(scale).name, self.tensor(scale).dtype);
         let Some(scale_code) = scheme.scale_code(given) else {
-            let expected = one_of(|d| scheme.scale_code(d).is_some());
+            let expected = dtype_list(|d| scheme.scale_code(d).is_some());
             let what = format!("expected {expected}, got {given}");
             self.problems.explain(Problem::ScaleDtype, scale_name, what);
             return self.refuse(&matrix, [Some(payload), Some(scale)]);
         };
         let name = matrix.into_boxed_str();
-        Part::There(Quantized { payload, scale, shape, scale_code, name })
+        PayloadLookup::Found(PayloadAndScale { payload, scale, shape, scale_code, name })
     }
 
     /// Takes tensors for a matrix that cannot be made of them.
-    pub(super) fn refuse(&mut self, matrix: &str, parts: [Option<SourceId>; 2]) -> Part {
+    pub(super) fn refuse(&mut self, matrix: &str, parts: [Option<SourceId>; 2]) -> PayloadLookup {
         for id in parts.into_iter().flatten() {
             self.used[id.index()] = true;
         }
         let name = self.mapping.canonical(matrix).unwrap_or_else(|| matrix.to_owned());
-        self.problems.refuse_matrix(name);
-        Part::Refused
+        self.problems.mark_refused(name);
+        PayloadLookup::Refused
     }
 
     fn block(&self, encoding: &Encoding) -> [u64; 2] {
@@ -174,19 +181,19 @@ impl<'a> Grouping<'a> {
         }
     }
 
-    fn single(&mut self, encoding: &Encoding, q: Quantized, bindings: &Bindings) {
+    fn add_single(&mut self, encoding: &Encoding, q: PayloadAndScale, bindings: &Bindings) {
         let block = self.block(encoding);
         self.used[q.payload.index()] = true;
         self.used[q.scale.index()] = true;
         let given = &self.tensor(q.scale).shape;
         let Some(grid) = encoding.scheme.scale_grid(&q.shape, given, block) else {
-            let expected = plain_scale(&q.shape, block).to_string();
-            self.scale_shape_problem(&q, block, &expected);
+            let expected = plain_scale_shape(&q.shape, block).to_string();
+            self.refuse_scale_shape(&q, block, &expected);
             return;
         };
         let bands = plain_bands(&q, &grid);
         let shape_tensor = self.shape_tensor(encoding, bindings);
-        self.add(encoding, q, &grid, bands, shape_tensor);
+        self.add_quantized(encoding, q, &grid, bands, shape_tensor);
     }
 
     fn shape_tensor(&mut self, encoding: &Encoding, bindings: &Bindings) -> Option<SourceId> {
@@ -207,21 +214,37 @@ impl<'a> Grouping<'a> {
     }
 
     /// A pair whose rows were quantized as one.
-    fn pair(&mut self, encoding: &Encoding, bindings: &Bindings) {
-        match [0, 1].map(|i| self.quantized(encoding, i, bindings)) {
-            [Part::There(first), Part::There(second)] => self.fused(encoding, first, second),
-            [Part::There(q), Part::Absent] => self.half(encoding, q, 1, bindings),
-            [Part::Absent, Part::There(q)] => self.half(encoding, q, 0, bindings),
+    fn apply_to_pair(&mut self, encoding: &Encoding, bindings: &Bindings) {
+        match [0, 1].map(|i| self.find_payload_and_scale(encoding, i, bindings)) {
+            [PayloadLookup::Found(first), PayloadLookup::Found(second)] => {
+                self.add_pair(encoding, first, second)
+            }
+            [PayloadLookup::Found(q), PayloadLookup::Absent] => {
+                self.refuse_half_pair(encoding, q, 1, bindings)
+            }
+            [PayloadLookup::Absent, PayloadLookup::Found(q)] => {
+                self.refuse_half_pair(encoding, q, 0, bindings)
+            }
             // One was refused, so the scales of the other say nothing.
-            [Part::There(q), Part::Refused] | [Part::Refused, Part::There(q)] => {
+            [PayloadLookup::Found(q), PayloadLookup::Refused]
+            | [PayloadLookup::Refused, PayloadLookup::Found(q)] => {
                 self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
             }
-            [Part::Absent | Part::Refused, Part::Absent | Part::Refused] => {}
+            [
+                PayloadLookup::Absent | PayloadLookup::Refused,
+                PayloadLookup::Absent | PayloadLookup::Refused,
+            ] => {}
         }
     }
 
     /// A matrix of a pair without number `other`: which scale serves which row cannot be known.
-    fn half(&mut self, encoding: &Encoding, q: Quantized, other: usize, bindings: &Bindings) {
+    fn refuse_half_pair(
+        &mut self,
+        encoding: &Encoding,
+        q: PayloadAndScale,
+        other: usize,
+        bindings: &Bindings,
+    ) {
         let name = encoding.payload[other].format(bindings, &encoding.vars).unwrap_or_default();
         let payload = self.tensor(q.payload);
         match self.checkpoint.find(&name) {
@@ -229,7 +252,7 @@ impl<'a> Grouping<'a> {
                 let what = format!("for `{}`, which was quantized with it", payload.name);
                 self.problems.explain(Problem::MissingPart, &name, what);
                 let missing = encoding.matrix[other].format(bindings, &encoding.vars);
-                self.problems.note_missing(&missing.unwrap_or_default());
+                self.problems.mark_missing(&missing.unwrap_or_default());
             }
             Some(id) => {
                 let (with, dtype, got) = (&payload.name, payload.dtype, self.tensor(id).dtype);
@@ -247,7 +270,7 @@ impl<'a> Grouping<'a> {
     }
 
     /// Both matrices of a pair.
-    fn fused(&mut self, encoding: &Encoding, first: Quantized, second: Quantized) {
+    fn add_pair(&mut self, encoding: &Encoding, first: PayloadAndScale, second: PayloadAndScale) {
         let block = self.block(encoding);
         for q in [&first, &second] {
             self.used[q.payload.index()] = true;
@@ -256,7 +279,7 @@ impl<'a> Grouping<'a> {
         let rows = [&first, &second].map(|q| q.shape.dims()[0]);
         let cols = first.shape.dims()[1].div_ceil(block[1]);
         let scale_shapes = [&first, &second].map(|q| self.tensor(q.scale).shape.dims().to_vec());
-        let two_d = |q: &Quantized, s: &[u64]| {
+        let two_d = |q: &PayloadAndScale, s: &[u64]| {
             q.shape.rank() == 2
                 && s.len() == 2
                 && s[1] == cols
@@ -278,24 +301,29 @@ impl<'a> Grouping<'a> {
             }
         });
         let Some((shards, [of_first, of_second])) = bands.flatten() else {
-            self.alone(encoding, [first, second], block);
+            self.add_pair_unshared(encoding, [first, second], block);
             return;
         };
         self.fused_pairs += u64::from(shards > 1);
         for (q, bands) in [(first, of_first), (second, of_second)] {
             let grid = ScaleGrid { block, plane_rows: q.shape.dims()[0], rows: 0, cols };
-            self.add(encoding, q, &grid, bands, None);
+            self.add_quantized(encoding, q, &grid, bands, None);
         }
     }
 
     /// A pair that no number of shards explains: each scale must explain itself.
-    fn alone(&mut self, encoding: &Encoding, pair: [Quantized; 2], block: [u64; 2]) {
+    fn add_pair_unshared(
+        &mut self,
+        encoding: &Encoding,
+        pair: [PayloadAndScale; 2],
+        block: [u64; 2],
+    ) {
         let grids = [&pair[0], &pair[1]]
             .map(|q| encoding.scheme.scale_grid(&q.shape, &self.tensor(q.scale).shape, block));
         if let [Some(first), Some(second)] = grids {
             for (q, grid) in pair.into_iter().zip([first, second]) {
                 let bands = plain_bands(&q, &grid);
-                self.add(encoding, q, &grid, bands, None);
+                self.add_quantized(encoding, q, &grid, bands, None);
             }
             return;
         }
@@ -304,15 +332,15 @@ impl<'a> Grouping<'a> {
                 self.refuse(&q.name, [None, None]);
                 continue;
             }
-            let plain = plain_scale(&q.shape, block);
-            self.scale_shape_problem(q, block, &format!("{plain} or the rows of fused shards"));
+            let plain = plain_scale_shape(&q.shape, block);
+            self.refuse_scale_shape(q, block, &format!("{plain} or the rows of fused shards"));
         }
     }
 
-    fn add(
+    fn add_quantized(
         &mut self,
         encoding: &Encoding,
-        q: Quantized,
+        q: PayloadAndScale,
         grid: &ScaleGrid,
         bands: Vec<ScaleBand<SourceId>>,
         shape_tensor: Option<SourceId>,
@@ -337,7 +365,7 @@ impl<'a> Grouping<'a> {
         });
     }
 
-    fn scale_shape_problem(&mut self, q: &Quantized, block: [u64; 2], expected: &str) {
+    fn refuse_scale_shape(&mut self, q: &PayloadAndScale, block: [u64; 2], expected: &str) {
         let scale = self.tensor(q.scale);
         let (got, of, [rows, cols]) = (&scale.shape, &q.shape, block);
         let what = format!("expected {expected}, got {got}: {of} in blocks of {rows}x{cols}");
@@ -346,7 +374,7 @@ impl<'a> Grouping<'a> {
     }
 
     /// What no encoding took: plain tensors.
-    fn leftovers(&mut self) {
+    fn add_plain_tensors(&mut self) {
         for id in (0..).map(SourceId).take(self.checkpoint.tensors().len()) {
             if self.used[id.index()] {
                 continue;
@@ -358,13 +386,13 @@ impl<'a> Grouping<'a> {
     }
 }
 
-/// Matrices of this shape's last two axes: experts, where they are stacked.
-fn planes_of(shape: &Shape) -> u64 {
+/// GatheredMatrices of this shape's last two axes: experts, where they are stacked.
+fn plane_count(shape: &Shape) -> u64 {
     shape.dims().iter().rev().skip(2).fold(1, |n, extent| n.saturating_mul(*extent))
 }
 
 /// Shape of the scales of a matrix in blocks of its rows and columns.
-fn plain_scale(matrix: &Shape, block: [u64; 2]) -> Shape {
+fn plain_scale_shape(matrix: &Shape, block: [u64; 2]) -> Shape {
     let mut dims = matrix.dims().to_vec();
     if let [.., rows, cols] = dims.as_mut_slice() {
         (*rows, *cols) = (rows.div_ceil(block[0]), cols.div_ceil(block[1]));
@@ -377,7 +405,7 @@ fn is_only_a_payload(encoding: &Encoding, tensor: &SourceTensor) -> bool {
     encoding.scheme == Scheme::Fp8 && tensor.dtype == DType::F8E4M3
 }
 
-fn plain_bands(q: &Quantized, grid: &ScaleGrid) -> Vec<ScaleBand<SourceId>> {
+fn plain_bands(q: &PayloadAndScale, grid: &ScaleGrid) -> Vec<ScaleBand<SourceId>> {
     let all_rows: u64 = q.shape.dims()[..q.shape.rank() - 1].iter().product();
     let planes = all_rows.checked_div(grid.plane_rows).unwrap_or(0);
     if grid.block[0] == 1 {

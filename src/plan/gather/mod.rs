@@ -5,6 +5,6 @@ mod orphans;
 mod unsupported;
 mod whole_tensors;
 
-pub(super) use matrices::matrices;
+pub(super) use matrices::gather_matrices;
 pub(super) use unsupported::check_config;
-pub(super) use whole_tensors::{Whole, check_extents, wholes};
+pub(super) use whole_tensors::{WholeTensor, check_extents, whole_tensors};

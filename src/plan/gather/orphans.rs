@@ -1,62 +1,67 @@
 //! Scale and shape tensors whose payload is missing or something else.
 
-use super::matrices::Grouping;
+use super::matrices::MatrixGatherer;
 use crate::mapping::Encoding;
 use crate::plan::report::Problem;
 use crate::source::SourceId;
 use crate::tensor::DType;
 
-impl Grouping<'_> {
+impl MatrixGatherer<'_> {
     /// Refuses scale and shape tensors that no payload took.
-    pub(super) fn orphans(&mut self) {
+    pub(super) fn refuse_orphans(&mut self) {
         for id in (0..).map(SourceId).take(self.checkpoint.tensors().len()) {
             let name = &self.tensor(id).name;
-            if self.used[id.index()] || self.mapping.layouts().any(|l| l.writes_out(name)) {
+            if self.used[id.index()] || self.mapping.layouts().any(|l| l.names_exactly(name)) {
                 continue;
             }
             let mapping = self.mapping;
-            let owners = mapping.encodings.iter().filter_map(|e| Owner::of(e, name));
-            let owners: Vec<Owner<'_>> = owners.collect();
-            if let Some(owner) = owners.first() {
+            let candidates = mapping.encodings.iter().filter_map(|e| PayloadRef::of(e, name));
+            let candidates: Vec<PayloadRef<'_>> = candidates.collect();
+            if let Some(payload_ref) = candidates.first() {
                 self.used[id.index()] = true;
-                self.orphan(name, owner, &owners);
+                self.refuse_orphan(name, payload_ref, &candidates);
             }
         }
     }
 
-    fn orphan(&mut self, name: &str, owner: &Owner<'_>, owners: &[Owner<'_>]) {
-        let canonical = self.mapping.canonical(&owner.matrix);
-        if self.problems.is_refused(canonical.as_deref().unwrap_or(&owner.matrix)) {
+    fn refuse_orphan(
+        &mut self,
+        name: &str,
+        payload_ref: &PayloadRef<'_>,
+        candidates: &[PayloadRef<'_>],
+    ) {
+        let canonical = self.mapping.canonical(&payload_ref.matrix);
+        if self.problems.is_refused(canonical.as_deref().unwrap_or(&payload_ref.matrix)) {
             return;
         }
-        let found = self.checkpoint.find(&owner.payload);
+        let found = self.checkpoint.find(&payload_ref.payload);
         match found.filter(|id| !self.used[id.index()]) {
             None => {
                 let why = if found.is_some() { "has another scale" } else { "is missing" };
-                let what = format!("`{}` {why}", owner.payload);
+                let what = format!("`{}` {why}", payload_ref.payload);
                 self.problems.explain(Problem::MissingPayload, name, what);
             }
             Some(id) => {
-                let takes = |d| owners.iter().any(|o| o.encoding.scheme.takes_payload(d));
-                let (expected, got) = (one_of(takes), self.tensor(id).dtype);
+                let takes = |d| candidates.iter().any(|o| o.encoding.scheme.takes_payload(d));
+                let (expected, got) = (dtype_list(takes), self.tensor(id).dtype);
                 let what = format!("expected {expected} beside `{name}`, got {got}");
-                self.problems.explain(Problem::PayloadDtype, &owner.payload, what);
-                self.refuse(&owner.matrix, [Some(id), None]);
+                self.problems.explain(Problem::PayloadDtype, &payload_ref.payload, what);
+                self.refuse(&payload_ref.matrix, [Some(id), None]);
             }
         }
-        self.refuse(&owner.matrix, [None, None]);
+        self.refuse(&payload_ref.matrix, [None, None]);
     }
 }
 
 /// The payload and the matrix that a scale or shape tensor belongs to, by its name.
-pub(super) struct Owner<'e> {
+pub(super) struct PayloadRef<'e> {
     encoding: &'e Encoding,
     payload: String,
     matrix: String,
 }
 
-impl<'e> Owner<'e> {
-    pub(super) fn of(encoding: &'e Encoding, part: &str) -> Option<Owner<'e>> {
+impl<'e> PayloadRef<'e> {
+    pub(super) fn of(encoding: &'e Encoding, part: &str) -> Option<PayloadRef<'e>> {
         let spellings = encoding.scale.iter().enumerate();
         let scales = spellings.flat_map(|(i, spelled)| spelled.iter().map(move |t| (i, t)));
         let shape = encoding.shape.iter().map(|t| (0, t));
@@ -64,13 +69,13 @@ impl<'e> Owner<'e> {
             let bindings = template.bind(part, &encoding.vars)?;
             let payload = encoding.payload[i].format(&bindings, &encoding.vars)?;
             let matrix = encoding.matrix[i].format(&bindings, &encoding.vars)?;
-            Some(Owner { encoding, payload, matrix })
+            Some(PayloadRef { encoding, payload, matrix })
         })
     }
 }
 
 /// The dtypes that are taken, in words.
-pub(super) fn one_of(takes: impl Fn(DType) -> bool) -> String {
+pub(super) fn dtype_list(takes: impl Fn(DType) -> bool) -> String {
     let mut names: Vec<&str> = DType::all().filter(|d| takes(*d)).map(DType::name).collect();
     let last = names.pop().unwrap_or_default();
     if names.is_empty() { last.to_owned() } else { format!("{} or {last}", names.join(", ")) }

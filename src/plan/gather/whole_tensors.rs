@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use crate::mapping::{Layout, Resolved, Taken};
+use crate::mapping::{Layout, ResolvedMapping, RuleMatch};
 use crate::plan::fragment::{covers, fragments_of};
 use crate::plan::report::{Problem, Problems};
 use crate::plan::{Fragment, Matrix, MatrixId};
@@ -12,11 +12,11 @@ use crate::tensor::{BoxMap, Shape};
 
 /// A tensor of the checkpoint.
 #[derive(Debug)]
-pub(in crate::plan) struct Whole<'a> {
+pub(in crate::plan) struct WholeTensor<'a> {
     /// Name in the checkpoint, without the suffixes of a quantized matrix's parts.
     pub name: &'a str,
     /// Name of the tensor that holds its elements or their codes.
-    pub stored: &'a str,
+    pub payload_name: &'a str,
     /// Whether its shards say that they hold pieces.
     pub in_pieces: bool,
     /// Extents of the tensor.
@@ -25,7 +25,7 @@ pub(in crate::plan) struct Whole<'a> {
     pub parts: Vec<(MatrixId, BoxMap)>,
 }
 
-impl Whole<'_> {
+impl WholeTensor<'_> {
     /// The tensor's fragments, in the order of their targets.
     pub(in crate::plan) fn fragments(&self) -> Vec<Fragment> {
         fragments_of(self.parts.clone())
@@ -33,12 +33,12 @@ impl Whole<'_> {
 }
 
 /// The tensors of a checkpoint in the order of its matrices; notes pieces that are no whole.
-pub(in crate::plan) fn wholes<'a>(
+pub(in crate::plan) fn whole_tensors<'a>(
     matrices: &'a [Matrix],
     checkpoint: &'a Checkpoint,
     problems: &mut Problems,
-) -> Vec<Whole<'a>> {
-    let mut wholes: Vec<Whole<'a>> = Vec::with_capacity(matrices.len());
+) -> Vec<WholeTensor<'a>> {
+    let mut wholes: Vec<WholeTensor<'a>> = Vec::with_capacity(matrices.len());
     let mut pieces: BTreeMap<&str, usize> = BTreeMap::new();
     let is_quantized =
         |m: &&Matrix| m.scales.is_some() && checkpoint.tensor(m.payload).piece_at.is_some();
@@ -47,10 +47,10 @@ pub(in crate::plan) fn wholes<'a>(
         let mut map = matrix.logical_map();
         let dims = matrix.logical_dims();
         let stored = checkpoint.tensor(matrix.payload);
-        let (at, stored) = (stored.piece_at.as_deref(), &*stored.name);
+        let (at, payload_name) = (stored.piece_at.as_deref(), &*stored.name);
         let Some(at) = at.filter(|at| at.len() == dims.len() && matrix.scales.is_none()) else {
             let (name, parts) = (&*matrix.name, vec![(id, map)]);
-            wholes.push(Whole { name, stored, in_pieces: false, shape: dims, parts });
+            wholes.push(WholeTensor { name, payload_name, in_pieces: false, shape: dims, parts });
             continue;
         };
         if quantized.contains(&*matrix.name) {
@@ -72,7 +72,7 @@ pub(in crate::plan) fn wholes<'a>(
                 pieces.insert(&matrix.name, wholes.len());
                 let shape = ends.collect();
                 let (name, parts) = (&*matrix.name, vec![(id, map)]);
-                wholes.push(Whole { name, stored, in_pieces: true, shape, parts });
+                wholes.push(WholeTensor { name, payload_name, in_pieces: true, shape, parts });
             }
         }
     }
@@ -83,7 +83,7 @@ pub(in crate::plan) fn wholes<'a>(
 }
 
 /// Notes pieces of several dtypes, and such as leave gaps or overlap.
-fn check(whole: &Whole<'_>, matrices: &[Matrix], problems: &mut Problems) {
+fn check(whole: &WholeTensor<'_>, matrices: &[Matrix], problems: &mut Problems) {
     let dtype = |(id, _): &(MatrixId, BoxMap)| matrices[id.index()].dtype;
     let first = dtype(&whole.parts[0]);
     if let Some(other) = whole.parts.iter().map(dtype).find(|d| *d != first) {
@@ -93,7 +93,7 @@ fn check(whole: &Whole<'_>, matrices: &[Matrix], problems: &mut Problems) {
         let n = whole.parts.len();
         let what = format!("expected all of {:?}, got {n} that leave gaps or overlap", whole.shape);
         problems.explain(Problem::Pieces, whole.name, what);
-        problems.refuse_matrix(whole.name.to_owned());
+        problems.mark_refused(whole.name.to_owned());
     }
 }
 
@@ -102,17 +102,17 @@ fn check(whole: &Whole<'_>, matrices: &[Matrix], problems: &mut Problems) {
 /// Nothing in the shards says how large the whole is, so the last pieces of all tensors can be
 /// missing with the file of a process.
 pub(in crate::plan) fn check_extents(
-    wholes: &[Whole<'_>],
-    mapping: &Resolved,
+    wholes: &[WholeTensor<'_>],
+    mapping: &ResolvedMapping,
     source: Option<&Layout>,
     problems: &mut Problems,
 ) {
     for whole in wholes.iter().filter(|w| w.in_pieces) {
         let taken = match source {
-            Some(layout) => layout.take_to(whole.name),
-            None => mapping.layouts().find_map(|layout| layout.take_hf(whole.name)),
+            Some(layout) => layout.match_to(whole.name),
+            None => mapping.layouts().find_map(|layout| layout.match_hf(whole.name)),
         };
-        let Some(Taken::Map { rule, .. }) = taken else { continue };
+        let Some(RuleMatch::Map { rule, .. }) = taken else { continue };
         if let Some(expected) = rule.piece_shape.as_ref().filter(|e| **e != whole.shape) {
             let got = &whole.shape;
             let what = format!("expected {expected:?}, got {got:?}: is a process's shard missing?");

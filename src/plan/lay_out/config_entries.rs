@@ -6,10 +6,10 @@
 use serde_json::Value;
 
 use crate::codec::{ScaleCode, Scheme};
-use crate::mapping::{QuantizationConfig, Resolved};
-use crate::plan::arrange::Target;
+use crate::mapping::{QuantizationConfig, ResolvedMapping};
+use crate::plan::arrange::ViewTensor;
 use crate::plan::report::PlanError;
-use crate::plan::{Body, EncodedMatrix, Origin, Stated, TensorPlan};
+use crate::plan::{Body, ConfigEntries, EncodedMatrix, Origin, TensorPlan};
 use crate::source::{Checkpoint, Config};
 use crate::tensor::Float;
 
@@ -18,20 +18,20 @@ use crate::tensor::Float;
 ///
 /// # Errors
 /// Where neither the original nor the mapping says what `quantization_config` is.
-pub(in crate::plan) fn stated(
+pub(in crate::plan) fn config_entries(
     is_quantized: bool,
     like: Option<&Checkpoint>,
-    mapping: &Resolved,
-    targets: &[Target],
+    mapping: &ResolvedMapping,
+    targets: &[ViewTensor],
     tensors: &[TensorPlan],
     quantized: &[EncodedMatrix],
-) -> Result<Stated, PlanError> {
-    let dtype = usual_dtype(tensors);
+) -> Result<ConfigEntries, PlanError> {
+    let dtype = dominant_dtype(tensors);
     if !is_quantized {
-        return Ok(Stated { quantization: None, dtype });
+        return Ok(ConfigEntries { quantization: None, dtype });
     }
     if let Some(config) = like.and_then(|like| quantization_of(like.config())) {
-        return Ok(Stated { quantization: Some(config), dtype });
+        return Ok(ConfigEntries { quantization: Some(config), dtype });
     }
     let fits = |c: &&QuantizationConfig| {
         c.scheme.is_none_or(|scheme| quantized.iter().any(|q| q.scheme == scheme))
@@ -41,12 +41,12 @@ pub(in crate::plan) fn stated(
         return Err(PlanError::UnknownQuantization { mapping: mapping.name.clone(), lacks });
     };
     describe(&mut config, targets, quantized);
-    Ok(Stated { quantization: Some(config), dtype })
+    Ok(ConfigEntries { quantization: Some(config), dtype })
 }
 
 /// Puts what was written into the mapping's `quantization_config`: blocks, groups, how scales are
 /// rounded, and the modules that stay plain.
-fn describe(config: &mut QuantizationConfig, targets: &[Target], quantized: &[EncodedMatrix]) {
+fn describe(config: &mut QuantizationConfig, targets: &[ViewTensor], quantized: &[EncodedMatrix]) {
     let unquantized = config.unquantized.clone();
     let Some(value) = config.value.as_object_mut() else { return };
     let mut fp8 = quantized.iter().filter(|q| q.scheme == Scheme::Fp8);
@@ -70,13 +70,13 @@ fn describe(config: &mut QuantizationConfig, targets: &[Target], quantized: &[En
 }
 
 /// Modules whose weight matrices are not quantized.
-fn unquantized_modules(targets: &[Target]) -> Vec<String> {
+fn unquantized_modules(targets: &[ViewTensor]) -> Vec<String> {
     let matrices = targets.iter().filter(|t| t.shape.len() == 2);
     matrices.filter_map(|t| t.name.strip_suffix(".weight")).map(str::to_owned).collect()
 }
 
 /// The dtype that most elements of the plain floating-point tensors have.
-fn usual_dtype(tensors: &[TensorPlan]) -> Option<Float> {
+fn dominant_dtype(tensors: &[TensorPlan]) -> Option<Float> {
     let mut elements = [(Float::BF16, 0u128), (Float::F16, 0), (Float::F32, 0)];
     for tensor in tensors {
         let plain = match &tensor.body {

@@ -6,7 +6,7 @@ use super::bodies;
 use super::quantize::FacetTensor;
 use super::ranks::{self, ExpertParallel};
 use crate::mapping::LayoutName;
-use crate::plan::arrange::Target;
+use crate::plan::arrange::ViewTensor;
 use crate::plan::fragment::covers;
 use crate::plan::options::PlanOptions;
 use crate::plan::report::{PlanError, Problem, Problems};
@@ -14,7 +14,7 @@ use crate::plan::{Body, Directory, Matrix, TensorId, TensorPlan};
 use crate::tensor::{DType, Float, Shape};
 
 /// Puts tensors into directories, sharing those that no cut changes.
-pub(in crate::plan) struct Layers<'a> {
+pub(in crate::plan) struct DirectoryBuilder<'a> {
     pub tensors: Vec<TensorPlan>,
     pub matrices: &'a [Matrix],
     pub dtype: Float,
@@ -23,10 +23,10 @@ pub(in crate::plan) struct Layers<'a> {
     pub problems: Problems,
 }
 
-impl Layers<'_> {
+impl DirectoryBuilder<'_> {
     pub(in crate::plan) fn directories(
         &mut self,
-        targets: &[Target],
+        targets: &[ViewTensor],
         to: LayoutName,
         options: &PlanOptions,
     ) -> Result<Vec<Directory>, PlanError> {
@@ -34,7 +34,7 @@ impl Layers<'_> {
         if cuts && to == LayoutName::Hf {
             return Err(PlanError::NoGroupedExperts(to));
         }
-        let shard = |t: &Target, problems: &mut Problems| match options.expert_shard {
+        let shard = |t: &ViewTensor, problems: &mut Problems| match options.expert_shard {
             Some(shard) if t.expert_axis => Some(ranks::axis_shard(t, shard, problems)),
             Some(_) | None => None,
         };
@@ -102,7 +102,7 @@ impl Layers<'_> {
         Ok(())
     }
 
-    fn add(&mut self, target: &Target) -> Result<TensorId, PlanError> {
+    fn add(&mut self, target: &ViewTensor) -> Result<TensorId, PlanError> {
         let id = u32::try_from(self.tensors.len()).map_err(|_| PlanError::TooMany)?;
         let dtype = self.dtype_of(target);
         let shape = Shape::new(target.shape.as_slice());
@@ -129,7 +129,7 @@ impl Layers<'_> {
         Ok(TensorId(id))
     }
 
-    fn dtype_of(&mut self, target: &Target) -> DType {
+    fn dtype_of(&mut self, target: &ViewTensor) -> DType {
         let matrices = self.matrices;
         let mut made_of = target.fragments.iter().map(|f| &matrices[f.matrix.index()]);
         let Some(first) = made_of.clone().next() else { return self.dtype.dtype() };
@@ -166,7 +166,7 @@ impl Layers<'_> {
 /// Refuses a matrix whose numbers cannot be had as floating-point numbers.
 pub(in crate::plan) fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
     if !matrix.is_castable() && !problems.is_refused(&matrix.name) {
-        problems.refuse_matrix(matrix.name.to_string());
+        problems.mark_refused(matrix.name.to_string());
         let what = format!("expected a quantized matrix, BF16, F16 or F32, got {}", matrix.dtype);
         problems.explain(Problem::RuleDtype, &matrix.name, what);
     }

@@ -6,7 +6,9 @@ mod directories;
 mod quantize;
 mod ranks;
 
-pub(super) use config_entries::stated;
-pub(super) use directories::{Layers, natural_key, refuse_uncastable};
-pub(super) use quantize::{Facets, Original, as_stored, by_mapping, by_original};
+pub(super) use config_entries::config_entries;
+pub(super) use directories::{DirectoryBuilder, natural_key, refuse_uncastable};
+pub(super) use quantize::{
+    Facets, Original, copy_quantized, quantize_by_mapping, quantize_like_original,
+};
 pub use ranks::{ExpertParallel, ExpertShard};

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use super::bodies;
 use crate::codec::Scheme;
-use crate::mapping::{Bindings, Encoding, Resolved};
-use crate::plan::arrange::Target;
+use crate::mapping::{Bindings, Encoding, ResolvedMapping};
+use crate::plan::arrange::ViewTensor;
 use crate::plan::matrix::fused_bands;
 use crate::plan::report::{Problem, Problems};
 use crate::plan::{
@@ -45,10 +45,10 @@ pub(in crate::plan) struct Original<'a> {
 }
 
 /// Takes the targets that the original checkpoint holds quantized, and gives their facets.
-pub(in crate::plan) fn by_original(
+pub(in crate::plan) fn quantize_like_original(
     original: &Original<'_>,
-    mapping: &Resolved,
-    targets: &mut Vec<Target>,
+    mapping: &ResolvedMapping,
+    targets: &mut Vec<ViewTensor>,
     problems: &mut Problems,
 ) -> Facets {
     let Original { checkpoint: original, matrices: list } = original;
@@ -113,11 +113,11 @@ pub(in crate::plan) fn by_original(
 
 /// Takes the targets that a published checkpoint holds quantized, and gives the tensors that it holds
 /// them in.
-pub(in crate::plan) fn as_stored(
+pub(in crate::plan) fn copy_quantized(
     checkpoint: &Checkpoint,
     matrices: &[Matrix],
-    mapping: &Resolved,
-    targets: &mut Vec<Target>,
+    mapping: &ResolvedMapping,
+    targets: &mut Vec<ViewTensor>,
 ) -> Facets {
     let published = |name: &str| mapping.canonical(name).unwrap_or_else(|| name.to_owned());
     let mut facets = Facets::default();
@@ -149,25 +149,25 @@ pub(in crate::plan) fn as_stored(
 /// Takes the targets that the model's published checkpoints hold quantized, and gives their facets.
 ///
 /// `scale_dtype` is what INT4 scales are stored as.
-pub(in crate::plan) fn by_mapping(
-    mapping: &Resolved,
+pub(in crate::plan) fn quantize_by_mapping(
+    mapping: &ResolvedMapping,
     scale_dtype: Option<Float>,
-    targets: &mut Vec<Target>,
+    targets: &mut Vec<ViewTensor>,
     problems: &mut Problems,
 ) -> Facets {
     let mut facets = Facets::default();
-    let mut left: BTreeMap<String, Target> =
+    let mut left: BTreeMap<String, ViewTensor> =
         std::mem::take(targets).into_iter().map(|t| (t.name.clone(), t)).collect();
     let names: Vec<String> = left.keys().cloned().collect();
     for name in names {
-        let used = mapping.encodings.iter().find(|e| e.back.takes(&name));
+        let used = mapping.encodings.iter().find(|e| e.quantize.takes(&name));
         let Some(encoding) = used else { continue };
         let bound = encoding.matrix.iter().find_map(|t| t.bind(&name, &encoding.vars));
         let Some(bindings) = bound else {
             problems.explain(Problem::RuleShape, &name, "quantized under a name of another form");
             continue;
         };
-        let parts: Option<Vec<Target>> = encoding
+        let parts: Option<Vec<ViewTensor>> = encoding
             .matrix
             .iter()
             .map(|t| left.remove(&t.format(&bindings, &encoding.vars)?))
@@ -192,14 +192,14 @@ impl Facets {
         encoding: &Encoding,
         bindings: &Bindings,
         scale_dtype: Option<Float>,
-        parts: &[Target],
+        parts: &[ViewTensor],
         problems: &mut Problems,
     ) {
         let scheme = encoding.scheme;
         let dtype = match (scheme, scale_dtype) {
             (Scheme::Int4, Some(float)) => float.dtype(),
             (Scheme::Fp8 | Scheme::Fp4 | Scheme::Int4 | Scheme::Mxfp4, _) => {
-                encoding.back.scale_dtype
+                encoding.quantize.scale_dtype
             }
         };
         let geometry = geometry(encoding, parts);
@@ -270,7 +270,7 @@ struct Geometry {
 }
 
 /// The geometry of every member; `None` where the scheme cannot hold one.
-fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
+fn geometry(encoding: &Encoding, parts: &[ViewTensor]) -> Option<Vec<Geometry>> {
     let scheme = encoding.scheme;
     let block = encoding.block;
     let mut out = Vec::with_capacity(parts.len());
@@ -296,7 +296,7 @@ fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
             .collect();
         out.push(Geometry { payload, scale: Shape::new(scale), bands, matrix });
     }
-    if let (true, Some(shards)) = (encoding.fused_shards, encoding.back.shards) {
+    if let (true, Some(shards)) = (encoding.fused_shards, encoding.quantize.shards) {
         let [first, second] = parts else { return None };
         let ([first_rows, first_cols], [second_rows, second_cols]) =
             (&first.shape[..], &second.shape[..])
@@ -322,7 +322,7 @@ fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
 }
 
 /// The matrix's numbers as F32: the target's fragments, in the orientation of the payload.
-fn values_of(target: &Target, transposed: bool) -> Computed {
+fn values_of(target: &ViewTensor, transposed: bool) -> Computed {
     let mut shape = target.shape.clone();
     let mut fragments = target.fragments.clone();
     if transposed && shape.len() >= 2 {

@@ -1,7 +1,7 @@
 //! Expert-parallel cuts of grouped tensors.
 
 use crate::plan::Fragment;
-use crate::plan::arrange::Target;
+use crate::plan::arrange::ViewTensor;
 use crate::plan::report::{Problem, Problems};
 
 /// Ranks that share the experts.
@@ -37,11 +37,11 @@ pub(super) fn directory_name(rank: u64, size: u64) -> String {
 
 /// A rank's experts of a grouped tensor.
 pub(super) fn expert_slice(
-    target: &Target,
+    target: &ViewTensor,
     size: u64,
     rank: u64,
     problems: &mut Problems,
-) -> Target {
+) -> ViewTensor {
     let (start, count) = experts_of(target.shape[0], size, rank);
     if count == 0 {
         let what = format!("{} experts over {size} ranks", target.shape[0]);
@@ -51,7 +51,11 @@ pub(super) fn expert_slice(
 }
 
 /// A rank's even share of axis 1 of a grouped tensor.
-pub(super) fn axis_shard(target: &Target, shard: ExpertShard, problems: &mut Problems) -> Target {
+pub(super) fn axis_shard(
+    target: &ViewTensor,
+    shard: ExpertShard,
+    problems: &mut Problems,
+) -> ViewTensor {
     let extent = target.shape.get(1).copied().unwrap_or(0);
     if extent == 0 || !extent.is_multiple_of(shard.size) {
         let what = format!("axis 1 of {:?} into {} parts", target.shape, shard.size);
@@ -62,7 +66,7 @@ pub(super) fn axis_shard(target: &Target, shard: ExpertShard, problems: &mut Pro
     cut(target, 1, shard.rank * count, count)
 }
 
-fn cut(target: &Target, axis: usize, start: u64, count: u64) -> Target {
+fn cut(target: &ViewTensor, axis: usize, start: u64, count: u64) -> ViewTensor {
     let mut origin = vec![0; target.shape.len()];
     let mut shape = target.shape.clone();
     origin[axis] = start;
@@ -76,7 +80,7 @@ fn cut(target: &Target, axis: usize, start: u64, count: u64) -> Target {
         };
         target.fragments.iter().filter_map(slice).collect()
     };
-    Target { name: target.name.clone(), shape, fragments, ..*target }
+    ViewTensor { name: target.name.clone(), shape, fragments, ..*target }
 }
 
 #[cfg(test)]

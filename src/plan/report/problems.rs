@@ -7,7 +7,7 @@ use crate::mapping::{LayoutName, MappingError};
 use crate::source::ConfigError;
 
 /// Names that a message lists before it only counts.
-const LISTED: usize = 5;
+const MAX_LISTED: usize = 5;
 
 /// A kind of refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,7 +45,7 @@ pub enum Problem {
     /// Two source tensors that land on one name.
     SameName,
     /// A tensor that would be made of more pieces than any model's.
-    TooManyPieces,
+    TooManyFragments,
     /// A tensor too large for 64-bit arithmetic, or cut within a byte.
     Size,
     /// A tensor that an expert-parallel cut does not divide.
@@ -89,8 +89,8 @@ impl Problem {
             (Problem::RuleDtype, false) => "tensors whose dtypes do not fit their rules",
             (Problem::SameName, true) => "name that two tensors land on",
             (Problem::SameName, false) => "names that two tensors land on",
-            (Problem::TooManyPieces, true) => "tensor of more pieces than any model's",
-            (Problem::TooManyPieces, false) => "tensors of more pieces than any model's",
+            (Problem::TooManyFragments, true) => "tensor of more pieces than any model's",
+            (Problem::TooManyFragments, false) => "tensors of more pieces than any model's",
             (Problem::Size, true) => "tensor of an impossible size",
             (Problem::Size, false) => "tensors of impossible sizes",
             (Problem::Indivisible, true) => "tensor that the expert-parallel cut does not divide",
@@ -102,7 +102,7 @@ impl Problem {
 /// Problems as they are found; [`Problems::finish`] turns them into an error.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Problems {
-    found: BTreeMap<Problem, Found>,
+    found: BTreeMap<Problem, Occurrences>,
     /// Matrices of which a part was refused.
     refused: BTreeSet<String>,
     /// Tensors that were said to be missing.
@@ -111,7 +111,7 @@ pub struct Problems {
 
 /// How many objects have a problem, and the first few of them.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Found {
+struct Occurrences {
     count: u64,
     first: Vec<String>,
 }
@@ -130,7 +130,7 @@ impl Problems {
     fn note(&mut self, problem: Problem, text: impl FnOnce() -> String) {
         let found = self.found.entry(problem).or_default();
         found.count = found.count.saturating_add(1);
-        if found.first.len() < LISTED {
+        if found.first.len() < MAX_LISTED {
             found.first.push(text());
         }
     }
@@ -149,13 +149,13 @@ impl Problems {
         }
         let found = self.found.entry(problem).or_default();
         found.count = found.count.saturating_add(count);
-        let room = LISTED - found.first.len();
+        let room = MAX_LISTED - found.first.len();
         let shown = usize::try_from(count).map_or(room, |n| n.min(room));
         found.first.extend(first.take(shown).map(|(name, what)| format!("`{name}` ({what})")));
     }
 
     /// Notes that a part of the matrix `name` was refused: what needs the matrix is not missing.
-    pub fn refuse_matrix(&mut self, name: String) {
+    pub fn mark_refused(&mut self, name: String) {
         self.refused.insert(name);
     }
 
@@ -165,12 +165,12 @@ impl Problems {
     }
 
     /// Notes that a message says already what is missing of the tensor `name`.
-    pub fn note_missing(&mut self, name: &str) {
+    pub fn mark_missing(&mut self, name: &str) {
         self.missing.insert(name.to_owned());
     }
 
     /// Whether a message says already what is wrong with the tensor `name`.
-    pub fn is_known(&self, name: &str) -> bool {
+    pub fn is_reported(&self, name: &str) -> bool {
         self.refused.contains(name) || self.missing.contains(name)
     }
 
@@ -190,7 +190,7 @@ impl Problems {
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (problem, Found { count, first })) in self.found.iter().enumerate() {
+        for (i, (problem, Occurrences { count, first })) in self.found.iter().enumerate() {
             if i > 0 {
                 f.write_str("; ")?;
             }

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use crate::mapping::{LayoutName, Resolved};
+use crate::mapping::{LayoutName, ResolvedMapping};
 use crate::plan::{
     Body, Computed, Directory, EncodedMatrix, Facet, Origin, Plan, ScaleReading, SourceRange,
     TensorPlan, Unmapped,
@@ -41,14 +41,14 @@ pub struct Summary {
     /// Tensors that no rule names, kept or dropped.
     pub unmapped: Option<(&'static str, u64)>,
     /// Tensors and layers that are missing and were allowed to be.
-    pub lacking: Vec<String>,
+    pub allowed_missing: Vec<String>,
     /// Layers that config.json names and that a source may lack, as this one does.
-    pub absent: BTreeSet<String>,
+    pub absent_layers: BTreeSet<String>,
 }
 
 /// What a summary is made of, beside the tensors.
 pub(in crate::plan) struct SummaryParts<'a> {
-    pub mapping: &'a Resolved,
+    pub mapping: &'a ResolvedMapping,
     pub from: LayoutName,
     pub to: LayoutName,
     pub dtype: Float,
@@ -56,8 +56,8 @@ pub(in crate::plan) struct SummaryParts<'a> {
     pub quantized: &'a [EncodedMatrix],
     pub dropped: BTreeMap<String, u64>,
     pub unmapped: Option<(Unmapped, u64)>,
-    pub lacking: Vec<String>,
-    pub absent: BTreeSet<String>,
+    pub allowed_missing: Vec<String>,
+    pub absent_layers: BTreeSet<String>,
     pub checkpoint: &'a Checkpoint,
 }
 
@@ -105,8 +105,8 @@ impl Summary {
             fused_scales: parts.fused,
             dropped: parts.dropped,
             unmapped,
-            lacking: parts.lacking,
-            absent: parts.absent,
+            allowed_missing: parts.allowed_missing,
+            absent_layers: parts.absent_layers,
         }
     }
 }
@@ -139,11 +139,11 @@ impl fmt::Display for Summary {
         if let Some((what, n)) = self.unmapped {
             write!(f, "; {n} tensors without a rule {what}")?;
         }
-        for layer in &self.absent {
+        for layer in &self.absent_layers {
             write!(f, "; not in the source: `{layer}`, which config.json names")?;
         }
-        if let Some(first) = self.lacking.first() {
-            let more = self.lacking.len() - 1;
+        if let Some(first) = self.allowed_missing.first() {
+            let more = self.allowed_missing.len() - 1;
             write!(f, "; WARNING: missing and allowed to be: `{}`", printable(first))?;
             if more > 0 {
                 write!(f, " and {more} more")?;
@@ -256,7 +256,7 @@ impl Plan {
             "directories": self.directories.iter().map(|d| &d.name).collect::<Vec<_>>(),
             "kv_scales": s.fused_scales.map(|(reading, pairs)| json!({ "reading": reading, "fused_pairs": pairs })),
             "dropped": s.dropped,
-            "missing": s.lacking,
+            "missing": s.allowed_missing,
             "unmapped": s.unmapped.map(|(what, n)| json!({ "action": what, "tensors": n })),
             "tensors": tensors,
         })
