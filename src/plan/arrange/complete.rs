@@ -27,7 +27,7 @@ pub(in crate::plan) struct Completeness<'a> {
     /// The layout of the checkpoint, `None` where that is the published one.
     pub source: Option<&'a Layout>,
     /// The layout of the view, likewise.
-    pub target: Option<&'a Layout>,
+    pub view: Option<&'a Layout>,
     /// Names that may be missing.
     pub allowed: &'a [Regex],
     /// What is missing and may be, in the order in which it was found.
@@ -43,10 +43,10 @@ impl Completeness<'_> {
     /// What a mapping requires is looked at only where there are no has_unmapped: they may be the
     /// missing ones under other names.
     pub(in crate::plan) fn check(&mut self, has_unmapped: bool, problems: &mut Problems) {
-        let layout = self.target.or(self.source).or_else(|| self.mapping.layouts().next());
+        let layout = self.view.or(self.source).or_else(|| self.mapping.layouts().next());
         let Some(layout) = layout else { return };
         self.layers(layout, has_unmapped, problems);
-        if self.target.is_none() {
+        if self.view.is_none() {
             // Only what it refuses is of interest.
             let (mut dropped, mut leftovers) = (DroppedCounts::new(), Vec::new());
             assemble::to_layout(self.logical, layout, &mut dropped, &mut leftovers, problems);
@@ -86,7 +86,7 @@ impl Completeness<'_> {
             let first = scope.join(0, "x");
             let dropped =
                 |layout: &Layout| matches!(layout.match_hf(&first), Some(RuleMatch::Drop { .. }));
-            if !self.target.is_some_and(dropped) {
+            if !self.view.is_some_and(dropped) {
                 self.absent_layers.insert(scope.layer(0));
             }
         }
@@ -99,7 +99,7 @@ impl Completeness<'_> {
     fn layers(&mut self, layout: &Layout, has_unmapped: bool, problems: &mut Problems) {
         let mut seen: BTreeMap<String, (&NameTemplate, u64, BTreeSet<u64>)> = BTreeMap::new();
         // The checkpoint's own names are what its owner can look for.
-        let of_source = self.target.is_none() && self.source.is_some();
+        let of_source = self.view.is_none() && self.source.is_some();
         for row in &layout.rows {
             let TableRow::Map(rule) = row else { continue };
             for template in &rule.hf {
@@ -259,9 +259,9 @@ impl Completeness<'_> {
     ) {
         let mut names = names.peekable();
         let Some(first) = names.peek().cloned() else { return };
-        let layout = self.target.or(self.source).or_else(|| self.mapping.layouts().next());
+        let layout = self.view.or(self.source).or_else(|| self.mapping.layouts().next());
         let dropped = |l: &Layout| matches!(l.match_hf(&first), Some(RuleMatch::Drop { .. }));
-        if self.target.is_some_and(dropped) {
+        if self.view.is_some_and(dropped) {
             return;
         }
         // The checkpoint's own names are what its owner can look for.
