@@ -1,4 +1,4 @@
-//! Mapping files: TOML, parsed at the border into templates and operations.
+//! Loads mapping files and resolves them: checks every rule and looks up the config keys.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use super::{ConfigLookup, MappingError, Op};
 use crate::codec::Scheme;
 use crate::tensor::DType;
 
-/// The shipped mappings: file stem and text.
+/// The built-in mappings: name and text.
 const SHIPPED: [(&str, &str); 9] = [
     ("deepseek-v3", include_str!("models/deepseek-v3.toml")),
     ("deepseek-v4", include_str!("models/deepseek-v4.toml")),
@@ -29,26 +29,26 @@ const SHIPPED: [(&str, &str); 9] = [
     ("qwen3-vl-moe", include_str!("models/qwen3-vl-moe.toml")),
 ];
 
-/// One model's names and layouts, not yet tied to a config.json.
+/// A mapping file that has been parsed but not yet applied to a config.json.
 #[derive(Debug)]
 pub struct Mapping {
     raw: RawMapping,
 }
 
-/// A shipped mapping as `mount-ckpt models` lists it.
+/// A built-in mapping in a list of models.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct ModelName {
-    /// Value of `--model`.
+    /// Name that selects the mapping.
     pub name: String,
     /// The model family in words.
     pub title: String,
-    /// Values of config.json's `model_type` that choose it.
+    /// Values of config.json's `model_type` that the mapping is for.
     pub model_types: Vec<String>,
-    /// Layouts that it describes, beside `hf`.
+    /// Layouts that it describes, apart from `hf`.
     pub layouts: Vec<String>,
 }
 
-/// The shipped mappings, in the order of their names.
+/// The built-in mappings, sorted by name.
 pub fn shipped() -> Vec<ModelName> {
     SHIPPED
         .iter()
@@ -57,10 +57,10 @@ pub fn shipped() -> Vec<ModelName> {
 }
 
 impl Mapping {
-    /// Reads a mapping from TOML; `origin` names it in errors.
+    /// Parses a mapping; `origin` names it in errors.
     ///
     /// # Errors
-    /// Text that is no mapping.
+    /// The text is not TOML, or not a mapping.
     pub fn parse(origin: &str, text: &str) -> Result<Mapping, MappingError> {
         let raw = toml::from_str(text).map_err(|source| MappingError::Syntax {
             name: origin.to_owned(),
@@ -72,17 +72,17 @@ impl Mapping {
     /// Reads a mapping file.
     ///
     /// # Errors
-    /// A file that cannot be read or is no mapping.
+    /// The file cannot be read, or is not a mapping.
     pub fn load(path: &Path) -> Result<Mapping, MappingError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| MappingError::Io { path: path.to_owned(), source })?;
         Mapping::parse(&path.display().to_string(), &text)
     }
 
-    /// The shipped mapping of this name.
+    /// The built-in mapping of this name.
     ///
     /// # Errors
-    /// No such mapping.
+    /// No built-in mapping has this name.
     pub fn named(name: &str) -> Result<Mapping, MappingError> {
         let (name, text) = SHIPPED.iter().find(|(n, _)| *n == name).ok_or_else(|| {
             let known = SHIPPED.iter().map(|(n, _)| (*n).to_owned()).collect();
@@ -91,11 +91,11 @@ impl Mapping {
         Mapping::parse(name, text)
     }
 
-    /// The shipped mapping for a checkpoint whose config.json gives these model types, outermost
-    /// first; the first that is known decides.
+    /// The built-in mapping for the `model_type` values of a config.json, outermost object first.
+    /// The first known value decides.
     ///
     /// # Errors
-    /// None of them is known.
+    /// No built-in mapping is for any of them.
     pub fn for_model_types(types: &[&str]) -> Result<Mapping, MappingError> {
         let shipped = shipped();
         let of = |t: &&str| shipped.iter().find(|m| m.model_types.iter().any(|of| of == t));
@@ -108,7 +108,7 @@ impl Mapping {
         }
     }
 
-    /// Its line in `mount-ckpt models`.
+    /// Its entry in a list of models.
     pub fn list(&self) -> ModelName {
         let layouts = [
             self.raw.native.as_ref().map(|_| LayoutName::Native),
@@ -122,10 +122,11 @@ impl Mapping {
         }
     }
 
-    /// The mapping with its config keys looked up.
+    /// Checks the mapping and looks up its config keys.
     ///
     /// # Errors
-    /// A config key that is absent, a rule that makes no sense, a rule that can never match.
+    /// A config key that is absent and has no default, an invalid rule, or a rule that can never
+    /// match.
     pub(crate) fn resolve(
         &self,
         config: &ConfigLookup<'_>,
@@ -191,7 +192,7 @@ impl Mapping {
                 }
                 (Some(_), _) | (_, Some(_)) => {
                     let rule = row.scope.as_ref().map_or("use", |s| &s.hf);
-                    let why = "`scope` and `use` stand together and alone";
+                    let why = "`scope` and `use` need each other and allow no other key";
                     return Err(MappingError::rule(rule, why));
                 }
             }
@@ -224,7 +225,7 @@ fn encoding(raw: &RawEncoding, config: &ConfigLookup<'_>) -> Result<Encoding, Ma
     let fail = |why: String| MappingError::rule(&first, why);
     let scheme = parse_scheme(&raw.scheme, &first)?;
     if raw.block.contains(&0) {
-        return Err(fail("a block of no rows or columns".to_owned()));
+        return Err(fail("`block` needs two integers above 0".to_owned()));
     }
     let mut vars = Variables::default();
     let mut templates = |texts: &[String]| {
@@ -235,7 +236,7 @@ fn encoding(raw: &RawEncoding, config: &ConfigLookup<'_>) -> Result<Encoding, Ma
     };
     let matrix = templates(raw.matrix.as_slice())?;
     let payload = templates(raw.payload.as_ref().unwrap_or(&raw.matrix).as_slice())?;
-    // One matrix has spellings of one scale, a pair has those of each.
+    // A list is the spellings of one scale; with `fused-shards`, one entry for each matrix.
     let scales = match raw.fused_shards {
         true => raw.scale.as_slice().iter().map(|s| s.as_slice().to_vec()).collect(),
         false => vec![raw.scale.as_slice().iter().flat_map(|s| s.as_slice().to_vec()).collect()],
@@ -249,7 +250,9 @@ fn encoding(raw: &RawEncoding, config: &ConfigLookup<'_>) -> Result<Encoding, Ma
         return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
     }
     if !vars.shared_by(matrix.iter().chain(&payload).chain(scale.iter().flatten()).chain(&shape)) {
-        return Err(fail("its names have different variables".to_owned()));
+        return Err(fail(
+            "`matrix`, `payload`, `scale` and `shape` have different variables".to_owned(),
+        ));
     }
     let quantize = quantize_spec(raw, scheme, &first, config)?;
     let RawEncoding { block, fused_shards, transposed, .. } = *raw;
@@ -282,19 +285,19 @@ fn quantize_spec(
     let scale_dtype = match &raw.scale_dtype {
         Some(name) => DType::parse(name)
             .filter(|d| scheme.scale_code(*d).is_some())
-            .ok_or_else(|| fail("`scale-dtype` is none that the scheme has"))?,
+            .ok_or_else(|| fail("`scale-dtype` is no dtype that scales of the scheme can have"))?,
         None => scheme.scale_dtype(),
     };
     let shards =
         raw.shards.as_ref().map(|key| ConfigKey::parse(key)?.resolve(config)).transpose()?;
     if raw.fused_shards && !quantizes.is_empty() && shards.is_none() {
-        return Err(fail("the way back of fused shards needs their number, `shards`"));
+        return Err(fail("`quantizes` with `fused-shards` needs `shards`, their number"));
     }
     let active = raw.when.as_ref().is_none_or(|when| condition_holds(when, config));
     Ok(QuantizeSpec { active, quantizes, scale_dtype, shards })
 }
 
-/// The rows that a rule stands for: one, or one for each name that stays the same.
+/// Resolves a rule of the file; one with `same` gives a rule for each of its names.
 fn resolve_rules(
     raw: &RawRule,
     scope: Option<&RawScope>,
@@ -303,7 +306,7 @@ fn resolve_rules(
     if let Some(key) = &raw.unless {
         if raw.drop.is_none() {
             let text = raw.names().next().map_or("(without names)", String::as_str);
-            return Err(MappingError::rule(text, "`unless` stands with `drop` only"));
+            return Err(MappingError::rule(text, "`unless` needs `drop`"));
         }
         if is_truthy(config(key).as_ref()) {
             return Ok(Vec::new());
@@ -312,7 +315,7 @@ fn resolve_rules(
     let Some(same) = &raw.same else { return Ok(vec![resolve_rule(raw, scope, config)?]) };
     if raw.hf.is_some() || raw.to.is_some() || raw.drop.is_some() {
         let text = raw.names().next().map_or("(without names)", String::as_str);
-        return Err(MappingError::rule(text, "`same` stands without `hf`, `to` and `drop`"));
+        return Err(MappingError::rule(text, "`same` excludes `hf`, `to` and `drop`"));
     }
     let one = |name: &String| {
         let name = Some(OneOrMany::One(name.clone()));
@@ -379,14 +382,14 @@ fn resolve_rule(
             }
             RawOp::Rotary(RawRotary { rotary: axis, heads, of }) => {
                 if of.iter().any(|&i| i >= tensors) {
-                    return Err(fail("`of` counts the tensors from 0"));
+                    return Err(fail("`of` has a position with no tensor; they count from 0"));
                 }
                 let heads = ConfigKey::parse(heads)?.resolve(config)?;
                 Op::Rotary { axis: *axis, heads, of: of.clone() }
             }
             RawOp::Stack(RawStack { stack: var }) => {
                 let var =
-                    vars.find(var).ok_or_else(|| fail("stacks a variable that it has not"))?;
+                    vars.find(var).ok_or_else(|| fail("stacks a variable that no name has"))?;
                 let count =
                     vars.bound(var).ok_or_else(|| fail("stacks a variable without a bound"))?;
                 if stack.replace(var).is_some() {
@@ -397,9 +400,10 @@ fn resolve_rule(
         });
     }
     if tensors != to.len() {
-        return Err(fail(
-            "`concat`, `interleave` and `split` do not lead from its `hf` to its `to`",
-        ));
+        let expected = to.len();
+        return Err(fail(&format!(
+            "expected as many tensors after `ops` as `to` has names, {expected}, got {tensors}"
+        )));
     }
     let extent = |key: &String| ConfigKey::parse(key)?.resolve(config);
     let extents = |keys: &Option<Vec<String>>| {
@@ -454,7 +458,7 @@ mod tests {
             (rule("hf = 'a.{r}'"), "rule `a.{r}`: needs `hf` and `to`"),
             (
                 rule("hf = ['a', 'b']\nto = 'c'"),
-                "rule `a`: `concat`, `interleave` and `split` do not lead from its `hf` to its `to`",
+                "rule `a`: expected as many tensors after `ops` as `to` has names, 1, got 2",
             ),
             (
                 rule("hf = 'a.{e}'\nto = 'c'\nops = [{stack = 'e'}]"),
@@ -469,24 +473,24 @@ mod tests {
                 rule("hf = 'a.{r}'\nto = 'a.{r}'\n[[native.rule]]\nhf = 'a.{e:two}'\nto = 'b.{e}'"),
                 "rule `a.{e:two}`: can never match, an earlier rule takes all its names",
             ),
-            (rule("hf = '{r}'\nto = '{r}'"), "rule `{r}`: takes every name; name a namespace"),
+            (
+                rule("hf = '{r}'\nto = '{r}'"),
+                "rule `{r}`: `{r}` alone matches every name: put a prefix before it",
+            ),
             (
                 rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}"),
                 "rule `a.`: no set `layer` in the file",
             ),
             (
                 rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}\ngrouped = true"),
-                "rule `a.`: `scope` and `use` stand together and alone",
+                "rule `a.`: `scope` and `use` need each other and allow no other key",
             ),
-            (rule("same = 'a'\nto = 'b'"), "rule `b`: `same` stands without `hf`, `to` and `drop`"),
+            (rule("same = 'a'\nto = 'b'"), "rule `b`: `same` excludes `hf`, `to` and `drop`"),
             (
                 rule("same = ['a.{r}', 'a.b']"),
                 "rule `a.b`: can never match, an earlier rule takes all its names",
             ),
-            (
-                rule("hf = 'a'\nto = 'b'\nunless = 'two'"),
-                "rule `a`: `unless` stands with `drop` only",
-            ),
+            (rule("hf = 'a'\nto = 'b'\nunless = 'two'"), "rule `a`: `unless` needs `drop`"),
             (
                 rule("hf = 'a'\nto = 'b'\ndrop = 'no'"),
                 "rule `a`: a rule that drops has one name and no operation",

@@ -1,19 +1,21 @@
-//! The closed vocabulary of layout operations, each with its inverse.
+//! The operations of rules: transpose, concat, interleave, split, rotary, stack.
 //!
-//! An operation acts on a list of tensors. Going forward (checkpoint to layout) a rule starts with
-//! one tensor per checkpoint name and ends with one per layout name; shapes are derived in either
-//! direction, and the affine maps of both directions are the same maps, inverted.
+//! An operation acts on a list of tensors. A rule starts with one tensor for each published name
+//! and ends with one for each name in the layout. Applying its operations to shapes gives, for each
+//! layout tensor, the boxes of published tensors that it consists of ([`RuleFragment`]). For the way
+//! back, [`disassembled_shape`] derives the published shape from the layout's, and the same
+//! fragments are used with their two sides exchanged.
 
 use crate::tensor::{Axis, BoxMap};
 
-/// One operation of a rule, in the order in which it is applied to checkpoint tensors.
+/// One operation of a rule, described from the published tensors to the layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
     /// Exchanges the last two axes.
     Transpose,
     /// Joins all tensors along an axis, in the order of their names.
     Concat {
-        /// The axis along which they lie one behind the other.
+        /// The axis along which they follow one another.
         axis: usize,
     },
     /// Joins all tensors along an axis, taking one index of each in turn.
@@ -21,93 +23,93 @@ pub(crate) enum Op {
         /// The axis along which they alternate.
         axis: usize,
     },
-    /// Cuts one tensor into equal parts along an axis, one for each layout name.
+    /// Cuts one tensor into equal parts along an axis, one for each name in the layout.
     Split {
         /// The axis that is cut.
         axis: usize,
         /// Number of parts.
         parts: u64,
     },
-    /// Reorders an axis of `heads` heads from rotary pairs that lie side by side
-    /// (`0 1 | 2 3 | …`) to halves (`0 2 4 … | 1 3 5 …`) within each head.
+    /// Within each of `heads` heads, reorders an axis from adjacent rotary pairs (`0 1 | 2 3 | …`)
+    /// to halves (`0 2 4 … | 1 3 5 …`).
     Rotary {
-        /// The axis of heads times head size.
+        /// The axis whose extent is heads times head size.
         axis: usize,
         /// Number of heads.
         heads: u64,
-        /// Positions of the tensors that are reordered; the others pass.
+        /// Positions of the tensors to reorder; the others stay as they are.
         of: Vec<usize>,
     },
-    /// Stacks the tensors of an index variable along a new first axis.
+    /// Stacks the tensors of all values of an index variable along a new first axis.
     Stack {
-        /// Number of indices.
+        /// Number of values.
         count: u64,
     },
 }
 
-/// Why an operation does not fit a shape.
+/// Why an operation cannot be applied to a shape.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum OpError {
-    /// The axis is not there.
+    /// The shape does not have the axis.
     #[error("needs an axis {axis}, but the shape is {shape:?}")]
     NoAxis {
-        /// The axis that the operation names, or 1 for the second-last that a transpose needs.
+        /// The axis of the operation; 1 for a transpose, which needs two axes.
         axis: usize,
-        /// The shape as it stands before the operation.
+        /// The shape before the operation.
         shape: Vec<u64>,
     },
-    /// Tensors that are joined differ.
+    /// Tensors to join have different shapes.
     #[error("joins tensors of different shapes: {first:?} and {other:?}")]
     Unequal {
         /// Shape of the first tensor.
         first: Vec<u64>,
-        /// A shape that differs.
+        /// The shape of another tensor.
         other: Vec<u64>,
     },
-    /// An extent that is cut does not divide.
+    /// An extent is not divisible by the number of parts.
     #[error("axis {axis} of {shape:?} cannot be cut into {parts} equal parts")]
     Indivisible {
         /// The axis that is cut.
         axis: usize,
-        /// The shape as it stands before the cut.
+        /// The shape before the cut.
         shape: Vec<u64>,
         /// Number of parts.
         parts: u64,
     },
-    /// A number of tensors that the operation does not take.
+    /// The operation needs another number of tensors.
     #[error("takes {expected} tensors, got {got}")]
     Count {
-        /// What the operation takes.
+        /// Tensors that the operation needs.
         expected: usize,
-        /// What the rule gives it.
+        /// Tensors at this point of the rule.
         got: usize,
     },
 }
 
-/// What of a layout tensor comes from which checkpoint tensor.
+/// A box of a layout tensor and the box of a published tensor that it is copied from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RuleFragment {
-    /// Position among the rule's checkpoint names.
+    /// Position of the published tensor's name in the rule's `hf`.
     pub part: usize,
     /// Value of the stacked variable, where the rule stacks.
     pub stacked: Option<u64>,
-    /// Layout tensor (target) from checkpoint tensor (source).
+    /// Target: the layout tensor. Source: the published tensor.
     pub map: BoxMap,
 }
 
-/// A layout tensor of a rule: its shape and the fragments that cover it.
+/// A layout tensor that a rule assembles.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct AssembledTensor {
     /// Extents, outermost first.
     pub shape: Vec<u64>,
-    /// Disjoint fragments that cover the tensor.
+    /// Disjoint fragments that cover it.
     pub fragments: Vec<RuleFragment>,
 }
 
-/// Applies a rule's operations to checkpoint tensors of these shapes.
+/// Applies a rule's operations to published tensors of these shapes, one for each name.
 ///
 /// # Errors
-/// A shape that an operation does not fit.
+/// An operation cannot be applied to a shape.
 pub(crate) fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<AssembledTensor>, OpError> {
     let mut state: Vec<AssembledTensor> = shapes
         .iter()
@@ -123,12 +125,11 @@ pub(crate) fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<AssembledT
     Ok(state)
 }
 
-/// Shape of the checkpoint tensors whose rule gives layout tensors of these shapes.
-///
-/// All checkpoint tensors of a rule have one shape.
+/// The inverse of [`assemble`] on shapes: from the shapes of the layout tensors to the one shape
+/// that all published tensors of the rule have. `parts` is the number of published names.
 ///
 /// # Errors
-/// A shape that no checkpoint tensors give.
+/// No published tensors could give these shapes.
 pub(crate) fn disassembled_shape(
     ops: &[Op],
     parts: usize,
@@ -193,7 +194,8 @@ fn apply(op: &Op, state: Vec<AssembledTensor>) -> Result<Vec<AssembledTensor>, O
     }
 }
 
-/// Joins all tensors along `axis`; `place(i, extent, n)` is start and step of the `i`-th of `n`.
+/// Joins all tensors along `axis`. `place(i, extent, n)` gives start and step of the `i`-th of `n`
+/// tensors on that axis.
 fn join(
     state: Vec<AssembledTensor>,
     axis: usize,
@@ -254,7 +256,7 @@ fn rotary(t: AssembledTensor, axis: usize, heads: u64) -> Result<AssembledTensor
     let mut fragments = Vec::new();
     for head in 0..heads {
         for odd in 0..2 {
-            // Rows of one half: contiguous in the layout, every second one in the checkpoint.
+            // Rows of one half: contiguous in the layout, every second one in the published tensor.
             let base = head * 2 * half;
             let mut start = vec![0; t.shape.len()];
             let mut extent = t.shape.clone();

@@ -1,4 +1,5 @@
-//! A mapping file as TOML gives it: every key, nothing looked up and nothing checked.
+//! The keys of a mapping file as serde structs: syntax only. `file.rs` checks them and looks up
+//! config keys. The module's page documents every key.
 
 use std::collections::BTreeMap;
 
@@ -41,8 +42,8 @@ pub(super) struct RawEncoding {
     pub(super) scheme: String,
     pub(super) matrix: OneOrMany<String>,
     pub(super) payload: Option<OneOrMany<String>>,
-    /// The name of the scale, or names of which the first that is there counts; with
-    /// `fused-shards` one of these for each matrix of the pair.
+    /// One name, or several spellings; with `fused-shards` a name or spellings for each of the two
+    /// matrices.
     pub(super) scale: OneOrMany<OneOrMany<String>>,
     pub(super) shape: Option<String>,
     pub(super) block: [u64; 2],
@@ -128,12 +129,12 @@ pub(super) struct RawRule {
 }
 
 impl RawRule {
-    /// The names that the file writes, in the order of their keys.
+    /// All names of the rule, in the order of their keys.
     pub(super) fn names(&self) -> impl Iterator<Item = &String> {
         [&self.hf, &self.to, &self.same].into_iter().flatten().flat_map(OneOrMany::as_slice)
     }
 
-    /// Whether it says something of values, which only a rule with names can.
+    /// Whether it has a key that only a rule with names can have.
     pub(super) fn has_value_keys(&self) -> bool {
         !self.ops.is_empty()
             || self.grouped

@@ -231,11 +231,11 @@ impl Completeness<'_> {
             }
             // Strangers are noted elsewhere, and where there is a choice it is one of the layer.
             let chosen = |name: &str| {
-                choices.iter().flat_map(|c| c.one_of.iter().flatten()).any(|m| m.takes(name))
+                choices.iter().flat_map(|c| c.one_of.iter().flatten()).any(|m| m.matches(name))
             };
             known.retain(|name, first| {
                 let whole = scope.join(*first, name);
-                !may_lack.iter().any(|m| m.takes(name))
+                !may_lack.iter().any(|m| m.matches(name))
                     && !chosen(name)
                     && self.mapping.layouts().any(|l| l.match_hf(&whole).is_some())
             });

@@ -160,7 +160,7 @@ pub(in crate::plan) fn quantize_by_mapping(
         std::mem::take(targets).into_iter().map(|t| (t.name.clone(), t)).collect();
     let names: Vec<String> = left.keys().cloned().collect();
     for name in names {
-        let used = mapping.encodings.iter().find(|e| e.quantize.takes(&name));
+        let used = mapping.encodings.iter().find(|e| e.quantize.matches(&name));
         let Some(encoding) = used else { continue };
         let bound = encoding.matrix.iter().find_map(|t| t.bind(&name, &encoding.vars));
         let Some(bindings) = bound else {
