@@ -1,5 +1,5 @@
-//! A resolved mapping: the config keys of the file are numbers, and rules can be asked which of them
-//! matches a name.
+//! A resolved mapping: the config keys of the file are numbers, and rules can be asked which of
+//! them matches a name.
 
 use std::fmt;
 
@@ -128,7 +128,8 @@ pub(crate) struct Encoding {
     pub matrix: Vec<NameTemplate>,
     /// Names of their payloads (the tensors with the codes).
     pub payload: Vec<NameTemplate>,
-    /// Names of their scales: for each matrix the accepted spellings, of which the first is written.
+    /// Names of their scales: for each matrix the accepted spellings, of which the first is
+    /// written.
     pub scale: Vec<Vec<NameTemplate>>,
     /// Name of a tensor that holds `[rows, cols]`.
     pub shape: Option<NameTemplate>,
@@ -382,8 +383,8 @@ impl Layout {
         self.take(name, |rule| rule.names(Side::To), |_, to| to)
     }
 
-    /// Like [`Layout::match_to`], but prefers the spelling of a known original: a rule with
-    /// `reads = "hf"` is used if `published` has its published names and not those of the usual rule.
+    /// Like [`Layout::match_to`], but prefers the spelling of a known original: a rule with `reads
+    /// = "hf"` is used if `published` has its published names and not those of the usual rule.
     pub(crate) fn match_to_as_published(
         &self,
         name: &str,

@@ -2,8 +2,8 @@
 //!
 //! An operation acts on a list of tensors. A rule starts with one tensor for each published name
 //! and ends with one for each name in the layout. Applying its operations to shapes gives, for each
-//! layout tensor, the boxes of published tensors that it consists of ([`RuleFragment`]). For the way
-//! back, [`disassembled_shape`] derives the published shape from the layout's, and the same
+//! layout tensor, the boxes of published tensors that it consists of ([`RuleFragment`]). For the
+//! way back, [`disassembled_shape`] derives the published shape from the layout's, and the same
 //! fragments are used with their two sides exchanged.
 
 use crate::tensor::{Axis, BoxMap};

@@ -137,7 +137,8 @@ pub(crate) struct Siblings {
     pub may_lack: Vec<RequiredName>,
 }
 
-/// Whether a `when` condition holds: the key has this text, does not have it, or is true or above 0.
+/// Whether a `when` condition holds: the key has this text, does not have it, or is true or above
+/// 0.
 pub(super) fn condition_holds(when: &RawWhen, config: &ConfigLookup<'_>) -> bool {
     let value = config(&when.key);
     let is = |text: &String| value.as_ref().and_then(Value::as_str) == Some(text);

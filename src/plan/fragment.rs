@@ -1,13 +1,14 @@
-//! A box of a view tensor and the box of a source matrix that it is copied from.
+//! Fragments: a box of a view tensor and the box of a source matrix that it is copied from.
 
 use super::MatrixId;
 use crate::tensor::{BoxMap, Shape, coalesce};
 
-/// Most pieces of one tensor: experts times the matrices of each. The largest published have 1,800;
-/// a sparse file of some KiB can hold a tensor of any number of rows.
+/// Maximum number of fragments of one tensor: experts times the matrices of each. The largest
+/// published model has 1,800. The bound is needed because a config.json, or a sparse file of some
+/// KiB, can ask for any number.
 pub(super) const MAX_FRAGMENTS: u64 = 1 << 16;
 
-/// A box of the view's tensor and the box of a matrix that it comes from.
+/// A box of a view tensor and the box of a matrix that it is copied from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fragment {
     /// Target: the view's tensor. Source: the matrix.
@@ -16,11 +17,12 @@ pub(crate) struct Fragment {
     pub matrix: MatrixId,
 }
 
+/// The fragments of a tensor, sorted by target; adjacent boxes of one matrix are merged.
 pub(super) fn fragments_of(parts: Vec<(MatrixId, BoxMap)>) -> Vec<Fragment> {
     coalesce(parts).into_iter().map(|(matrix, map)| Fragment { map, matrix }).collect()
 }
 
-/// Whether the fragments cover a tensor of this shape, each element once.
+/// Whether the fragments cover a tensor of this shape, each element exactly once.
 pub(super) fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
     let within = |f: &Fragment| {
         f.map.target.len() == shape.rank()
@@ -30,7 +32,7 @@ pub(super) fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
     if Some(total) != shape.elements() {
         return false;
     }
-    // Nothing to cover; a box without elements has no last one.
+    // Nothing to cover; the checks below need boxes that are not empty.
     if total == 0 {
         return true;
     }
@@ -40,7 +42,7 @@ pub(super) fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
     if shape.rank() == 0 {
         return fragments.len() == 1;
     }
-    // Fragments come in the order of their targets; only those whose first axes meet can overlap.
+    // Fragments are sorted by target, so only those that meet on the first axis can overlap.
     let mut open: Vec<&Fragment> = Vec::new();
     for f in fragments {
         let (first, _) = f.map.target_span(0);

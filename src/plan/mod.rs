@@ -1,7 +1,4 @@
-//! The plan of a view: for every tensor that it shows, where its bytes come from.
-//!
-//! A plan is built once, at mount, from a checkpoint's headers and a mapping; whatever can be
-//! refused is refused here. It is immutable and holds no bytes; `read` carries it out.
+#![doc = include_str!("README.md")]
 
 mod arrange;
 mod body;
@@ -55,22 +52,22 @@ impl MatrixId {
     }
 }
 
-/// Everything that a view shows.
+/// Every tensor of a view and where its bytes come from. Built once by [`Plan::build`], immutable.
 #[derive(Debug)]
 pub struct Plan {
     /// Every tensor of every directory, in the order in which shards hold them.
     pub tensors: Vec<TensorPlan>,
-    /// What the tensors are computed from.
+    /// The matrices of the source, sorted by the ids of their payloads.
     pub(crate) matrices: Vec<Matrix>,
-    /// Matrices that tensors hold quantized.
+    /// Matrices that the view quantizes.
     pub(crate) quantized: Vec<EncodedMatrix>,
-    /// The checkpoint that scales are taken from.
+    /// The original checkpoint, where scales are taken from one.
     pub(crate) original: Option<Arc<Checkpoint>>,
-    /// The checkpoints that the view offers; the first is the root.
+    /// The directories of the view; the first is the root.
     pub directories: Vec<Directory>,
-    /// What config.json says of the tensors.
+    /// What the view's config.json must say about the tensors.
     pub(crate) config_entries: ConfigEntries,
-    /// What the mount reports.
+    /// The line that the mount reports.
     pub summary: Summary,
 }
 
@@ -80,18 +77,18 @@ impl Plan {
         &self.tensors[id.index()]
     }
 
-    /// A matrix that tensors hold quantized.
+    /// A matrix that the view quantizes.
     pub(crate) fn quantized(&self, id: EncodedMatrixId) -> &EncodedMatrix {
         &self.quantized[usize::try_from(id.0).expect("a usize has at least 32 bits")]
     }
 
-    /// A matrix that tensors are computed from.
+    /// A matrix of the source.
     pub(crate) fn matrix(&self, id: MatrixId) -> &Matrix {
         &self.matrices[id.index()]
     }
 }
 
-/// One checkpoint within the view: the whole model, or an expert-parallel rank's part.
+/// A directory of the view: the whole model, or the part of one expert-parallel rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Directory {
     /// Name below the root; empty for the root itself.
@@ -100,12 +97,13 @@ pub struct Directory {
     pub tensors: Vec<TensorId>,
 }
 
-/// What the view's config.json says of the view's tensors.
+/// What the view's config.json must say about the view's tensors.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct ConfigEntries {
-    /// How they are quantized; `None` where none is.
+    /// `quantization_config`; `None` where no tensor is quantized.
     pub quantization: Option<QuantizationConfig>,
-    /// The dtype that most of them have, where they are not quantized; `None` where all are.
+    /// The dtype of most elements of the tensors that are not quantized; `None` where there are
+    /// none.
     pub dtype: Option<Float>,
 }
 
@@ -118,7 +116,7 @@ pub struct TensorPlan {
     pub dtype: DType,
     /// Extents in the view.
     pub shape: Shape,
-    /// Where its bytes come from.
+    /// Where the bytes come from.
     pub(crate) body: Body,
 }
 
@@ -128,7 +126,7 @@ impl TensorPlan {
         self.shape.bytes(self.dtype).expect("the planner checked the size")
     }
 
-    /// Whether every byte is a byte of the source.
+    /// Whether the tensor consists of byte ranges of stored tensors.
     pub fn is_verbatim(&self) -> bool {
         matches!(self.body, Body::Verbatim(_))
     }

@@ -1,5 +1,6 @@
-//! From the matrices of a source layout to the tensors of a target layout, through the
-//! checkpoint's logical tensors: two affine maps, composed.
+//! The two maps of a conversion: from the source's layout to logical tensors, and from logical
+//! tensors to the view's layout. Both are boxes with affine maps, and composing them gives the
+//! fragments.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
@@ -12,14 +13,14 @@ use crate::plan::gather::WholeTensor;
 use crate::plan::report::{Problem, Problems};
 use crate::plan::{Matrix, MatrixId};
 
-/// LogicalTensor tensors of a source that is in the published layout.
+/// Logical tensors of a source in the published layout: its tensors under their canonical names.
 pub(in crate::plan) fn from_published(
-    wholes: &[WholeTensor<'_>],
+    whole_tensors: &[WholeTensor<'_>],
     mapping: &ResolvedMapping,
     problems: &mut Problems,
 ) -> LogicalTensors {
     let mut logical = LogicalTensors::new();
-    for whole in wholes {
+    for whole in whole_tensors {
         let name = mapping.canonical(whole.name).unwrap_or_else(|| whole.name.to_owned());
         match logical.entry(name) {
             Entry::Vacant(entry) => {
@@ -30,7 +31,7 @@ pub(in crate::plan) fn from_published(
             }
             Entry::Occupied(entry) => {
                 let first = entry.get().parts[0].0;
-                let first = wholes.iter().find(|w| w.parts.iter().any(|(m, _)| *m == first));
+                let first = whole_tensors.iter().find(|w| w.parts.iter().any(|(m, _)| *m == first));
                 let first = first.map_or(whole.payload_name, |w| w.payload_name);
                 let what = format!("`{first}` and `{}`", whole.payload_name);
                 problems.explain(Problem::SameName, entry.key(), what);
@@ -40,21 +41,22 @@ pub(in crate::plan) fn from_published(
     logical
 }
 
-/// LogicalTensor tensors of a source that is in a grouped layout: its tensors taken apart.
+/// Logical tensors of a source in another layout: its rules applied backwards.
 ///
-/// Where there are several published forms they are those of `original`, else the usual ones.
+/// Where a tensor can have several published names, the one in `original` is used if there is one,
+/// and the usual one otherwise.
 pub(in crate::plan) fn from_layout(
-    wholes: &[WholeTensor<'_>],
+    whole_tensors: &[WholeTensor<'_>],
     layout: &Layout,
     original: Option<&[Matrix]>,
     dropped: &mut DroppedCounts,
-    leftovers: &mut Vec<MatrixId>,
+    unmapped: &mut Vec<MatrixId>,
     problems: &mut Problems,
 ) -> LogicalTensors {
     type Slots<'w> = Vec<Option<&'w WholeTensor<'w>>>;
     let mut groups: BTreeMap<(usize, Bindings), (&Rule, Slots<'_>)> = BTreeMap::new();
     let published: HashSet<&str> = original.into_iter().flatten().map(|m| &*m.name).collect();
-    for whole in wholes {
+    for whole in whole_tensors {
         match layout.match_to_as_published(whole.name, |name| published.contains(name)) {
             Some(RuleMatch::Map { row, rule, part, bindings }) => {
                 let slots = groups
@@ -63,7 +65,7 @@ pub(in crate::plan) fn from_layout(
                 slots.1[part] = Some(whole);
             }
             Some(RuleMatch::Drop { reason }) => *dropped.entry(reason.to_owned()).or_default() += 1,
-            None => leftovers.extend(whole.parts.iter().map(|(m, _)| *m)),
+            None => unmapped.extend(whole.parts.iter().map(|(m, _)| *m)),
         }
     }
     let mut logical: BTreeMap<String, (LogicalTensor, &str)> = BTreeMap::new();
@@ -104,7 +106,8 @@ pub(in crate::plan) fn from_layout(
     logical.into_iter().map(|(name, (tensor, _))| (name, tensor)).collect()
 }
 
-/// Shape of the parts of a layout's tensors, and which of their elements are whose.
+/// Applies a rule backwards: the shape of its parts, and for each layout tensor the boxes of parts
+/// that it consists of. `None` where the shapes do not fit, which is noted.
 fn disassemble(
     rule: &Rule,
     sources: &[&WholeTensor<'_>],
@@ -140,12 +143,12 @@ fn disassemble(
     }
 }
 
-/// Target tensors of a grouped layout, assembled from logical tensors.
+/// Tensors of a view in a layout other than the published one, assembled from logical tensors.
 pub(in crate::plan) fn to_layout(
     logical: &LogicalTensors,
     layout: &Layout,
     dropped: &mut DroppedCounts,
-    leftovers: &mut Vec<MatrixId>,
+    unmapped: &mut Vec<MatrixId>,
     problems: &mut Problems,
 ) -> Vec<ViewTensor> {
     let mut groups = RuleGroups::new();
@@ -161,24 +164,23 @@ pub(in crate::plan) fn to_layout(
                 group.parts.insert((part, stacked), tensor);
             }
             Some(RuleMatch::Drop { reason }) => *dropped.entry(reason.to_owned()).or_default() += 1,
-            None => leftovers.extend(tensor.parts.iter().map(|(m, _)| *m)),
+            None => unmapped.extend(tensor.parts.iter().map(|(m, _)| *m)),
         }
     }
     group::add_missing_groups(&mut groups, layout);
     let mut targets = Vec::new();
     for ((_, bindings), group) in groups {
-        targets.extend(group.targets(&bindings, problems));
+        targets.extend(group.tensors(&bindings, problems));
     }
     targets
 }
 
-/// Target tensors in the published layout: the logical tensors themselves, those that a rule of
-/// the mapping names.
+/// Tensors of a view in the published layout: the logical tensors that a rule of the mapping names.
 pub(in crate::plan) fn to_published(
     logical: LogicalTensors,
     mapping: &ResolvedMapping,
     named_by_layout: bool,
-    leftovers: &mut Vec<MatrixId>,
+    unmapped: &mut Vec<MatrixId>,
 ) -> Vec<ViewTensor> {
     let mut targets = Vec::with_capacity(logical.len());
     for (name, tensor) in logical {
@@ -190,7 +192,7 @@ pub(in crate::plan) fn to_published(
             Some(RuleMatch::Drop { .. }) => (false, None),
             None if named_by_layout => (false, None),
             None => {
-                leftovers.extend(tensor.parts.iter().map(|(m, _)| *m));
+                unmapped.extend(tensor.parts.iter().map(|(m, _)| *m));
                 continue;
             }
         };
@@ -201,7 +203,8 @@ pub(in crate::plan) fn to_published(
     targets
 }
 
-/// Whether a tensor of the rule has no more pieces than any model's; notes it where it has.
+/// Whether a tensor of the rule has at most [`MAX_FRAGMENTS`] fragments; notes it where it has
+/// more.
 pub(super) fn has_allowed_fragment_count(
     rule: &Rule,
     tensor: &str,
@@ -215,10 +218,10 @@ pub(super) fn has_allowed_fragment_count(
     count <= MAX_FRAGMENTS
 }
 
-/// The first of these shapes without elements, where the rule's operations move elements.
+/// Position of the first shape without elements, for a rule with operations.
 ///
-/// What has no elements has no bytes that bound its extents, and a config.json can ask for any
-/// number of parts.
+/// Such a tensor has no bytes that would bound its other extents, and a config.json can ask for any
+/// number of parts of it.
 pub(super) fn first_empty<S: AsRef<[u64]>>(rule: &Rule, shapes: &[S]) -> Option<usize> {
     if rule.ops.is_empty() {
         return None;
@@ -226,6 +229,7 @@ pub(super) fn first_empty<S: AsRef<[u64]>>(rule: &Rule, shapes: &[S]) -> Option<
     shapes.iter().position(|s| s.as_ref().contains(&0))
 }
 
+/// The tensors of all names of a rule; `None` where some are missing, which is noted.
 fn all_present<'w>(
     slots: &[Option<&'w WholeTensor<'w>>],
     missing: impl Fn(usize) -> String,

@@ -1,5 +1,5 @@
-//! Whether a checkpoint's logical tensors are all there: what a mapping requires of the model and of
-//! each layer, and what a layer's siblings have.
+//! Looks for missing tensors: whole layers, tensors that the mapping requires, and tensors that
+//! other layers of the same kind have.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,44 +12,45 @@ use crate::mapping::{
 use crate::plan::options::matches;
 use crate::plan::report::{Problem, Problems};
 
-/// Missing layers that are looked at one by one: a name or a config.json can ask for any number.
+/// Maximum number of missing layers that are examined one by one. A config.json, or the number in a
+/// tensor's name, can ask for any number of layers.
 const MAX_LAYERS_EXAMINED: usize = 1 << 12;
 
-/// The tensors of a layer by their names within it, layer by layer.
+/// For each layer, the names of its tensors, relative to the layer.
 type LayerNames<'n> = BTreeMap<u64, BTreeSet<&'n str>>;
 
-/// Looks for what is missing from a checkpoint.
+/// The search for missing tensors: what it needs, and what it found.
 pub(in crate::plan) struct Completeness<'a> {
     /// The checkpoint's tensors.
     pub logical: &'a LogicalTensors,
-    /// What they should be.
+    /// Has the requirements.
     pub mapping: &'a ResolvedMapping,
-    /// The layout of the checkpoint, `None` where that is the published one.
+    /// The layout of the source; `None` for the published one.
     pub source: Option<&'a Layout>,
-    /// The layout of the view, likewise.
+    /// The layout of the view; `None` for the published one.
     pub view: Option<&'a Layout>,
-    /// Names that may be missing.
+    /// Patterns of names that may be missing.
     pub allowed: &'a [Regex],
-    /// What is missing and may be, in the order in which it was found.
+    /// Output: what is missing and matches one of these patterns, in the order of discovery.
     pub allowed_missing: Vec<String>,
-    /// LayerNames that config.json names and that a checkpoint may lack, as this one does.
+    /// Output: optional layers that config.json names and the checkpoint does not have.
     pub absent_layers: BTreeSet<String>,
 }
 
 impl Completeness<'_> {
-    /// Notes layers and tensors that are missing; parts of the target's own rules were noted when it
-    /// was assembled.
+    /// Notes missing layers and tensors. Missing parts of the view's rules were already noted when
+    /// its tensors were assembled.
     ///
-    /// What a mapping requires is looked at only where there are no has_unmapped: they may be the
+    /// With `has_unmapped`, requirements are not checked: tensors that no rule names may be the
     /// missing ones under other names.
     pub(in crate::plan) fn check(&mut self, has_unmapped: bool, problems: &mut Problems) {
         let layout = self.view.or(self.source).or_else(|| self.mapping.layouts().next());
         let Some(layout) = layout else { return };
-        self.layers(layout, has_unmapped, problems);
+        self.check_layers(layout, has_unmapped, problems);
         if self.view.is_none() {
-            // Only what it refuses is of interest.
-            let (mut dropped, mut leftovers) = (DroppedCounts::new(), Vec::new());
-            assemble::to_layout(self.logical, layout, &mut dropped, &mut leftovers, problems);
+            // For its problems only: the parts that are missing.
+            let (mut dropped, mut unmapped) = (DroppedCounts::new(), Vec::new());
+            assemble::to_layout(self.logical, layout, &mut dropped, &mut unmapped, problems);
         }
         if has_unmapped {
             return;
@@ -62,7 +63,7 @@ impl Completeness<'_> {
                 scopes.push((scope, layers_of(logical, scope)));
             }
         }
-        self.note_absent(&scopes);
+        self.note_absent_layers(&scopes);
         let layers = |scope: &Scope| {
             let found = scopes.iter().find(|(known, _)| *known == scope);
             &found.expect("every scope was looked at").1
@@ -70,15 +71,20 @@ impl Completeness<'_> {
         let whole = BTreeMap::from([(0, logical.keys().map(String::as_str).collect())]);
         for requirement in &mapping.requirements {
             let layers = requirement.scope.as_ref().map_or(&whole, layers);
-            self.required(requirement, layers, problems);
+            self.check_requirement(requirement, layers, problems);
         }
         for siblings in &mapping.siblings {
-            self.siblings(&siblings.scope, layers(&siblings.scope), &siblings.may_lack, problems);
+            self.check_siblings(
+                &siblings.scope,
+                layers(&siblings.scope),
+                &siblings.may_lack,
+                problems,
+            );
         }
     }
 
-    /// Notes layers that a checkpoint may lack, and lacks although config.json names them.
-    fn note_absent(&mut self, scopes: &[(&Scope, LayerNames<'_>)]) {
+    /// Collects optional layers that config.json names and the checkpoint does not have.
+    fn note_absent_layers(&mut self, scopes: &[(&Scope, LayerNames<'_>)]) {
         let absent_layers = |(scope, layers): &&(&Scope, LayerNames<'_>)| {
             scope.count().is_some_and(|n| n > 0) && layers.is_empty()
         };
@@ -92,13 +98,13 @@ impl Completeness<'_> {
         }
     }
 
-    /// Notes layers that have no tensor at all.
+    /// Notes layers without any tensor.
     ///
-    /// A layer is a value of an index that the config bounds without a default: layers that a
-    /// checkpoint may lack, such as those of multi-token prediction, have one.
-    fn layers(&mut self, layout: &Layout, has_unmapped: bool, problems: &mut Problems) {
+    /// Layers are counted by an index whose bound has no default. Optional layers, such as those of
+    /// multi-token prediction, have a bound with a default.
+    fn check_layers(&mut self, layout: &Layout, has_unmapped: bool, problems: &mut Problems) {
         let mut seen: BTreeMap<String, (&NameTemplate, u64, BTreeSet<u64>)> = BTreeMap::new();
-        // The checkpoint's own names are what its owner can look for.
+        // Messages show names of the checkpoint, which the user can look up.
         let of_source = self.view.is_none() && self.source.is_some();
         for row in &layout.rows {
             let TableRow::Map(rule) = row else { continue };
@@ -131,12 +137,12 @@ impl Completeness<'_> {
             let there = u64::try_from(layers.len()).expect("tensors are counted in 32 bits");
             let missing = (0..count).filter(|l| !layers.contains(l));
             let names = missing.filter_map(|l| template.prefix_through_index(l));
-            self.missing_layers(count - there, names, &what, problems);
+            self.note_missing_layers(count - there, names, &what, problems);
         }
     }
 
-    /// Notes `count` layers that are missing, but for those that may be or were noted already.
-    fn missing_layers(
+    /// Notes `count` missing layers, except those that are allowed to be missing or noted already.
+    fn note_missing_layers(
         &mut self,
         count: u64,
         names: impl Iterator<Item = String>,
@@ -161,7 +167,8 @@ impl Completeness<'_> {
         problems.add_many(Problem::MissingLayer, reported, named.into_iter());
     }
 
-    fn required(
+    /// Notes what a requirement names and a layer, or the model, lacks.
+    fn check_requirement(
         &mut self,
         requirement: &Requirement,
         layers: &LayerNames<'_>,
@@ -185,12 +192,12 @@ impl Completeness<'_> {
                 None if requirement.one_of.iter().flatten().any(refused) => continue,
                 None => usual,
             };
-            // Where some experts are there, the rule that groups them misses the others.
+            // If some experts are there, the rule that groups them reports the others.
             let some_experts = set.iter().any(|name| name.is_indexed() && has(name));
             let is_said = |name: &RequiredName| has(name) || name.is_indexed() && some_experts;
             for name in set.iter().filter(|name| !is_said(name)) {
                 let names = name.names().map(|n| scope.map_or(n.clone(), |s| s.join(*layer, &n)));
-                self.missing(name.count(), names, problems, || match scope {
+                self.note_missing(name.count(), names, problems, || match scope {
                     None => "of the model".to_owned(),
                     Some(_) => "of its layer".to_owned(),
                 });
@@ -198,8 +205,8 @@ impl Completeness<'_> {
         }
     }
 
-    /// Notes what a layer lacks and another of its kind has, and layers between others.
-    fn siblings(
+    /// Notes tensors that a layer lacks and another of its kind has, and gaps in the numbering.
+    fn check_siblings(
         &mut self,
         scope: &Scope,
         layers: &LayerNames<'_>,
@@ -209,7 +216,12 @@ impl Completeness<'_> {
         let Some((&last, _)) = layers.last_key_value() else { return };
         let there = u64::try_from(layers.len()).expect("tensors are counted in 32 bits");
         let between = (0..last).filter(|l| !layers.contains_key(l)).map(|l| scope.layer(l));
-        self.missing_layers((last + 1).saturating_sub(there), between, "others follow", problems);
+        self.note_missing_layers(
+            (last + 1).saturating_sub(there),
+            between,
+            "others follow",
+            problems,
+        );
         let choices: Vec<&Requirement> = self
             .mapping
             .requirements
@@ -229,7 +241,7 @@ impl Completeness<'_> {
                     known.entry(name).or_insert(*layer);
                 }
             }
-            // Strangers are noted elsewhere, and where there is a choice it is one of the layer.
+            // Only names of a rule count, and no names of a choice: each layer has its own.
             let chosen = |name: &str| {
                 choices.iter().flat_map(|c| c.one_of.iter().flatten()).any(|m| m.matches(name))
             };
@@ -242,15 +254,15 @@ impl Completeness<'_> {
             for layer in members {
                 for (name, first) in known.iter().filter(|(n, _)| !layers[layer].contains(*n)) {
                     let names = std::iter::once(scope.join(*layer, name));
-                    self.missing(1, names, problems, || format!("layer {first} has it"));
+                    self.note_missing(1, names, problems, || format!("layer {first} has it"));
                 }
             }
         }
     }
 
-    /// Notes tensors that are missing, but for those that may be, that the view would not have, or
-    /// that were refused already.
-    fn missing(
+    /// Notes missing tensors, except those that are allowed to be missing, that the view drops, or
+    /// that were reported already.
+    fn note_missing(
         &mut self,
         count: u64,
         names: impl Iterator<Item = String>,
@@ -264,7 +276,7 @@ impl Completeness<'_> {
         if self.view.is_some_and(dropped) {
             return;
         }
-        // The checkpoint's own names are what its owner can look for.
+        // Messages show names of the checkpoint, which the user can look up.
         let own = self.source.and_then(|layout| layout.name_of(&first));
         let in_layout = layout.and_then(|layout| layout.name_of(&first));
         let names_of_it = [Some(&first), own.as_ref(), in_layout.as_ref()];
@@ -288,6 +300,7 @@ impl Completeness<'_> {
     }
 }
 
+/// The layers of a scope that have any tensor.
 fn layers_of<'n>(logical: &'n LogicalTensors, scope: &Scope) -> LayerNames<'n> {
     let mut layers = LayerNames::new();
     for (layer, name) in logical.keys().filter_map(|name| scope.split(name)) {
@@ -296,12 +309,12 @@ fn layers_of<'n>(logical: &'n LogicalTensors, scope: &Scope) -> LayerNames<'n> {
     layers
 }
 
-/// Whether a name has an index of its own: `experts.3.up_proj.weight`.
+/// Whether a name within a layer has a number of its own: `experts.3.up_proj.weight`.
 fn is_numbered(name: &str) -> bool {
     name.split('.').any(|part| part.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// Which of the sets a layer takes: the one of which it has most names; `None` where it has none.
+/// Position of the list in `one_of` that a layer has the most names of; `None` where it has none.
 fn set_index_in_use(requirement: &Requirement, there: &BTreeSet<&str>) -> Option<usize> {
     let count =
         |set: &Vec<RequiredName>| set.iter().filter(|name| name.is_in(there)).fold(0, |n, _| n + 1);
@@ -310,6 +323,7 @@ fn set_index_in_use(requirement: &Requirement, there: &BTreeSet<&str>) -> Option
     counts.iter().position(|n| *n == most)
 }
 
+/// The list in `one_of` that a layer has the most names of.
 fn set_in_use<'r>(
     requirement: &'r Requirement,
     there: &BTreeSet<&str>,
@@ -317,7 +331,7 @@ fn set_in_use<'r>(
     set_index_in_use(requirement, there).map(|i| &*requirement.one_of[i])
 }
 
-/// The set that most layers take, the first where none takes any.
+/// The list that most layers have; the first where no layer has any.
 fn most_common_set<'r>(
     requirement: &'r Requirement,
     layers: &LayerNames<'_>,

@@ -1,4 +1,4 @@
-//! Which layout a checkpoint is in, by its names and, where those do not tell, its shapes.
+//! Detects the layout of the source by its names and, where names are equal, by its shapes.
 
 use crate::mapping::{Layout, LayoutName, ResolvedMapping, RuleMatch};
 use crate::plan::Matrix;
@@ -6,18 +6,24 @@ use crate::plan::gather::WholeTensor;
 use crate::plan::report::PlanError;
 use crate::source::Checkpoint;
 
-/// Which layout the source is in: the one whose renaming and grouping rules know most of its names,
-/// and more of them as the layout's than as the checkpoint's; `hf` where there is none.
+/// The layout of the source. For each layout, tensors are counted that a rule matches on the
+/// layout's side and on the published side. The layout with the most matches on its own side wins,
+/// if those are more than its matches on the published side; otherwise the source is `hf`.
+///
+/// # Errors
+/// Nothing shows that the checkpoint fits the mapping: no layout wins, no tensor is quantized, and
+/// no rule names any tensor.
 pub(in crate::plan) fn source_layout(
-    wholes: &[WholeTensor<'_>],
+    whole_tensors: &[WholeTensor<'_>],
     matrices: &[Matrix],
     checkpoint: &Checkpoint,
     mapping: &ResolvedMapping,
 ) -> Result<LayoutName, PlanError> {
-    // A rule speaks for a side where the names of its sides differ, or where it has operations and
-    // the tensor's shape is one of that side.
-    let count =
-        |speaks: &dyn Fn(&WholeTensor<'_>) -> bool| wholes.iter().filter(|w| speaks(w)).count();
+    // A tensor is evidence for a side if the rule renames it or, where the names are equal on both
+    // sides, if the rule has operations and the tensor's shape fits that side.
+    let count = |speaks: &dyn Fn(&WholeTensor<'_>) -> bool| {
+        whole_tensors.iter().filter(|w| speaks(w)).count()
+    };
     let as_hf = |layout: &Layout, w: &WholeTensor<'_>| {
         let canonical = mapping.canonical(w.name);
         match layout.match_hf(canonical.as_deref().unwrap_or(w.name)) {
@@ -43,7 +49,7 @@ pub(in crate::plan) fn source_layout(
         }
     }
     let quantized = matrices.iter().any(|m| m.scales.is_some());
-    let named = wholes.iter().any(|w| {
+    let named = whole_tensors.iter().any(|w| {
         let canonical = mapping.canonical(w.name);
         let name = canonical.as_deref().unwrap_or(w.name);
         mapping.layouts().any(|l| l.match_hf(name).is_some())

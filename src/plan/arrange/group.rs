@@ -1,4 +1,4 @@
-//! Parts of one rule at one binding of its variables, and the layout's tensors made of them.
+//! The logical tensors that one rule joins, and the view tensors that it assembles from them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,49 +8,50 @@ use crate::mapping::{AssembledTensor, Bindings, Layout, Rule, Side, TableRow};
 use crate::plan::fragment::fragments_of;
 use crate::plan::report::{Problem, Problems};
 
-/// Missing parts that are looked at one by one: a config.json can ask for any number of them.
+/// Maximum number of missing parts that are examined one by one. A config.json can ask for any
+/// number of experts.
 const MAX_MISSING_EXAMINED: usize = 1 << 16;
 
-/// RuleGroups by the row of their rule and what its variables are bound to, the stacked one unbound.
+/// Groups by the position of their rule and the values of its variables, without the stacked one.
 pub(super) type RuleGroups<'a> = BTreeMap<(usize, Bindings), RuleGroup<'a>>;
 
-/// The logical tensors that a rule takes at one binding.
+/// The parts of a rule for one set of values of its variables, for example the experts of layer 3.
 #[derive(Debug)]
 pub(super) struct RuleGroup<'a> {
     rule: &'a Rule,
-    /// By position among the rule's names, and value of the stacked variable.
+    /// By position in the rule's `hf` names and value of the stacked variable.
     pub parts: BTreeMap<(usize, Option<u64>), &'a LogicalTensor>,
 }
 
 impl<'a> RuleGroup<'a> {
-    /// A group that nothing was found of yet.
+    /// A group without parts.
     pub(super) fn new(rule: &'a Rule) -> RuleGroup<'a> {
         RuleGroup { rule, parts: BTreeMap::new() }
     }
 
-    /// The layout's tensors; none where the group was refused.
-    pub(super) fn targets(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<ViewTensor> {
+    /// The view tensors of the group; none where it was refused, which is noted.
+    pub(super) fn tensors(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<ViewTensor> {
         let rule = self.rule;
-        let target_name = |j: usize| rule.to[j].format(bindings, &rule.vars).unwrap_or_default();
-        if !self.is_complete(bindings, &target_name(0), problems) {
+        let tensor_name = |j: usize| rule.to[j].format(bindings, &rule.vars).unwrap_or_default();
+        if !self.is_complete(bindings, &tensor_name(0), problems) {
             return Vec::new();
         }
         let Some(shapes) = self.shapes(bindings, problems) else { return Vec::new() };
-        if !has_allowed_fragment_count(rule, &target_name(0), problems) {
+        if !has_allowed_fragment_count(rule, &tensor_name(0), problems) {
             return Vec::new();
         }
         let assembled = match rule.assemble(&shapes) {
             Ok(assembled) => assembled,
             Err(error) => {
-                problems.explain(Problem::RuleShape, &target_name(0), error);
+                problems.explain(Problem::RuleShape, &tensor_name(0), error);
                 return Vec::new();
             }
         };
-        let target = |(j, tensor)| self.target(target_name(j), tensor);
+        let target = |(j, tensor)| self.tensor(tensor_name(j), tensor);
         assembled.into_iter().enumerate().map(target).collect()
     }
 
-    fn target(&self, name: String, tensor: AssembledTensor) -> ViewTensor {
+    fn tensor(&self, name: String, tensor: AssembledTensor) -> ViewTensor {
         let fragments = tensor
             .fragments
             .iter()
@@ -95,7 +96,8 @@ impl<'a> RuleGroup<'a> {
         false
     }
 
-    /// The shape of every part of the rule, one for all values of the stacked variable.
+    /// The shape of each part, the same for all values of the stacked variable; `None` where shapes
+    /// differ, which is noted.
     fn shapes(&self, bindings: &Bindings, problems: &mut Problems) -> Option<Vec<Vec<u64>>> {
         let rule = self.rule;
         let usual: Vec<&[u64]> =
@@ -119,7 +121,7 @@ impl<'a> RuleGroup<'a> {
         fit.then(|| usual.into_iter().map(<[u64]>::to_vec).collect())
     }
 
-    /// The shape that most tensors of a part have.
+    /// The shape that most tensors of a part have, so that the message names the odd ones.
     fn most_common_shape(&self, part: usize) -> &[u64] {
         let mut counts: BTreeMap<&[u64], usize> = BTreeMap::new();
         for (_, tensor) in self.parts.iter().filter(|((p, _), _)| *p == part) {
@@ -129,10 +131,10 @@ impl<'a> RuleGroup<'a> {
     }
 }
 
-/// Adds the groups that are wholly absent beside others of the same experts.
+/// Adds groups of which no part is there but must be, so that their parts are reported as missing.
 ///
-/// Grouped tensors of one module come together: where `experts.gate_and_up_projs` can be made,
-/// `experts.down_projs` is expected too.
+/// Grouped tensors of one module belong together: a layer with `experts.gate_and_up_projs` must
+/// also have `experts.down_projs`.
 pub(super) fn add_missing_groups<'a>(groups: &mut RuleGroups<'a>, layout: &'a Layout) {
     let name = |rule: &Rule, bindings: &Bindings| rule.to[0].format(bindings, &rule.vars);
     let there = groups.iter().filter(|(_, group)| group.rule.grouped);

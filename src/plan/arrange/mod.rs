@@ -1,4 +1,5 @@
-//! From matrices to the tensors of the view.
+//! Arrange: from the whole tensors of the source, through the logical tensors of the published
+//! checkpoint, to the tensors of the view; and what is missing on the way.
 
 mod assemble;
 mod complete;
@@ -14,7 +15,8 @@ pub(super) use assemble::{from_layout, from_published, to_layout, to_published};
 pub(super) use complete::Completeness;
 pub(super) use detect::source_layout;
 
-/// A tensor of the checkpoint's own naming, wherever its elements are.
+/// A tensor of the published checkpoint: its shape, and which boxes of source matrices it consists
+/// of. It need not exist as stored bytes.
 #[derive(Debug)]
 pub(super) struct LogicalTensor {
     pub shape: Vec<u64>,
@@ -22,7 +24,7 @@ pub(super) struct LogicalTensor {
     pub parts: Vec<(MatrixId, BoxMap)>,
 }
 
-/// A tensor of the view before its dtype is known.
+/// A tensor of the view, before its dtype and body are chosen.
 #[derive(Debug)]
 pub(super) struct ViewTensor {
     pub name: String,
@@ -32,12 +34,12 @@ pub(super) struct ViewTensor {
     pub grouped: bool,
     /// Whether its first axis counts experts.
     pub expert_axis: bool,
-    /// The dtype that published checkpoints have, where the mapping says so and it is none of them.
+    /// The dtype in published checkpoints, where the mapping gives it and the source is not one.
     pub dtype: Option<DType>,
 }
 
-/// Counts of what is left out, by reason.
+/// Numbers of tensors that `drop` rules left out, by reason.
 pub(super) type DroppedCounts = BTreeMap<String, u64>;
 
-/// The checkpoint's logical tensors by name.
+/// The logical tensors of the checkpoint, by published name.
 pub(super) type LogicalTensors = BTreeMap<String, LogicalTensor>;

@@ -1,5 +1,5 @@
-//! Takes a checkpoint's tensors together into matrices: payload, scale and shape tensors become
-//! one, everything else is a matrix of its own.
+//! Combines the tensors of a checkpoint into matrices: payload, scale and shape tensors become one
+//! quantized matrix, every other tensor is a plain matrix.
 
 use std::collections::HashSet;
 
@@ -13,15 +13,15 @@ use crate::plan::{Matrix, MatrixScales, ScaleBand, ScaleReading};
 use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Shape};
 
-/// The matrices of a checkpoint, in the order of their payloads' names.
+/// The matrices of a checkpoint, sorted by the ids of their payloads.
 #[derive(Debug)]
 pub(in crate::plan) struct GatheredMatrices {
     pub matrices: Vec<Matrix>,
-    /// Pairs whose scales are shared over the boundary of the two tensors.
+    /// Number of pairs in which a scale block holds rows of both tensors.
     pub fused_pairs: u64,
 }
 
-/// RuleGroups all tensors of `checkpoint` by the mapping's encodings.
+/// Applies the encodings of the mapping to all tensors of `checkpoint`.
 pub(in crate::plan) fn gather_matrices(
     checkpoint: &Checkpoint,
     mapping: &ResolvedMapping,
@@ -52,21 +52,21 @@ pub(in crate::plan) fn gather_matrices(
     Ok(GatheredMatrices { matrices: found, fused_pairs })
 }
 
-/// A checkpoint's tensors on their way into matrices.
+/// The state of [`gather_matrices`].
 pub(super) struct MatrixGatherer<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) mapping: &'a ResolvedMapping,
     reading: ScaleReading,
     config_block: Option<[u64; 2]>,
     config_group: Option<u64>,
-    /// Tensors that were taken, or refused.
+    /// For each tensor, whether it belongs to a matrix already or was refused.
     pub(super) used: Vec<bool>,
     found: Vec<Matrix>,
     fused_pairs: u64,
     pub(super) problems: &'a mut Problems,
 }
 
-/// A payload and its scale, before the scale's rows are dealt out.
+/// A payload and its scale tensor, before scale rows are assigned to matrix rows.
 pub(super) struct PayloadAndScale {
     payload: SourceId,
     scale: SourceId,
@@ -75,29 +75,34 @@ pub(super) struct PayloadAndScale {
     name: Box<str>,
 }
 
-/// What is there of a quantized matrix.
+/// The result of looking for a quantized matrix.
 pub(super) enum PayloadLookup {
-    /// No payload: nothing of that name, or something else.
+    /// There is no tensor of that name, or it is no payload.
     Absent,
-    /// A payload that was refused.
+    /// The payload or the scale was refused, and noted as a problem.
     Refused,
-    /// Payload and scale.
+    /// Both are there.
     Found(PayloadAndScale),
 }
 
 impl<'a> MatrixGatherer<'a> {
+    /// The ids of all tensors of the checkpoint.
+    pub(super) fn ids(&self) -> impl Iterator<Item = SourceId> + use<> {
+        (0..).map(SourceId).take(self.checkpoint.tensors().len())
+    }
+
     pub(super) fn tensor(&self, id: SourceId) -> &'a SourceTensor {
         self.checkpoint.tensor(id)
     }
 
-    /// Names of the quantized matrices that were found.
+    /// Names of the matrices that were found so far.
     pub(super) fn quantized_names(&self) -> HashSet<String> {
         self.found.iter().map(|m| m.name.to_string()).collect()
     }
 
+    /// Finds all matrices of one encoding.
     fn apply_encoding(&mut self, encoding: &Encoding) {
-        let ids = (0..).map(SourceId).take(self.checkpoint.tensors().len());
-        for id in ids {
+        for id in self.ids() {
             let tensor = self.tensor(id);
             if self.used[id.index()] || !encoding.scheme.takes_payload(tensor.dtype) {
                 continue;
@@ -114,7 +119,7 @@ impl<'a> MatrixGatherer<'a> {
         }
     }
 
-    /// Payload and scale number `i` of the encoding.
+    /// Looks for payload and scale number `i` of the encoding.
     fn find_payload_and_scale(
         &mut self,
         encoding: &Encoding,
@@ -138,7 +143,7 @@ impl<'a> MatrixGatherer<'a> {
         let is_matrix =
             |s: &Shape| s.elements().is_some_and(|n| n > 0) && plane_count(s) <= MAX_FRAGMENTS;
         let Some(shape) = shape.filter(is_matrix) else {
-            // Bytes of a payload's dtype can be something else, unless their scale is there.
+            // Without a scale, a tensor of the payload's dtype may be something else.
             if scale.is_none() && !is_only_a_payload(encoding, tensor) {
                 return PayloadLookup::Absent;
             }
@@ -163,7 +168,7 @@ impl<'a> MatrixGatherer<'a> {
         PayloadLookup::Found(PayloadAndScale { payload, scale, shape, scale_code, name })
     }
 
-    /// Takes tensors for a matrix that cannot be made of them.
+    /// Marks a matrix and its tensors as refused, so that nothing else is reported about them.
     pub(super) fn refuse(&mut self, matrix: &str, parts: [Option<SourceId>; 2]) -> PayloadLookup {
         for id in parts.into_iter().flatten() {
             self.used[id.index()] = true;
@@ -173,6 +178,7 @@ impl<'a> MatrixGatherer<'a> {
         PayloadLookup::Refused
     }
 
+    /// Rows and columns that a scale serves: by config.json where it says so, else by the mapping.
     fn block(&self, encoding: &Encoding) -> [u64; 2] {
         match encoding.scheme {
             Scheme::Fp8 => self.config_block.unwrap_or(encoding.block),
@@ -181,6 +187,7 @@ impl<'a> MatrixGatherer<'a> {
         }
     }
 
+    /// Adds a matrix that was quantized on its own.
     fn add_single(&mut self, encoding: &Encoding, q: PayloadAndScale, bindings: &Bindings) {
         let block = self.block(encoding);
         self.used[q.payload.index()] = true;
@@ -196,6 +203,8 @@ impl<'a> MatrixGatherer<'a> {
         self.add_quantized(encoding, q, &grid, bands, shape_tensor);
     }
 
+    /// The tensor that holds the decoded shape, where the encoding has one; its dtype and size are
+    /// checked.
     fn shape_tensor(&mut self, encoding: &Encoding, bindings: &Bindings) -> Option<SourceId> {
         let name = encoding.shape.as_ref()?.format(bindings, &encoding.vars)?;
         let Some(id) = self.checkpoint.find(&name) else {
@@ -213,7 +222,7 @@ impl<'a> MatrixGatherer<'a> {
         Some(id)
     }
 
-    /// A pair whose rows were quantized as one.
+    /// Finds both matrices of a pair that was quantized as one.
     fn apply_to_pair(&mut self, encoding: &Encoding, bindings: &Bindings) {
         match [0, 1].map(|i| self.find_payload_and_scale(encoding, i, bindings)) {
             [PayloadLookup::Found(first), PayloadLookup::Found(second)] => {
@@ -225,7 +234,7 @@ impl<'a> MatrixGatherer<'a> {
             [PayloadLookup::Absent, PayloadLookup::Found(q)] => {
                 self.refuse_half_pair(encoding, q, 0, bindings)
             }
-            // One was refused, so the scales of the other say nothing.
+            // One was refused; without it, the scales of the other have no meaning.
             [PayloadLookup::Found(q), PayloadLookup::Refused]
             | [PayloadLookup::Refused, PayloadLookup::Found(q)] => {
                 self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
@@ -237,7 +246,8 @@ impl<'a> MatrixGatherer<'a> {
         }
     }
 
-    /// A matrix of a pair without number `other`: which scale serves which row cannot be known.
+    /// Refuses a matrix of a pair without its partner, number `other`: it is unknown which scale
+    /// serves which of its rows.
     fn refuse_half_pair(
         &mut self,
         encoding: &Encoding,
@@ -269,7 +279,7 @@ impl<'a> MatrixGatherer<'a> {
         self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
     }
 
-    /// Both matrices of a pair.
+    /// Adds both matrices of a pair.
     fn add_pair(&mut self, encoding: &Encoding, first: PayloadAndScale, second: PayloadAndScale) {
         let block = self.block(encoding);
         for q in [&first, &second] {
@@ -311,7 +321,7 @@ impl<'a> MatrixGatherer<'a> {
         }
     }
 
-    /// A pair that no number of shards explains: each scale must explain itself.
+    /// Adds a pair whose scale shapes fit no number of shards, if each scale fits its own matrix.
     fn add_pair_unshared(
         &mut self,
         encoding: &Encoding,
@@ -337,6 +347,7 @@ impl<'a> MatrixGatherer<'a> {
         }
     }
 
+    /// Adds a quantized matrix.
     fn add_quantized(
         &mut self,
         encoding: &Encoding,
@@ -373,9 +384,9 @@ impl<'a> MatrixGatherer<'a> {
         self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
     }
 
-    /// What no encoding took: plain tensors.
+    /// Adds the tensors that no encoding took, as plain matrices.
     fn add_plain_tensors(&mut self) {
-        for id in (0..).map(SourceId).take(self.checkpoint.tensors().len()) {
+        for id in self.ids() {
             if self.used[id.index()] {
                 continue;
             }
@@ -386,12 +397,12 @@ impl<'a> MatrixGatherer<'a> {
     }
 }
 
-/// GatheredMatrices of this shape's last two axes: experts, where they are stacked.
+/// Number of planes of the last two axes; for stacked experts, the number of experts.
 fn plane_count(shape: &Shape) -> u64 {
     shape.dims().iter().rev().skip(2).fold(1, |n, extent| n.saturating_mul(*extent))
 }
 
-/// Shape of the scales of a matrix in blocks of its rows and columns.
+/// The shape that the scales of a matrix have with this block.
 fn plain_scale_shape(matrix: &Shape, block: [u64; 2]) -> Shape {
     let mut dims = matrix.dims().to_vec();
     if let [.., rows, cols] = dims.as_mut_slice() {
@@ -400,16 +411,18 @@ fn plain_scale_shape(matrix: &Shape, block: [u64; 2]) -> Shape {
     Shape::new(dims)
 }
 
-/// Whether a tensor of this dtype under a payload's name can be nothing but a payload.
+/// Whether a tensor with the name and dtype of a payload must be one, even without a scale: other
+/// schemes use integer dtypes, which ordinary tensors have too.
 fn is_only_a_payload(encoding: &Encoding, tensor: &SourceTensor) -> bool {
     encoding.scheme == Scheme::Fp8 && tensor.dtype == DType::F8E4M3
 }
 
+/// The bands of a matrix whose block grid starts anew in each plane.
 fn plain_bands(q: &PayloadAndScale, grid: &ScaleGrid) -> Vec<ScaleBand<SourceId>> {
     let all_rows: u64 = q.shape.dims()[..q.shape.rank() - 1].iter().product();
     let planes = all_rows.checked_div(grid.plane_rows).unwrap_or(0);
     if grid.block[0] == 1 {
-        // One scale row a matrix row: planes run on.
+        // One scale row per matrix row: the grid need not restart, one band serves all planes.
         return vec![ScaleBand { rows: 0..all_rows, scale: q.scale, row: 0, skip: 0 }];
     }
     (0..planes)

@@ -1,4 +1,4 @@
-//! Takes the tensors of a checkpoint together into matrices.
+//! Gather: from the stored tensors of a checkpoint to matrices, and from matrices to whole tensors.
 
 mod matrices;
 mod orphans;

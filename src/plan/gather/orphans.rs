@@ -1,15 +1,14 @@
-//! Scale and shape tensors whose payload is missing or something else.
+//! Refuses orphans: scale and shape tensors whose payload is missing or is no payload.
 
 use super::matrices::MatrixGatherer;
 use crate::mapping::Encoding;
 use crate::plan::report::Problem;
-use crate::source::SourceId;
 use crate::tensor::DType;
 
 impl MatrixGatherer<'_> {
-    /// Refuses scale and shape tensors that no payload took.
+    /// Refuses scale and shape tensors that belong to no matrix that was found.
     pub(super) fn refuse_orphans(&mut self) {
-        for id in (0..).map(SourceId).take(self.checkpoint.tensors().len()) {
+        for id in self.ids() {
             let name = &self.tensor(id).name;
             if self.used[id.index()] || self.mapping.layouts().any(|l| l.names_exactly(name)) {
                 continue;
@@ -53,7 +52,7 @@ impl MatrixGatherer<'_> {
     }
 }
 
-/// The payload and the matrix that a scale or shape tensor belongs to, by its name.
+/// The names of the payload and the matrix that a scale or shape tensor refers to by its own name.
 pub(super) struct PayloadRef<'e> {
     encoding: &'e Encoding,
     payload: String,
@@ -61,6 +60,7 @@ pub(super) struct PayloadRef<'e> {
 }
 
 impl<'e> PayloadRef<'e> {
+    /// What the tensor `part` refers to, if its name is that of a scale or shape tensor.
     pub(super) fn of(encoding: &'e Encoding, part: &str) -> Option<PayloadRef<'e>> {
         let spellings = encoding.scale.iter().enumerate();
         let scales = spellings.flat_map(|(i, spelled)| spelled.iter().map(move |t| (i, t)));
@@ -74,7 +74,7 @@ impl<'e> PayloadRef<'e> {
     }
 }
 
-/// The dtypes that are taken, in words.
+/// The dtypes that `takes` accepts, as text: `F32, F16 or BF16`.
 pub(super) fn dtype_list(takes: impl Fn(DType) -> bool) -> String {
     let mut names: Vec<&str> = DType::all().filter(|d| takes(*d)).map(DType::name).collect();
     let last = names.pop().unwrap_or_default();

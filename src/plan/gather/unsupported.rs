@@ -1,8 +1,8 @@
-//! What belongs to a quantization and cannot be honoured: refused, whatever the options say.
+//! Refuses quantizations that no decoder here supports, whatever the options say.
 //!
-//! A zero point or an order of columns beside a payload changes every number of it. Such a tensor
-//! is no stranger that a user may drop, and what config.json says of bits, symmetry and order is
-//! held against what the decoder does.
+//! A zero point or a column order stored with a payload changes every element of the matrix. So the
+//! user cannot drop such a tensor like an unmapped one. The bits, symmetry and order that
+//! config.json gives are compared with what the decoder does.
 
 use std::collections::HashSet;
 
@@ -15,8 +15,8 @@ use crate::plan::Matrix;
 use crate::plan::report::{Problem, Problems};
 use crate::source::{Config, SourceId};
 
-/// Ends of names beside a quantized weight that do not change its numbers: biases, and scales of
-/// activations and of the KV cache.
+/// Endings of tensors that occur with a quantized weight and do not change its elements: biases,
+/// and scales of activations and of the KV cache.
 const HARMLESS_SUFFIXES: [&str; 11] = [
     "bias",
     "input_scale",
@@ -31,8 +31,8 @@ const HARMLESS_SUFFIXES: [&str; 11] = [
     "prob_scale",
 ];
 
-/// Ends of names that belong to quantizations without a decoder here: GPTQ and AWQ, ModelOpt and
-/// compressed-tensors' NVFP4, asymmetric and reordered INT4, Ascend's INT8, bitsandbytes, MLX.
+/// Endings of tensors of quantizations without a decoder here: GPTQ and AWQ, NVFP4 of ModelOpt and
+/// compressed-tensors, asymmetric and reordered INT4, Ascend's INT8, bitsandbytes, MLX.
 const UNSUPPORTED_SUFFIXES: [&str; 18] = [
     "qweight",
     "qzeros",
@@ -55,7 +55,8 @@ const UNSUPPORTED_SUFFIXES: [&str; 18] = [
 ];
 
 impl MatrixGatherer<'_> {
-    /// Refuses matrices of quantizations without a decoder, before an encoding takes parts of them.
+    /// Refuses matrices of unsupported quantizations, before an encoding could take some of their
+    /// tensors.
     pub(super) fn refuse_unsupported_schemes(&mut self) {
         let claimed =
             |name: &str| self.mapping.encodings.iter().any(|e| PayloadRef::of(e, name).is_some());
@@ -64,44 +65,44 @@ impl MatrixGatherer<'_> {
         if refused.is_empty() {
             return;
         }
-        // What else stands beside them is no news, nor a part of anything.
-        for id in (0..).map(SourceId).take(self.checkpoint.tensors().len()) {
+        // The other tensors of these matrices need no message of their own.
+        for id in self.ids() {
             let name = &self.tensor(id).name;
-            let beside = possible_matrices(name).any(|module| refused.contains(&module));
-            if beside && !self.mapping.layouts().any(|layout| layout.names_exactly(name)) {
+            let belongs = possible_matrices(name).any(|matrix| refused.contains(&matrix));
+            if belongs && !self.mapping.layouts().any(|layout| layout.names_exactly(name)) {
                 self.used[id.index()] = true;
             }
         }
     }
 
-    /// Refuses what stands beside a quantized matrix and is not among its parts: its numbers would be
-    /// wrong without.
+    /// Refuses tensors that belong to a quantized matrix by their name but are not part of its
+    /// encoding: decoding without them could give wrong elements.
     pub(super) fn refuse_unsupported_companions(&mut self) {
         let quantized = self.quantized_names();
         if quantized.is_empty() {
             return;
         }
         self.refuse_parts(|name: &str| {
-            let module = possible_matrices(name).find(|module| quantized.contains(module))?;
-            let end = name.strip_prefix(module.trim_end_matches("weight")).unwrap_or(name);
-            (module != name && !HARMLESS_SUFFIXES.contains(&end.trim_start_matches('_')))
-                .then_some(module)
+            let matrix = possible_matrices(name).find(|matrix| quantized.contains(matrix))?;
+            let end = name.strip_prefix(matrix.trim_end_matches("weight")).unwrap_or(name);
+            (matrix != name && !HARMLESS_SUFFIXES.contains(&end.trim_start_matches('_')))
+                .then_some(matrix)
         });
     }
 
-    /// Refuses the tensors that `matrix_of` takes for parts of a matrix; gives these matrices.
+    /// Refuses every tensor for which `matrix_of` gives a matrix; returns the matrices.
     ///
-    /// A rule that takes names by their ends, `self_attn.{r}`, is no rule for such a tensor.
+    /// A tensor is spared only if a rule names it without `{r}`: a rule such as `self_attn.{r}`
+    /// says nothing about it.
     fn refuse_parts(&mut self, matrix_of: impl Fn(&str) -> Option<String>) -> HashSet<String> {
-        let all = (0..).map(SourceId).take(self.checkpoint.tensors().len());
         let part = |id: SourceId| {
             let name = &self.tensor(id).name;
             let matrix =
                 Some(name).filter(|_| !self.used[id.index()]).and_then(|n| matrix_of(n))?;
-            let written_out = self.mapping.layouts().any(|layout| layout.names_exactly(name));
-            (!written_out).then_some((id, matrix))
+            let is_named = self.mapping.layouts().any(|layout| layout.names_exactly(name));
+            (!is_named).then_some((id, matrix))
         };
-        let found: Vec<(SourceId, String)> = all.filter_map(part).collect();
+        let found: Vec<(SourceId, String)> = self.ids().filter_map(part).collect();
         for (id, matrix) in &found {
             let what = format!("of `{matrix}`");
             self.problems.explain(Problem::Unsupported, &self.tensor(*id).name, what);
@@ -111,8 +112,8 @@ impl MatrixGatherer<'_> {
     }
 }
 
-/// The matrices that a tensor may stand beside, by its name: `x.weight` for `x.scale`, and `x` for
-/// `x_scale`, the matrix of stacked experts.
+/// The names of matrices that a tensor may belong to: `x.weight` for `x.scale`, and `x` for
+/// `x_scale` (stacked experts).
 fn possible_matrices(name: &str) -> impl Iterator<Item = String> {
     let weight = name.rsplit_once('.').map(|(module, _)| format!("{module}.weight"));
     let last = name.rfind('.').map_or(0, |i| i + 1);
@@ -120,8 +121,8 @@ fn possible_matrices(name: &str) -> impl Iterator<Item = String> {
     weight.into_iter().chain(starts.map(|(i, _)| name[..i].to_owned()))
 }
 
-/// The matrix that a tensor is a part of, where its name ends as no other does: `x.weight` for
-/// `x.qweight`, `x` for `x_weight_scale_2`.
+/// The matrix of a tensor with one of the [`UNSUPPORTED_SUFFIXES`]: `x.weight` for `x.qweight`, `x`
+/// for `x_weight_scale_2`.
 fn matrix_of_unsupported(name: &str) -> Option<String> {
     let (module, end) = name.rsplit_once('.')?;
     if UNSUPPORTED_SUFFIXES.contains(&end) {
@@ -133,8 +134,7 @@ fn matrix_of_unsupported(name: &str) -> Option<String> {
     UNSUPPORTED_SUFFIXES.iter().filter(|part| part.starts_with("weight_")).find_map(of_stacked)
 }
 
-/// Notes what config.json states of a quantization that these matrices are not, or that is not
-/// supported.
+/// Compares what config.json says about INT4 with what the decoder does; notes the differences.
 pub(in crate::plan) fn check_config(config: &Config, matrices: &[Matrix], problems: &mut Problems) {
     const KEY: &str = "quantization_config";
     let is_int4 = |m: &&Matrix| m.scales.as_ref().is_some_and(|s| s.scheme == Scheme::Int4);
@@ -153,7 +153,7 @@ pub(in crate::plan) fn check_config(config: &Config, matrices: &[Matrix], proble
     let groups = quantization.and_then(|s| s.get("config_groups")).and_then(Value::as_object);
     for (name, group) in groups.into_iter().flatten() {
         let Some(weights) = group.get("weights").and_then(Value::as_object) else { continue };
-        // RuleGroups of floats are other matrices.
+        // Groups of floats are about other matrices.
         if weights.get("type").is_some_and(|t| *t == "float") {
             continue;
         }
@@ -171,11 +171,12 @@ pub(in crate::plan) fn check_config(config: &Config, matrices: &[Matrix], proble
     check_older_keys(quantization, &mut refuse);
 }
 
-/// A key, what it has to be in words, and whether a value is that.
+/// A key, the expected value as text, and whether a value is as expected.
 type ConfigCheck = (&'static str, &'static str, fn(&Value) -> bool);
 
-/// What `config_groups.*.weights` says of packed INT4 (compressed-tensors `QuantizationArgs`).
-/// `actorder` `static` and `weight` only order the quantizer's work, `group` stores `weight_g_idx`.
+/// Keys of `config_groups.*.weights` for packed INT4 (`QuantizationArgs` of compressed-tensors).
+/// `actorder` `static` and `weight` only change the order in which the quantizer works; `group`
+/// stores a `weight_g_idx`.
 const INT4_WEIGHTS: [ConfigCheck; 4] = [
     ("num_bits", "4", |v| v.is_null() || *v == 4),
     ("type", "`int`", |v| v.is_null() || *v == "int"),
@@ -185,7 +186,7 @@ const INT4_WEIGHTS: [ConfigCheck; 4] = [
     }),
 ];
 
-/// The same as other tools spell it, at the top of `quantization_config`.
+/// The same for the keys of other tools, at the top of `quantization_config`.
 fn check_older_keys(
     quantization: Option<&Map<String, Value>>,
     refuse: &mut impl FnMut(String, &str, &Value),

@@ -1,5 +1,5 @@
-//! Tensors of the checkpoint as wholes: one matrix each, or the pieces of one tensor that processes
-//! of a training run wrote to shards of their own.
+//! Whole tensors: each is one matrix, or is put together from pieces. The processes of a training
+//! run can each save a piece of a tensor to a shard of their own (Automodel's `shard-*` files).
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -10,35 +10,36 @@ use crate::plan::{Fragment, Matrix, MatrixId};
 use crate::source::Checkpoint;
 use crate::tensor::{BoxMap, Shape};
 
-/// A tensor of the checkpoint.
+/// A whole tensor of the checkpoint.
 #[derive(Debug)]
 pub(in crate::plan) struct WholeTensor<'a> {
-    /// Name in the checkpoint, without the suffixes of a quantized matrix's parts.
+    /// Name in the checkpoint; for a quantized matrix, the name of the decoded one.
     pub name: &'a str,
-    /// Name of the tensor that holds its elements or their codes.
+    /// Name of the stored tensor with its elements or codes.
     pub payload_name: &'a str,
-    /// Whether its shards say that they hold pieces.
+    /// Whether it is put together from pieces.
     pub in_pieces: bool,
     /// Extents of the tensor.
     pub shape: Vec<u64>,
-    /// Target: the tensor. Source: the matrix.
+    /// The boxes of matrices that it consists of. Target: the tensor. Source: the matrix.
     pub parts: Vec<(MatrixId, BoxMap)>,
 }
 
 impl WholeTensor<'_> {
-    /// The tensor's fragments, in the order of their targets.
+    /// The tensor's fragments, sorted by target.
     pub(in crate::plan) fn fragments(&self) -> Vec<Fragment> {
         fragments_of(self.parts.clone())
     }
 }
 
-/// The tensors of a checkpoint in the order of its matrices; notes pieces that are no whole.
+/// The whole tensors of a checkpoint, in the order of its matrices. Notes pieces that do not fit
+/// together.
 pub(in crate::plan) fn whole_tensors<'a>(
     matrices: &'a [Matrix],
     checkpoint: &'a Checkpoint,
     problems: &mut Problems,
 ) -> Vec<WholeTensor<'a>> {
-    let mut wholes: Vec<WholeTensor<'a>> = Vec::with_capacity(matrices.len());
+    let mut whole_tensors: Vec<WholeTensor<'a>> = Vec::with_capacity(matrices.len());
     let mut pieces: BTreeMap<&str, usize> = BTreeMap::new();
     let is_quantized =
         |m: &&Matrix| m.scales.is_some() && checkpoint.tensor(m.payload).piece_at.is_some();
@@ -50,7 +51,13 @@ pub(in crate::plan) fn whole_tensors<'a>(
         let (at, payload_name) = (stored.piece_at.as_deref(), &*stored.name);
         let Some(at) = at.filter(|at| at.len() == dims.len() && matrix.scales.is_none()) else {
             let (name, parts) = (&*matrix.name, vec![(id, map)]);
-            wholes.push(WholeTensor { name, payload_name, in_pieces: false, shape: dims, parts });
+            whole_tensors.push(WholeTensor {
+                name,
+                payload_name,
+                in_pieces: false,
+                shape: dims,
+                parts,
+            });
             continue;
         };
         if quantized.contains(&*matrix.name) {
@@ -62,27 +69,33 @@ pub(in crate::plan) fn whole_tensors<'a>(
         }
         let ends = at.iter().zip(&dims).map(|(start, n)| start + n);
         match pieces.get(&*matrix.name) {
-            Some(&i) if wholes[i].shape.len() == dims.len() => {
-                let shape = &mut wholes[i].shape;
+            Some(&i) if whole_tensors[i].shape.len() == dims.len() => {
+                let shape = &mut whole_tensors[i].shape;
                 shape.iter_mut().zip(ends).for_each(|(extent, end)| *extent = end.max(*extent));
-                wholes[i].parts.push((id, map));
+                whole_tensors[i].parts.push((id, map));
             }
             Some(_) => problems.explain(Problem::Pieces, &matrix.name, "pieces of other ranks"),
             None => {
-                pieces.insert(&matrix.name, wholes.len());
+                pieces.insert(&matrix.name, whole_tensors.len());
                 let shape = ends.collect();
                 let (name, parts) = (&*matrix.name, vec![(id, map)]);
-                wholes.push(WholeTensor { name, payload_name, in_pieces: true, shape, parts });
+                whole_tensors.push(WholeTensor {
+                    name,
+                    payload_name,
+                    in_pieces: true,
+                    shape,
+                    parts,
+                });
             }
         }
     }
     for i in pieces.into_values() {
-        check(&wholes[i], matrices, problems);
+        check(&whole_tensors[i], matrices, problems);
     }
-    wholes
+    whole_tensors
 }
 
-/// Notes pieces of several dtypes, and such as leave gaps or overlap.
+/// Notes pieces that have different dtypes, leave gaps, or overlap.
 fn check(whole: &WholeTensor<'_>, matrices: &[Matrix], problems: &mut Problems) {
     let dtype = |(id, _): &(MatrixId, BoxMap)| matrices[id.index()].dtype;
     let first = dtype(&whole.parts[0]);
@@ -97,17 +110,17 @@ fn check(whole: &WholeTensor<'_>, matrices: &[Matrix], problems: &mut Problems) 
     }
 }
 
-/// Notes tensors in pieces whose extents are not those that the mapping states.
+/// Compares tensors that were put together from pieces with the `piece-shape` of the mapping.
 ///
-/// Nothing in the shards says how large the whole is, so the last pieces of all tensors can be
-/// missing with the file of a process.
+/// The shards do not say how large the whole tensor is. If the file of the last process is missing,
+/// the pieces that are there still fit together.
 pub(in crate::plan) fn check_extents(
-    wholes: &[WholeTensor<'_>],
+    whole_tensors: &[WholeTensor<'_>],
     mapping: &ResolvedMapping,
     source: Option<&Layout>,
     problems: &mut Problems,
 ) {
-    for whole in wholes.iter().filter(|w| w.in_pieces) {
+    for whole in whole_tensors.iter().filter(|w| w.in_pieces) {
         let taken = match source {
             Some(layout) => layout.match_to(whole.name),
             None => mapping.layouts().find_map(|layout| layout.match_hf(whole.name)),

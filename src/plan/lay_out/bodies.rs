@@ -1,10 +1,10 @@
-//! Checks on a finished tensor: complete cover, and whether its bytes are the source's own.
+//! Chooses the body of a tensor: verbatim byte ranges where possible, computed chunks otherwise.
 
 use crate::plan::{Computed, Fragment, Grid, Matrix, Origin, SourceRange};
 use crate::tensor::{BoxMap, DType, Shape};
 
-/// The source runs that are the tensor's bytes, where it is made of plain matrices of its own
-/// dtype, all contiguous on both sides.
+/// The byte ranges of source tensors that are the tensor's bytes. `None` unless every fragment is
+/// of a plain matrix of the same dtype and contiguous on both sides. Adjacent ranges are merged.
 pub(super) fn verbatim_runs(
     shape: &Shape,
     dtype: DType,
@@ -44,7 +44,7 @@ pub(super) fn verbatim_runs(
     (whole && Some(end) == shape.bytes(dtype)).then_some(runs)
 }
 
-/// First elements on both sides, where the map is one contiguous run on both.
+/// The first elements on both sides, where the map is one contiguous range on both.
 fn contiguous(map: &BoxMap, target: &[u64], source: &[u64]) -> Option<(u64, u64)> {
     let mut moves = vec![(0, 0); map.extent.len()];
     let (mut at, mut from) = (0, 0);
@@ -72,11 +72,11 @@ fn contiguous(map: &BoxMap, target: &[u64], source: &[u64]) -> Option<(u64, u64)
     Some((at, from))
 }
 
-/// A computed tensor, its fragments in order and found by plane.
+/// The computed body of a tensor, with an index of fragments by plane.
 pub(super) fn computed(shape: &Shape, dtype: DType, fragments: Vec<Fragment>) -> Computed {
     let grid = Grid::new(shape, u64::from(dtype.bits() / 8));
     let position = |i: usize| u32::try_from(i).expect("the planner bounds the fragments");
-    // One fragment lies in one plane where every outer axis stands still.
+    // A fragment lies in a single plane if none of its axes runs along an outer axis.
     let outer = shape.rank().saturating_sub(2);
     let single = |f: &Fragment| f.map.target[..outer].iter().all(|a| a.along.is_none());
     let mut planes = Vec::new();

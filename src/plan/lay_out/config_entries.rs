@@ -1,7 +1,7 @@
-//! What the view's config.json says of the view's tensors: how they are quantized, and their dtype.
+//! What the view's config.json must say about the view's tensors: `quantization_config` and dtype.
 //!
-//! It says what was written and nothing else. What the source's config.json says is no evidence: it
-//! may be the published one beside plain weights, or name blocks of another size.
+//! Both are derived from the tensors of the view. The source's config.json is not trusted: it may
+//! be the published one next to plain weights, or give another block size.
 
 use serde_json::Value;
 

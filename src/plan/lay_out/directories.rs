@@ -1,4 +1,5 @@
-//! Puts tensors into directories: dtypes, expert-parallel cuts, the order of names.
+//! Puts tensors into directories: chooses the dtype and body of each, cuts those that ranks share,
+//! and sorts them by name.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +14,7 @@ use crate::plan::report::{PlanError, Problem, Problems};
 use crate::plan::{Body, Directory, Matrix, TensorId, TensorPlan};
 use crate::tensor::{DType, Float, Shape};
 
-/// Puts tensors into directories, sharing those that no cut changes.
+/// Collects the tensor plans of all directories. A tensor that no cut changes is shared by them.
 pub(in crate::plan) struct DirectoryBuilder<'a> {
     pub tensors: Vec<TensorPlan>,
     pub matrices: &'a [Matrix],
@@ -73,7 +74,7 @@ impl DirectoryBuilder<'_> {
         Ok(directories)
     }
 
-    /// Adds facets to the root, in the order of all names.
+    /// Adds payload, scale and shape tensors to the root, which stays sorted by name.
     pub(in crate::plan) fn add_facets(
         &mut self,
         facets: Vec<FacetTensor>,
@@ -102,6 +103,7 @@ impl DirectoryBuilder<'_> {
         Ok(())
     }
 
+    /// Adds a tensor: chooses its dtype and body, and notes what is wrong with them.
     fn add(&mut self, target: &ViewTensor) -> Result<TensorId, PlanError> {
         let id = u32::try_from(self.tensors.len()).map_err(|_| PlanError::TooMany)?;
         let dtype = self.dtype_of(target);
@@ -129,12 +131,13 @@ impl DirectoryBuilder<'_> {
         Ok(TensorId(id))
     }
 
+    /// The dtype of a tensor in the view.
     fn dtype_of(&mut self, target: &ViewTensor) -> DType {
         let matrices = self.matrices;
-        let mut made_of = target.fragments.iter().map(|f| &matrices[f.matrix.index()]);
-        let Some(first) = made_of.clone().next() else { return self.dtype.dtype() };
-        let quantized = made_of.clone().any(|m| m.scales.is_some());
-        let floats = made_of.clone().all(Matrix::is_castable);
+        let mut sources = target.fragments.iter().map(|f| &matrices[f.matrix.index()]);
+        let Some(first) = sources.clone().next() else { return self.dtype.dtype() };
+        let quantized = sources.clone().any(|m| m.scales.is_some());
+        let floats = sources.clone().all(Matrix::is_castable);
         if self.cast_floats && floats {
             return if self.dtype == Float::F32 { DType::BF16 } else { self.dtype.dtype() };
         }
@@ -147,12 +150,12 @@ impl DirectoryBuilder<'_> {
             return published;
         }
         if quantized || target.grouped {
-            for matrix in made_of {
+            for matrix in sources {
                 refuse_uncastable(matrix, &mut self.problems);
             }
             return self.dtype.dtype();
         }
-        if let Some(other) = made_of.find(|m| m.dtype != first.dtype) {
+        if let Some(other) = sources.find(|m| m.dtype != first.dtype) {
             let what = format!(
                 "expected {} as `{}`, got {} in `{}`",
                 first.dtype, first.name, other.dtype, other.name
@@ -163,7 +166,7 @@ impl DirectoryBuilder<'_> {
     }
 }
 
-/// Refuses a matrix whose numbers cannot be had as floating-point numbers.
+/// Refuses a matrix whose elements cannot be converted to floating-point numbers.
 pub(in crate::plan) fn refuse_uncastable(matrix: &Matrix, problems: &mut Problems) {
     if !matrix.is_castable() && !problems.is_refused(&matrix.name) {
         problems.mark_refused(matrix.name.to_string());
@@ -172,7 +175,7 @@ pub(in crate::plan) fn refuse_uncastable(matrix: &Matrix, problems: &mut Problem
     }
 }
 
-/// Sorts `layers.2` before `layers.10`.
+/// A sort key by which `layers.2` comes before `layers.10`.
 pub(in crate::plan) fn natural_key(name: &str) -> Vec<(u64, String)> {
     let mut key = Vec::new();
     let mut left = name;

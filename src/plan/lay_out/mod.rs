@@ -1,4 +1,5 @@
-//! Gives tensors their dtypes, bodies and directories.
+//! Lay out: quantizes where that is asked for, gives each tensor its dtype and body, and puts the
+//! tensors into directories.
 
 mod bodies;
 mod config_entries;

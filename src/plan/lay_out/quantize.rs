@@ -1,7 +1,7 @@
-//! The way back: matrices of the published layout as payload, scale and shape tensors.
+//! Quantizes a view in the published layout: replaces matrices by payload, scale and shape tensors.
 //!
-//! The scales are those of an original checkpoint, or made from the largest magnitude of each
-//! block. Either way payload, scales and shape are facets of one matrix, which itself is
+//! The scales are those of an original checkpoint, or are computed from the largest magnitude of
+//! each block. Either way payload, scales and shape are facets of one matrix, whose elements are
 //! fragments of the source.
 
 use std::collections::{BTreeMap, HashSet};
@@ -19,7 +19,7 @@ use crate::plan::{
 use crate::source::{Checkpoint, SourceId};
 use crate::tensor::{DType, Float, Shape};
 
-/// A tensor of the view that is a facet of a quantized matrix.
+/// A payload, scale or shape tensor of the view.
 #[derive(Debug)]
 pub(in crate::plan) struct FacetTensor {
     pub name: String,
@@ -28,23 +28,24 @@ pub(in crate::plan) struct FacetTensor {
     pub body: Body,
 }
 
-/// Everything that quantizing made.
+/// The result of quantizing.
 #[derive(Debug, Default)]
 pub(in crate::plan) struct Facets {
     pub tensors: Vec<FacetTensor>,
     pub quantized: Vec<EncodedMatrix>,
-    /// Dtypes that plain tensors have in the original, by name.
+    /// Dtypes of plain tensors in the original checkpoint, by name.
     pub plain_dtypes: BTreeMap<String, DType>,
 }
 
-/// The checkpoint that scales are taken from, and its matrices.
+/// The original checkpoint, which scales are taken from, and its matrices.
 #[derive(Debug)]
 pub(in crate::plan) struct Original<'a> {
     pub checkpoint: &'a Checkpoint,
     pub matrices: Vec<Matrix>,
 }
 
-/// Takes the targets that the original checkpoint holds quantized, and gives their facets.
+/// Takes the tensors out of `targets` that the original checkpoint has quantized; returns their
+/// facets, with the scales of the original.
 pub(in crate::plan) fn quantize_like_original(
     original: &Original<'_>,
     mapping: &ResolvedMapping,
@@ -111,8 +112,8 @@ pub(in crate::plan) fn quantize_like_original(
     facets
 }
 
-/// Takes the targets that a published checkpoint holds quantized, and gives the tensors that it holds
-/// them in.
+/// Takes the tensors out of `targets` that the source, a published checkpoint, has quantized;
+/// returns their stored tensors unchanged.
 pub(in crate::plan) fn copy_quantized(
     checkpoint: &Checkpoint,
     matrices: &[Matrix],
@@ -146,9 +147,10 @@ pub(in crate::plan) fn copy_quantized(
     facets
 }
 
-/// Takes the targets that the model's published checkpoints hold quantized, and gives their facets.
+/// Takes the tensors out of `targets` that the mapping's encodings quantize; returns their facets,
+/// with computed scales.
 ///
-/// `scale_dtype` is what INT4 scales are stored as.
+/// `scale_dtype` is the dtype of INT4 scales, where the user asks for one.
 pub(in crate::plan) fn quantize_by_mapping(
     mapping: &ResolvedMapping,
     scale_dtype: Option<Float>,
@@ -172,7 +174,7 @@ pub(in crate::plan) fn quantize_by_mapping(
             .iter()
             .map(|t| left.remove(&t.format(&bindings, &encoding.vars)?))
             .collect();
-        // A pair was taken whole when its first name came up.
+        // `None` for the second name of a pair, which was taken together with the first.
         let Some(parts) = parts else { continue };
         facets.encode(encoding, &bindings, scale_dtype, &parts, problems);
     }
@@ -187,6 +189,7 @@ impl Facets {
         EncodedMatrixId(id)
     }
 
+    /// Adds the facets of a matrix, or of the two matrices of a pair.
     fn encode(
         &mut self,
         encoding: &Encoding,
@@ -244,7 +247,7 @@ impl Facets {
                 body: encoded(grid, Facet::Scale),
             });
             if let Some(template) = &encoding.shape {
-                // I32, as the published checkpoints have it.
+                // I32, as in published checkpoints.
                 let bytes = dims
                     .iter()
                     .flat_map(|d| i32::try_from(*d).unwrap_or(i32::MAX).to_le_bytes())
@@ -269,7 +272,7 @@ struct Geometry {
     bands: Vec<ScaleBand<ScaleOf>>,
 }
 
-/// The geometry of every member; `None` where the scheme cannot hold one.
+/// The geometry of every member; `None` where the scheme cannot hold its shape.
 fn geometry(encoding: &Encoding, parts: &[ViewTensor]) -> Option<Vec<Geometry>> {
     let scheme = encoding.scheme;
     let block = encoding.block;
@@ -304,7 +307,7 @@ fn geometry(encoding: &Encoding, parts: &[ViewTensor]) -> Option<Vec<Geometry>> 
             return None;
         };
         let rows = [*first_rows, *second_rows];
-        // One grid lies over the rows of both.
+        // Both are in one grid, so their columns and shards must agree.
         if first_cols != second_cols
             || rows.iter().any(|r| shards == 0 || !r.is_multiple_of(shards))
         {
@@ -321,7 +324,8 @@ fn geometry(encoding: &Encoding, parts: &[ViewTensor]) -> Option<Vec<Geometry>> 
     Some(out)
 }
 
-/// The matrix's numbers as F32: the target's fragments, in the orientation of the payload.
+/// The elements of the matrix as F32: the fragments of the tensor, in the orientation of the
+/// payload.
 fn values_of(target: &ViewTensor, transposed: bool) -> Computed {
     let mut shape = target.shape.clone();
     let mut fragments = target.fragments.clone();
@@ -337,7 +341,7 @@ fn values_of(target: &ViewTensor, transposed: bool) -> Computed {
     bodies::computed(&Shape::new(shape), DType::F32, fragments)
 }
 
-/// Chunks of a payload: whole matrix rows, whatever shape the payload has.
+/// The grid of a payload. Its rows are those of the matrix, whatever shape the payload has.
 fn payload_grid(matrix: &Shape, payload_bytes: u64) -> Grid {
     let [outer @ .., rows, _] = matrix.dims() else { return Grid::of(1, 1, payload_bytes) };
     let planes: u64 = outer.iter().product();

@@ -1,19 +1,19 @@
-//! Expert-parallel cuts of grouped tensors.
+//! Cuts grouped tensors for expert-parallel ranks.
 
 use crate::plan::Fragment;
 use crate::plan::arrange::ViewTensor;
 use crate::plan::report::{Problem, Problems};
 
-/// Ranks that share the experts.
+/// Distribution of the experts (axis 0 of grouped tensors) over ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertParallel {
     /// Number of ranks.
     pub size: u64,
-    /// The rank whose view stands at the root; all ranks have directories where there is none.
+    /// The rank whose part is the root directory; `None`: one directory for each rank.
     pub rank: Option<u64>,
 }
 
-/// Ranks that share axis 1 of every grouped tensor.
+/// Distribution of axis 1 of every grouped tensor over ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertShard {
     /// Number of ranks.
@@ -22,9 +22,9 @@ pub struct ExpertShard {
     pub rank: u64,
 }
 
-/// First expert and number of experts of a rank, of `experts` over `size` ranks.
+/// First expert and number of experts of a rank, for `experts` over `size` ranks.
 ///
-/// The first `experts % size` ranks hold one more (Automodel's formula).
+/// The first `experts % size` ranks have one more than the others (Automodel's formula).
 pub(super) fn experts_of(experts: u64, size: u64, rank: u64) -> (u64, u64) {
     let (each, more) = (experts / size, experts % size);
     if rank < more { (rank * (each + 1), each + 1) } else { (rank * each + more, each) }
@@ -50,7 +50,7 @@ pub(super) fn expert_slice(
     cut(target, 0, start, count)
 }
 
-/// A rank's even share of axis 1 of a grouped tensor.
+/// A rank's share of axis 1 of a grouped tensor, which must divide evenly.
 pub(super) fn axis_shard(
     target: &ViewTensor,
     shard: ExpertShard,
@@ -66,6 +66,7 @@ pub(super) fn axis_shard(
     cut(target, 1, shard.rank * count, count)
 }
 
+/// The part `start..start + count` of an axis.
 fn cut(target: &ViewTensor, axis: usize, start: u64, count: u64) -> ViewTensor {
     let mut origin = vec![0; target.shape.len()];
     let mut shape = target.shape.clone();

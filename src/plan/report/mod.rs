@@ -1,4 +1,4 @@
-//! What a plan says: why it refuses, and what it is.
+//! Report: the problems of a checkpoint as one error, and the plan as text, JSON and summary.
 
 mod problems;
 mod show;
