@@ -298,8 +298,8 @@ impl Rule {
         self.stack.and_then(|s| self.vars.bound(s)).unwrap_or(1)
     }
 
-    /// How many pieces the layout's tensors are made of, at one binding: parts times experts, times
-    /// two for each head of a rotary permutation.
+    /// Number of fragments that [`Rule::assemble`] gives: parts times experts, times two for each
+    /// head of a rotary permutation.
     pub(crate) fn fragment_count(&self) -> u64 {
         let parts = u64::try_from(self.hf.len().max(self.to.len())).expect("a rule has few names");
         let factor = |op: &Op| match op {

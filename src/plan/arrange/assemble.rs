@@ -168,11 +168,11 @@ pub(in crate::plan) fn to_layout(
         }
     }
     group::add_missing_groups(&mut groups, layout);
-    let mut targets = Vec::new();
+    let mut view_tensors = Vec::new();
     for ((_, bindings), group) in groups {
-        targets.extend(group.tensors(&bindings, problems));
+        view_tensors.extend(group.tensors(&bindings, problems));
     }
-    targets
+    view_tensors
 }
 
 /// Tensors of a view in the published layout: the logical tensors that a rule of the mapping names.
@@ -182,7 +182,7 @@ pub(in crate::plan) fn to_published(
     named_by_layout: bool,
     unmapped: &mut Vec<MatrixId>,
 ) -> Vec<ViewTensor> {
-    let mut targets = Vec::with_capacity(logical.len());
+    let mut view_tensors = Vec::with_capacity(logical.len());
     for (name, tensor) in logical {
         let taken = mapping.layouts().find_map(|layout| layout.match_hf(&name));
         let (grouped, dtype) = match taken {
@@ -198,9 +198,9 @@ pub(in crate::plan) fn to_published(
         };
         let fragments = fragments_of(tensor.parts);
         let (shape, expert_axis) = (tensor.shape, false);
-        targets.push(ViewTensor { name, shape, fragments, grouped, expert_axis, dtype });
+        view_tensors.push(ViewTensor { name, shape, fragments, grouped, expert_axis, dtype });
     }
-    targets
+    view_tensors
 }
 
 /// Whether a tensor of the rule has at most [`MAX_FRAGMENTS`] fragments; notes it where it has

@@ -47,8 +47,8 @@ impl<'a> RuleGroup<'a> {
                 return Vec::new();
             }
         };
-        let target = |(j, tensor)| self.tensor(tensor_name(j), tensor);
-        assembled.into_iter().enumerate().map(target).collect()
+        let view_tensor = |(j, tensor)| self.tensor(tensor_name(j), tensor);
+        assembled.into_iter().enumerate().map(view_tensor).collect()
     }
 
     fn tensor(&self, name: String, tensor: AssembledTensor) -> ViewTensor {
@@ -72,7 +72,7 @@ impl<'a> RuleGroup<'a> {
     }
 
     /// Whether every part is there; notes those that are not.
-    fn is_complete(&self, bindings: &Bindings, target: &str, problems: &mut Problems) -> bool {
+    fn is_complete(&self, bindings: &Bindings, view_name: &str, problems: &mut Problems) -> bool {
         let rule = self.rule;
         let parts = u64::try_from(rule.hf.len()).expect("a rule has few names");
         let expected = parts.saturating_mul(rule.stacked_count());
@@ -80,10 +80,10 @@ impl<'a> RuleGroup<'a> {
         if expected == there {
             return true;
         }
-        if problems.is_refused(target) {
+        if problems.is_refused(view_name) {
             return false;
         }
-        problems.mark_missing(target);
+        problems.mark_missing(view_name);
         let all = rule.stacked().flat_map(|s| (0..rule.hf.len()).map(move |part| (part, s)));
         let missing = || all.clone().filter(|key| !self.parts.contains_key(key));
         let name = |(part, s): (usize, Option<u64>)| rule.part_name(part, s, bindings);
@@ -91,7 +91,7 @@ impl<'a> RuleGroup<'a> {
         let refused: BTreeSet<String> = known.filter(|n| problems.is_refused(n)).collect();
         let refused_count = u64::try_from(refused.len()).expect("tensors are counted in 32 bits");
         let names = missing().filter_map(name).filter(|n| !refused.contains(n));
-        let first = names.map(|name| (name, format!("for `{target}`")));
+        let first = names.map(|name| (name, format!("for `{view_name}`")));
         problems.add_many(Problem::MissingPart, expected - there - refused_count, first);
         false
     }
@@ -141,8 +141,8 @@ pub(super) fn add_missing_groups<'a>(groups: &mut RuleGroups<'a>, layout: &'a La
     let there: Vec<(Bindings, Option<String>, Option<Side>)> =
         there.map(|((_, b), g)| (b.clone(), name(g.rule, b), g.rule.reads)).collect();
     let mut provided: BTreeSet<String> = there.iter().filter_map(|(_, n, _)| n.clone()).collect();
-    for (bindings, target, reads) in there {
-        let Some((module, _)) = target.as_deref().and_then(|n| n.rsplit_once('.')) else {
+    for (bindings, view_name, reads) in there {
+        let Some((module, _)) = view_name.as_deref().and_then(|n| n.rsplit_once('.')) else {
             continue;
         };
         for (row, line) in layout.rows.iter().enumerate() {

@@ -1,7 +1,9 @@
 //! What the view's config.json must say about the view's tensors: `quantization_config` and dtype.
 //!
-//! Both are derived from the tensors of the view. The source's config.json is not trusted: it may
-//! be the published one next to plain weights, or give another block size.
+//! Both are derived from the tensors of the view. Where quantized tensors, or their scales, are
+//! copied from a checkpoint, its `quantization_config` is copied too. Otherwise config.json of the
+//! source is not trusted: it may be the published one next to plain weights, or give another block
+//! size.
 
 use serde_json::Value;
 
@@ -13,16 +15,18 @@ use crate::plan::{Body, ConfigEntries, EncodedMatrix, Origin, TensorPlan};
 use crate::source::{Checkpoint, Config};
 use crate::tensor::Float;
 
-/// What config.json says of a view of these tensors: whether one of them is part of a quantized
-/// matrix, `like` which checkpoint, and else by the encodings of `quantized`.
+/// The entries of config.json for a view of these tensors.
+///
+/// `is_quantized` says whether one of them is part of a quantized matrix. `like` is the checkpoint
+/// that quantized tensors or scales are copied from; without one, the entries describe `quantized`.
 ///
 /// # Errors
-/// Where neither the original nor the mapping says what `quantization_config` is.
+/// Neither `like` nor the mapping has a `quantization_config`.
 pub(in crate::plan) fn config_entries(
     is_quantized: bool,
     like: Option<&Checkpoint>,
     mapping: &ResolvedMapping,
-    targets: &[ViewTensor],
+    view_tensors: &[ViewTensor],
     tensors: &[TensorPlan],
     quantized: &[EncodedMatrix],
 ) -> Result<ConfigEntries, PlanError> {
@@ -40,18 +44,22 @@ pub(in crate::plan) fn config_entries(
         let lacks = "what `quantization_config` is";
         return Err(PlanError::UnknownQuantization { mapping: mapping.name.clone(), lacks });
     };
-    describe(&mut config, targets, quantized);
+    complete(&mut config, view_tensors, quantized);
     Ok(ConfigEntries { quantization: Some(config), dtype })
 }
 
-/// Puts what was written into the mapping's `quantization_config`: blocks, groups, how scales are
-/// rounded, and the modules that stay plain.
-fn describe(config: &mut QuantizationConfig, targets: &[ViewTensor], quantized: &[EncodedMatrix]) {
+/// Completes the mapping's `quantization_config` with what was written: block and group sizes, the
+/// rounding of scales, and the modules that are not quantized.
+fn complete(
+    config: &mut QuantizationConfig,
+    view_tensors: &[ViewTensor],
+    quantized: &[EncodedMatrix],
+) {
     let unquantized = config.unquantized.clone();
     let Some(value) = config.value.as_object_mut() else { return };
     let mut fp8 = quantized.iter().filter(|q| q.scheme == Scheme::Fp8);
     if !fp8.clone().all(|q| q.scale == ScaleCode::E8M0) {
-        // Only powers of two are what it stands for.
+        // It stands for scales that are powers of two.
         value.shift_remove("scale_fmt");
     }
     if let (Some(block), Some(q)) = (value.get_mut("weight_block_size"), fp8.next()) {
@@ -65,13 +73,13 @@ fn describe(config: &mut QuantizationConfig, targets: &[ViewTensor], quantized: 
         }
     }
     if let Some(key) = unquantized {
-        value.insert(key, unquantized_modules(targets).into());
+        value.insert(key, unquantized_modules(view_tensors).into());
     }
 }
 
 /// Modules whose weight matrices are not quantized.
-fn unquantized_modules(targets: &[ViewTensor]) -> Vec<String> {
-    let matrices = targets.iter().filter(|t| t.shape.len() == 2);
+fn unquantized_modules(view_tensors: &[ViewTensor]) -> Vec<String> {
+    let matrices = view_tensors.iter().filter(|t| t.shape.len() == 2);
     matrices.filter_map(|t| t.name.strip_suffix(".weight")).map(str::to_owned).collect()
 }
 
@@ -88,12 +96,12 @@ fn dominant_dtype(tensors: &[TensorPlan]) -> Option<Float> {
         let slot = elements.iter_mut().find(|(f, _)| *f == float).expect("all floats are listed");
         slot.1 += u128::from(tensor.shape.elements().unwrap_or(0));
     }
-    // The first of equals.
+    // Reversed, so that the first of equals is taken.
     let most = elements.iter().rev().max_by_key(|(_, n)| *n)?;
     (most.1 > 0).then_some(most.0)
 }
 
-/// `quantization_config` of a checkpoint, and where it stands.
+/// `quantization_config` of a checkpoint, and the object that contains it.
 fn quantization_of(config: &Config) -> Option<QuantizationConfig> {
     const KEY: &str = "quantization_config";
     let found = |within: Option<&String>, value: &Value| QuantizationConfig {

@@ -16,18 +16,25 @@ use crate::tensor::{DType, Float, Shape};
 
 /// Collects the tensor plans of all directories. A tensor that no cut changes is shared by them.
 pub(in crate::plan) struct DirectoryBuilder<'a> {
+    /// Output: the tensors of all directories.
     pub tensors: Vec<TensorPlan>,
     pub matrices: &'a [Matrix],
+    /// Dtype of dequantized and grouped tensors.
     pub dtype: Float,
+    /// Whether all floating-point tensors are cast to it.
     pub cast_floats: bool,
+    /// Dtypes of plain tensors in the original checkpoint, by name.
     pub plain_dtypes: &'a BTreeMap<String, DType>,
+    /// Output: what is wrong with the tensors.
     pub problems: Problems,
 }
 
 impl DirectoryBuilder<'_> {
+    /// The directories of the view: the whole model as the root, and one for each expert-parallel
+    /// rank beneath it; or a single rank as the root.
     pub(in crate::plan) fn directories(
         &mut self,
-        targets: &[ViewTensor],
+        view_tensors: &[ViewTensor],
         to: LayoutName,
         options: &PlanOptions,
     ) -> Result<Vec<Directory>, PlanError> {
@@ -46,26 +53,26 @@ impl DirectoryBuilder<'_> {
         };
         let at_root = options.expert_parallel.is_some_and(|ep| ep.rank.is_some());
         let mut directories = Vec::with_capacity(ranks.len() + 1);
-        let mut whole: Vec<Option<TensorId>> = vec![None; targets.len()];
+        let mut whole: Vec<Option<TensorId>> = vec![None; view_tensors.len()];
         if !at_root {
-            for (slot, target) in whole.iter_mut().zip(targets) {
-                let sharded = shard(target, &mut self.problems);
-                *slot = Some(self.add(sharded.as_ref().unwrap_or(target))?);
+            for (slot, tensor) in whole.iter_mut().zip(view_tensors) {
+                let sharded = shard(tensor, &mut self.problems);
+                *slot = Some(self.add(sharded.as_ref().unwrap_or(tensor))?);
             }
             let tensors = whole.iter().copied().flatten().collect();
             directories.push(Directory { name: String::new(), tensors });
         }
         for rank in ranks {
-            let mut tensors = Vec::with_capacity(targets.len());
-            for (slot, target) in whole.iter_mut().zip(targets) {
-                tensors.push(match (target.expert_axis, *slot) {
+            let mut tensors = Vec::with_capacity(view_tensors.len());
+            for (slot, tensor) in whole.iter_mut().zip(view_tensors) {
+                tensors.push(match (tensor.expert_axis, *slot) {
                     (true, _) => {
-                        let cut = ranks::expert_slice(target, size, rank, &mut self.problems);
+                        let cut = ranks::expert_slice(tensor, size, rank, &mut self.problems);
                         let sharded = shard(&cut, &mut self.problems);
                         self.add(sharded.as_ref().unwrap_or(&cut))?
                     }
                     (false, Some(id)) => id,
-                    (false, None) => *slot.insert(self.add(target)?),
+                    (false, None) => *slot.insert(self.add(tensor)?),
                 });
             }
             let name = if at_root { String::new() } else { ranks::directory_name(rank, size) };
@@ -104,52 +111,52 @@ impl DirectoryBuilder<'_> {
     }
 
     /// Adds a tensor: chooses its dtype and body, and notes what is wrong with them.
-    fn add(&mut self, target: &ViewTensor) -> Result<TensorId, PlanError> {
+    fn add(&mut self, tensor: &ViewTensor) -> Result<TensorId, PlanError> {
         let id = u32::try_from(self.tensors.len()).map_err(|_| PlanError::TooMany)?;
-        let dtype = self.dtype_of(target);
-        let shape = Shape::new(target.shape.as_slice());
+        let dtype = self.dtype_of(tensor);
+        let shape = Shape::new(tensor.shape.as_slice());
         if shape.bytes(dtype).is_none() {
-            self.problems.explain(Problem::Size, &target.name, format!("{shape} {dtype}"));
-        } else if !covers(&shape, &target.fragments) {
+            self.problems.explain(Problem::Size, &tensor.name, format!("{shape} {dtype}"));
+        } else if !covers(&shape, &tensor.fragments) {
             self.problems.explain(
                 Problem::RuleShape,
-                &target.name,
+                &tensor.name,
                 "its parts leave gaps or overlap",
             );
         }
-        let body = match bodies::verbatim_runs(&shape, dtype, &target.fragments, self.matrices) {
+        let body = match bodies::verbatim_runs(&shape, dtype, &tensor.fragments, self.matrices) {
             Some(runs) => Body::Verbatim(runs),
             None => {
                 if dtype.bits() < 8 {
                     let what = format!("{dtype} cannot be moved element by element");
-                    self.problems.explain(Problem::RuleDtype, &target.name, what);
+                    self.problems.explain(Problem::RuleDtype, &tensor.name, what);
                 }
-                Body::Computed(bodies::computed(&shape, dtype, target.fragments.clone()))
+                Body::Computed(bodies::computed(&shape, dtype, tensor.fragments.clone()))
             }
         };
-        self.tensors.push(TensorPlan { name: target.name.as_str().into(), dtype, shape, body });
+        self.tensors.push(TensorPlan { name: tensor.name.as_str().into(), dtype, shape, body });
         Ok(TensorId(id))
     }
 
     /// The dtype of a tensor in the view.
-    fn dtype_of(&mut self, target: &ViewTensor) -> DType {
+    fn dtype_of(&mut self, tensor: &ViewTensor) -> DType {
         let matrices = self.matrices;
-        let mut sources = target.fragments.iter().map(|f| &matrices[f.matrix.index()]);
+        let mut sources = tensor.fragments.iter().map(|f| &matrices[f.matrix.index()]);
         let Some(first) = sources.clone().next() else { return self.dtype.dtype() };
         let quantized = sources.clone().any(|m| m.scales.is_some());
         let floats = sources.clone().all(Matrix::is_castable);
         if self.cast_floats && floats {
             return if self.dtype == Float::F32 { DType::BF16 } else { self.dtype.dtype() };
         }
-        if let (Some(original), true) = (self.plain_dtypes.get(&target.name), floats)
+        if let (Some(original), true) = (self.plain_dtypes.get(&tensor.name), floats)
             && original.as_float().is_some()
         {
             return *original;
         }
-        if let (Some(published), true) = (target.dtype, floats) {
+        if let (Some(published), true) = (tensor.dtype, floats) {
             return published;
         }
-        if quantized || target.grouped {
+        if quantized || tensor.grouped {
             for matrix in sources {
                 refuse_uncastable(matrix, &mut self.problems);
             }
@@ -160,7 +167,7 @@ impl DirectoryBuilder<'_> {
                 "expected {} as `{}`, got {} in `{}`",
                 first.dtype, first.name, other.dtype, other.name
             );
-            self.problems.explain(Problem::RuleDtype, &target.name, what);
+            self.problems.explain(Problem::RuleDtype, &tensor.name, what);
         }
         first.dtype
     }

@@ -16,7 +16,7 @@ use crate::plan::{
     Body, Computed, Encoded, EncodedMatrix, EncodedMatrixId, Facet, Fragment, Grid, Matrix, Member,
     Origin, ScaleBand, ScaleOf, SourceRange,
 };
-use crate::source::{Checkpoint, SourceId};
+use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Float, Shape};
 
 /// A payload, scale or shape tensor of the view.
@@ -26,6 +26,15 @@ pub(in crate::plan) struct FacetTensor {
     pub dtype: DType,
     pub shape: Shape,
     pub body: Body,
+}
+
+impl FacetTensor {
+    /// A stored tensor, shown unchanged as `name`.
+    fn stored(name: String, tensor: &SourceTensor, origin: Origin, source: SourceId) -> Self {
+        let run = SourceRange { at: 0, bytes: tensor.bytes, origin, source, offset: 0 };
+        let body = Body::Verbatim(vec![run]);
+        FacetTensor { name, dtype: tensor.dtype, shape: tensor.shape.clone(), body }
+    }
 }
 
 /// The result of quantizing.
@@ -44,12 +53,12 @@ pub(in crate::plan) struct Original<'a> {
     pub matrices: Vec<Matrix>,
 }
 
-/// Takes the tensors out of `targets` that the original checkpoint has quantized; returns their
-/// facets, with the scales of the original.
+/// Takes the tensors out of `view_tensors` that the original checkpoint has quantized; returns
+/// their facets, with the scales of the original.
 pub(in crate::plan) fn quantize_like_original(
     original: &Original<'_>,
     mapping: &ResolvedMapping,
-    targets: &mut Vec<ViewTensor>,
+    view_tensors: &mut Vec<ViewTensor>,
     problems: &mut Problems,
 ) -> Facets {
     let Original { checkpoint: original, matrices: list } = original;
@@ -58,22 +67,22 @@ pub(in crate::plan) fn quantize_like_original(
         .map(|m| (mapping.canonical(&m.name).unwrap_or_else(|| m.name.to_string()), m))
         .collect();
     let mut facets = Facets::default();
-    targets.retain(|target| {
-        let Some(matrix) = by_name.get(&target.name) else { return true };
-        if matrix.logical_dims() != target.shape {
+    view_tensors.retain(|tensor| {
+        let Some(matrix) = by_name.get(&tensor.name) else { return true };
+        if matrix.logical_dims() != tensor.shape {
             let what =
-                format!("got {:?}, but the original has {:?}", target.shape, matrix.logical_dims());
-            problems.explain(Problem::RuleShape, &target.name, what);
+                format!("got {:?}, but the original has {:?}", tensor.shape, matrix.logical_dims());
+            problems.explain(Problem::RuleShape, &tensor.name, what);
             return false;
         }
         let Some(scales) = &matrix.scales else {
-            facets.plain_dtypes.insert(target.name.clone(), matrix.dtype);
+            facets.plain_dtypes.insert(tensor.name.clone(), matrix.dtype);
             return true;
         };
         let stored = |b: &ScaleBand<SourceId>| b.map_scale(ScaleOf::Original);
         let member = Member {
             shape: matrix.shape.clone(),
-            values: values_of(target, matrix.transposed),
+            values: values_of(tensor, matrix.transposed),
             bands: scales.bands.iter().map(stored).collect(),
             scale_cols: scales.cols,
         };
@@ -93,32 +102,21 @@ pub(in crate::plan) fn quantize_like_original(
         });
         for source in matrix.own_scale.into_iter().chain(matrix.shape_tensor) {
             let tensor = original.tensor(source);
-            let run = SourceRange {
-                at: 0,
-                bytes: tensor.bytes,
-                origin: Origin::Original,
-                source,
-                offset: 0,
-            };
-            facets.tensors.push(FacetTensor {
-                name: tensor.name.to_string(),
-                dtype: tensor.dtype,
-                shape: tensor.shape.clone(),
-                body: Body::Verbatim(vec![run]),
-            });
+            let name = tensor.name.to_string();
+            facets.tensors.push(FacetTensor::stored(name, tensor, Origin::Original, source));
         }
         false
     });
     facets
 }
 
-/// Takes the tensors out of `targets` that the source, a published checkpoint, has quantized;
+/// Takes the tensors out of `view_tensors` that the source, a published checkpoint, has quantized;
 /// returns their stored tensors unchanged.
 pub(in crate::plan) fn copy_quantized(
     checkpoint: &Checkpoint,
     matrices: &[Matrix],
     mapping: &ResolvedMapping,
-    targets: &mut Vec<ViewTensor>,
+    view_tensors: &mut Vec<ViewTensor>,
 ) -> Facets {
     let published = |name: &str| mapping.canonical(name).unwrap_or_else(|| name.to_owned());
     let mut facets = Facets::default();
@@ -128,38 +126,27 @@ pub(in crate::plan) fn copy_quantized(
         let parts = [Some(matrix.payload), matrix.own_scale, matrix.shape_tensor];
         for source in parts.into_iter().flatten() {
             let tensor = checkpoint.tensor(source);
-            let run = SourceRange {
-                at: 0,
-                bytes: tensor.bytes,
-                origin: Origin::Source,
-                source,
-                offset: 0,
-            };
-            facets.tensors.push(FacetTensor {
-                name: published(&tensor.name),
-                dtype: tensor.dtype,
-                shape: tensor.shape.clone(),
-                body: Body::Verbatim(vec![run]),
-            });
+            let name = published(&tensor.name);
+            facets.tensors.push(FacetTensor::stored(name, tensor, Origin::Source, source));
         }
     }
-    targets.retain(|target| !taken.contains(&target.name));
+    view_tensors.retain(|tensor| !taken.contains(&tensor.name));
     facets
 }
 
-/// Takes the tensors out of `targets` that the mapping's encodings quantize; returns their facets,
-/// with computed scales.
+/// Takes the tensors out of `view_tensors` that the mapping's encodings quantize; returns their
+/// facets, with computed scales.
 ///
 /// `scale_dtype` is the dtype of INT4 scales, where the user asks for one.
 pub(in crate::plan) fn quantize_by_mapping(
     mapping: &ResolvedMapping,
     scale_dtype: Option<Float>,
-    targets: &mut Vec<ViewTensor>,
+    view_tensors: &mut Vec<ViewTensor>,
     problems: &mut Problems,
 ) -> Facets {
     let mut facets = Facets::default();
     let mut left: BTreeMap<String, ViewTensor> =
-        std::mem::take(targets).into_iter().map(|t| (t.name.clone(), t)).collect();
+        std::mem::take(view_tensors).into_iter().map(|t| (t.name.clone(), t)).collect();
     let names: Vec<String> = left.keys().cloned().collect();
     for name in names {
         let used = mapping.encodings.iter().find(|e| e.quantize.matches(&name));
@@ -178,7 +165,7 @@ pub(in crate::plan) fn quantize_by_mapping(
         let Some(parts) = parts else { continue };
         facets.encode(encoding, &bindings, scale_dtype, &parts, problems);
     }
-    targets.extend(left.into_values());
+    view_tensors.extend(left.into_values());
     facets
 }
 
@@ -326,9 +313,9 @@ fn geometry(encoding: &Encoding, parts: &[ViewTensor]) -> Option<Vec<Geometry>> 
 
 /// The elements of the matrix as F32: the fragments of the tensor, in the orientation of the
 /// payload.
-fn values_of(target: &ViewTensor, transposed: bool) -> Computed {
-    let mut shape = target.shape.clone();
-    let mut fragments = target.fragments.clone();
+fn values_of(tensor: &ViewTensor, transposed: bool) -> Computed {
+    let mut shape = tensor.shape.clone();
+    let mut fragments = tensor.fragments.clone();
     if transposed && shape.len() >= 2 {
         let n = shape.len();
         shape.swap(n - 2, n - 1);

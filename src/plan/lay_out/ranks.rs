@@ -37,39 +37,39 @@ pub(super) fn directory_name(rank: u64, size: u64) -> String {
 
 /// A rank's experts of a grouped tensor.
 pub(super) fn expert_slice(
-    target: &ViewTensor,
+    tensor: &ViewTensor,
     size: u64,
     rank: u64,
     problems: &mut Problems,
 ) -> ViewTensor {
-    let (start, count) = experts_of(target.shape[0], size, rank);
+    let (start, count) = experts_of(tensor.shape[0], size, rank);
     if count == 0 {
-        let what = format!("{} experts over {size} ranks", target.shape[0]);
-        problems.explain(Problem::Indivisible, &target.name, what);
+        let what = format!("{} experts over {size} ranks", tensor.shape[0]);
+        problems.explain(Problem::Indivisible, &tensor.name, what);
     }
-    cut(target, 0, start, count)
+    cut(tensor, 0, start, count)
 }
 
 /// A rank's share of axis 1 of a grouped tensor, which must divide evenly.
 pub(super) fn axis_shard(
-    target: &ViewTensor,
+    tensor: &ViewTensor,
     shard: ExpertShard,
     problems: &mut Problems,
 ) -> ViewTensor {
-    let extent = target.shape.get(1).copied().unwrap_or(0);
+    let extent = tensor.shape.get(1).copied().unwrap_or(0);
     if extent == 0 || !extent.is_multiple_of(shard.size) {
-        let what = format!("axis 1 of {:?} into {} parts", target.shape, shard.size);
-        problems.explain(Problem::Indivisible, &target.name, what);
-        return cut(target, 0, 0, 0);
+        let what = format!("axis 1 of {:?} into {} parts", tensor.shape, shard.size);
+        problems.explain(Problem::Indivisible, &tensor.name, what);
+        return cut(tensor, 0, 0, 0);
     }
     let count = extent / shard.size;
-    cut(target, 1, shard.rank * count, count)
+    cut(tensor, 1, shard.rank * count, count)
 }
 
 /// The part `start..start + count` of an axis.
-fn cut(target: &ViewTensor, axis: usize, start: u64, count: u64) -> ViewTensor {
-    let mut origin = vec![0; target.shape.len()];
-    let mut shape = target.shape.clone();
+fn cut(tensor: &ViewTensor, axis: usize, start: u64, count: u64) -> ViewTensor {
+    let mut origin = vec![0; tensor.shape.len()];
+    let mut shape = tensor.shape.clone();
     origin[axis] = start;
     shape[axis] = count;
     let fragments = if count == 0 {
@@ -79,9 +79,9 @@ fn cut(target: &ViewTensor, axis: usize, start: u64, count: u64) -> ViewTensor {
             let map = f.map.within(&origin, &shape)?.relative_to(&origin);
             Some(Fragment { map, matrix: f.matrix })
         };
-        target.fragments.iter().filter_map(slice).collect()
+        tensor.fragments.iter().filter_map(slice).collect()
     };
-    ViewTensor { name: target.name.clone(), shape, fragments, ..*target }
+    ViewTensor { name: tensor.name.clone(), shape, fragments, ..*tensor }
 }
 
 #[cfg(test)]
