@@ -1,21 +1,22 @@
-//! Mapping files: TOML, parsed at the border into templates and operations.
+//! Loads mapping files and resolves them: checks every rule and looks up the config keys.
 
 use std::path::Path;
 
 use super::layout::{
-    Alias, Encoding, Layout, LayoutName, QuantizationConfig, Resolved, Row, Rule, Side, WayBack,
+    Alias, Encoding, Layout, LayoutName, QuantizationConfig, QuantizeSpec, ResolvedMapping, Rule,
+    Side, TableRow,
 };
 use super::raw::{
     OneOrMany, RawConcat, RawEncoding, RawInterleave, RawLayout, RawMapping, RawOp,
-    RawQuantization, RawRotary, RawRow, RawScope, RawSide, RawSplit, RawStack, RawWord,
+    RawQuantization, RawRotary, RawRule, RawScope, RawSide, RawSplit, RawStack, RawWord,
 };
-use super::require::{holds, is_set, requirements, siblings};
+use super::require::{condition_holds, is_truthy, requirements, siblings};
 use super::template::{ConfigKey, RawTemplate, Variables};
-use super::{Lookup, MappingError, Op};
+use super::{ConfigLookup, MappingError, Op};
 use crate::codec::Scheme;
 use crate::tensor::DType;
 
-/// The shipped mappings: file stem and text.
+/// The built-in mappings: name and text.
 const SHIPPED: [(&str, &str); 9] = [
     ("deepseek-v3", include_str!("models/deepseek-v3.toml")),
     ("deepseek-v4", include_str!("models/deepseek-v4.toml")),
@@ -28,26 +29,26 @@ const SHIPPED: [(&str, &str); 9] = [
     ("qwen3-vl-moe", include_str!("models/qwen3-vl-moe.toml")),
 ];
 
-/// One model's names and layouts, not yet tied to a config.json.
+/// A mapping file that has been parsed but not yet applied to a config.json.
 #[derive(Debug)]
 pub struct Mapping {
     raw: RawMapping,
 }
 
-/// A shipped mapping as `mount-ckpt models` lists it.
+/// A built-in mapping in a list of models.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct ModelName {
-    /// Value of `--model`.
+    /// Name that selects the mapping.
     pub name: String,
     /// The model family in words.
     pub title: String,
-    /// Values of config.json's `model_type` that choose it.
+    /// Values of config.json's `model_type` that the mapping is for.
     pub model_types: Vec<String>,
-    /// Layouts that it describes, beside `hf`.
+    /// Layouts that it describes, apart from `hf`.
     pub layouts: Vec<String>,
 }
 
-/// The shipped mappings, in the order of their names.
+/// The built-in mappings, sorted by name.
 pub fn shipped() -> Vec<ModelName> {
     SHIPPED
         .iter()
@@ -56,10 +57,10 @@ pub fn shipped() -> Vec<ModelName> {
 }
 
 impl Mapping {
-    /// Reads a mapping from TOML; `origin` names it in errors.
+    /// Parses a mapping; `origin` names it in errors.
     ///
     /// # Errors
-    /// Text that is no mapping.
+    /// The text is not TOML, or not a mapping.
     pub fn parse(origin: &str, text: &str) -> Result<Mapping, MappingError> {
         let raw = toml::from_str(text).map_err(|source| MappingError::Syntax {
             name: origin.to_owned(),
@@ -71,17 +72,17 @@ impl Mapping {
     /// Reads a mapping file.
     ///
     /// # Errors
-    /// A file that cannot be read or is no mapping.
+    /// The file cannot be read, or is not a mapping.
     pub fn load(path: &Path) -> Result<Mapping, MappingError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| MappingError::Io { path: path.to_owned(), source })?;
         Mapping::parse(&path.display().to_string(), &text)
     }
 
-    /// The shipped mapping of this name.
+    /// The built-in mapping of this name.
     ///
     /// # Errors
-    /// No such mapping.
+    /// No built-in mapping has this name.
     pub fn named(name: &str) -> Result<Mapping, MappingError> {
         let (name, text) = SHIPPED.iter().find(|(n, _)| *n == name).ok_or_else(|| {
             let known = SHIPPED.iter().map(|(n, _)| (*n).to_owned()).collect();
@@ -90,11 +91,11 @@ impl Mapping {
         Mapping::parse(name, text)
     }
 
-    /// The shipped mapping for a checkpoint whose config.json gives these model types, outermost
-    /// first; the first that is known decides.
+    /// The built-in mapping for the `model_type` values of a config.json, outermost object first.
+    /// The first known value decides.
     ///
     /// # Errors
-    /// None of them is known.
+    /// No built-in mapping is for any of them.
     pub fn for_model_types(types: &[&str]) -> Result<Mapping, MappingError> {
         let shipped = shipped();
         let of = |t: &&str| shipped.iter().find(|m| m.model_types.iter().any(|of| of == t));
@@ -107,7 +108,7 @@ impl Mapping {
         }
     }
 
-    /// Its line in `mount-ckpt models`.
+    /// Its entry in a list of models.
     pub fn list(&self) -> ModelName {
         let layouts = [
             self.raw.native.as_ref().map(|_| LayoutName::Native),
@@ -121,18 +122,22 @@ impl Mapping {
         }
     }
 
-    /// The mapping with its config keys looked up.
+    /// Checks the mapping and looks up its config keys.
     ///
     /// # Errors
-    /// A config key that is absent, a rule that makes no sense, a rule that can never match.
-    pub(crate) fn resolve(&self, config: &Lookup<'_>) -> Result<Resolved, MappingError> {
+    /// A config key that is absent and has no default, an invalid rule, or a rule that can never
+    /// match.
+    pub(crate) fn resolve(
+        &self,
+        config: &ConfigLookup<'_>,
+    ) -> Result<ResolvedMapping, MappingError> {
         let raw = &self.raw;
         let mut aliases = Vec::with_capacity(raw.alias.len());
         for alias in &raw.alias {
             let mut vars = Variables::default();
             let from = RawTemplate::parse(&alias.from)?.resolve(&mut vars, config)?;
             let to = RawTemplate::parse(&alias.to)?.resolve(&mut vars, config)?;
-            if !vars.same_in([&from, &to]) {
+            if !vars.shared_by([&from, &to]) {
                 let why = "`from` and `to` have different variables";
                 return Err(MappingError::rule(&alias.from, why));
             }
@@ -148,7 +153,7 @@ impl Mapping {
         let layout = |name, layout: &Option<RawLayout>| {
             layout.as_ref().map(|l| self.layout(name, l, config)).transpose()
         };
-        Ok(Resolved {
+        Ok(ResolvedMapping {
             name: raw.name.clone(),
             aliases,
             encodings,
@@ -170,25 +175,24 @@ impl Mapping {
         &self,
         name: LayoutName,
         raw: &RawLayout,
-        config: &Lookup<'_>,
+        config: &ConfigLookup<'_>,
     ) -> Result<Layout, MappingError> {
         let mut rows = Vec::new();
         for row in &raw.rule {
-            let bare =
-                row.names().next().is_none() && !row.speaks_of_values() && row.drop.is_none();
+            let bare = row.names().next().is_none() && !row.has_value_keys() && row.drop.is_none();
             match (&row.scope, &row.set) {
-                (None, None) => rows.extend(resolved_rows(row, None, config)?),
+                (None, None) => rows.extend(resolve_rules(row, None, config)?),
                 (Some(scope), Some(set)) if bare => {
                     let rules = self.raw.set.get(set).ok_or_else(|| {
                         MappingError::rule(&scope.hf, format!("no set `{set}` in the file"))
                     })?;
                     for rule in rules {
-                        rows.extend(resolved_rows(rule, Some(scope), config)?);
+                        rows.extend(resolve_rules(rule, Some(scope), config)?);
                     }
                 }
                 (Some(_), _) | (_, Some(_)) => {
                     let rule = row.scope.as_ref().map_or("use", |s| &s.hf);
-                    let why = "`scope` and `use` stand together and alone";
+                    let why = "`scope` and `use` need each other and allow no other key";
                     return Err(MappingError::rule(rule, why));
                 }
             }
@@ -216,12 +220,12 @@ fn parse_scheme(name: &str, rule: &str) -> Result<Scheme, MappingError> {
     })
 }
 
-fn encoding(raw: &RawEncoding, config: &Lookup<'_>) -> Result<Encoding, MappingError> {
+fn encoding(raw: &RawEncoding, config: &ConfigLookup<'_>) -> Result<Encoding, MappingError> {
     let first = raw.matrix.as_slice().first().cloned().unwrap_or_default();
     let fail = |why: String| MappingError::rule(&first, why);
     let scheme = parse_scheme(&raw.scheme, &first)?;
     if raw.block.contains(&0) {
-        return Err(fail("a block of no rows or columns".to_owned()));
+        return Err(fail("`block` needs two integers above 0".to_owned()));
     }
     let mut vars = Variables::default();
     let mut templates = |texts: &[String]| {
@@ -232,7 +236,7 @@ fn encoding(raw: &RawEncoding, config: &Lookup<'_>) -> Result<Encoding, MappingE
     };
     let matrix = templates(raw.matrix.as_slice())?;
     let payload = templates(raw.payload.as_ref().unwrap_or(&raw.matrix).as_slice())?;
-    // One matrix has spellings of one scale, a pair has those of each.
+    // A list is the spellings of one scale; with `fused-shards`, one entry for each matrix.
     let scales = match raw.fused_shards {
         true => raw.scale.as_slice().iter().map(|s| s.as_slice().to_vec()).collect(),
         false => vec![raw.scale.as_slice().iter().flat_map(|s| s.as_slice().to_vec()).collect()],
@@ -245,10 +249,12 @@ fn encoding(raw: &RawEncoding, config: &Lookup<'_>) -> Result<Encoding, MappingE
     {
         return Err(fail(format!("expected {expected} names for matrix, payload and scale each")));
     }
-    if !vars.same_in(matrix.iter().chain(&payload).chain(scale.iter().flatten()).chain(&shape)) {
-        return Err(fail("its names have different variables".to_owned()));
+    if !vars.shared_by(matrix.iter().chain(&payload).chain(scale.iter().flatten()).chain(&shape)) {
+        return Err(fail(
+            "`matrix`, `payload`, `scale` and `shape` have different variables".to_owned(),
+        ));
     }
-    let back = way_back(raw, scheme, &first, config)?;
+    let quantize = quantize_spec(raw, scheme, &first, config)?;
     let RawEncoding { block, fused_shards, transposed, .. } = *raw;
     Ok(Encoding {
         scheme,
@@ -259,17 +265,17 @@ fn encoding(raw: &RawEncoding, config: &Lookup<'_>) -> Result<Encoding, MappingE
         block,
         fused_shards,
         transposed,
-        back,
+        quantize,
         vars,
     })
 }
 
-fn way_back(
+fn quantize_spec(
     raw: &RawEncoding,
     scheme: Scheme,
     rule: &str,
-    config: &Lookup<'_>,
-) -> Result<WayBack, MappingError> {
+    config: &ConfigLookup<'_>,
+) -> Result<QuantizeSpec, MappingError> {
     let fail = |why: &str| MappingError::rule(rule, why);
     let resolved = |text: &String| {
         let mut vars = Variables::default();
@@ -279,51 +285,51 @@ fn way_back(
     let scale_dtype = match &raw.scale_dtype {
         Some(name) => DType::parse(name)
             .filter(|d| scheme.scale_code(*d).is_some())
-            .ok_or_else(|| fail("`scale-dtype` is none that the scheme has"))?,
+            .ok_or_else(|| fail("`scale-dtype` is no dtype that scales of the scheme can have"))?,
         None => scheme.scale_dtype(),
     };
     let shards =
         raw.shards.as_ref().map(|key| ConfigKey::parse(key)?.resolve(config)).transpose()?;
     if raw.fused_shards && !quantizes.is_empty() && shards.is_none() {
-        return Err(fail("the way back of fused shards needs their number, `shards`"));
+        return Err(fail("`quantizes` with `fused-shards` needs `shards`, their number"));
     }
-    let active = raw.when.as_ref().is_none_or(|when| holds(when, config));
-    Ok(WayBack { active, quantizes, scale_dtype, shards })
+    let active = raw.when.as_ref().is_none_or(|when| condition_holds(when, config));
+    Ok(QuantizeSpec { active, quantizes, scale_dtype, shards })
 }
 
-/// The rows that a rule stands for: one, or one for each name that stays the same.
-fn resolved_rows(
-    raw: &RawRow,
+/// Resolves a rule of the file; one with `same` gives a rule for each of its names.
+fn resolve_rules(
+    raw: &RawRule,
     scope: Option<&RawScope>,
-    config: &Lookup<'_>,
-) -> Result<Vec<Row>, MappingError> {
+    config: &ConfigLookup<'_>,
+) -> Result<Vec<TableRow>, MappingError> {
     if let Some(key) = &raw.unless {
         if raw.drop.is_none() {
             let text = raw.names().next().map_or("(without names)", String::as_str);
-            return Err(MappingError::rule(text, "`unless` stands with `drop` only"));
+            return Err(MappingError::rule(text, "`unless` needs `drop`"));
         }
-        if is_set(config(key).as_ref()) {
+        if is_truthy(config(key).as_ref()) {
             return Ok(Vec::new());
         }
     }
-    let Some(same) = &raw.same else { return Ok(vec![resolved_row(raw, scope, config)?]) };
+    let Some(same) = &raw.same else { return Ok(vec![resolve_rule(raw, scope, config)?]) };
     if raw.hf.is_some() || raw.to.is_some() || raw.drop.is_some() {
         let text = raw.names().next().map_or("(without names)", String::as_str);
-        return Err(MappingError::rule(text, "`same` stands without `hf`, `to` and `drop`"));
+        return Err(MappingError::rule(text, "`same` excludes `hf`, `to` and `drop`"));
     }
     let one = |name: &String| {
         let name = Some(OneOrMany::One(name.clone()));
-        let row = RawRow { hf: name.clone(), to: name, same: None, ..raw.clone() };
-        resolved_row(&row, scope, config)
+        let row = RawRule { hf: name.clone(), to: name, same: None, ..raw.clone() };
+        resolve_rule(&row, scope, config)
     };
     same.as_slice().iter().map(one).collect()
 }
 
-fn resolved_row(
-    raw: &RawRow,
+fn resolve_rule(
+    raw: &RawRule,
     scope: Option<&RawScope>,
-    config: &Lookup<'_>,
-) -> Result<Row, MappingError> {
+    config: &ConfigLookup<'_>,
+) -> Result<TableRow, MappingError> {
     let mut vars = Variables::default();
     let mut side = |names: &Option<OneOrMany<String>>, prefix: Option<&str>| {
         let names = names.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
@@ -342,10 +348,10 @@ fn resolved_row(
     let text = raw.names().next().map_or("(without names)", String::as_str).to_owned();
     let fail = |why: &str| MappingError::rule(&text, why);
     if let Some(reason) = &raw.drop {
-        if raw.speaks_of_values() || hf.len() + to.len() != 1 {
+        if raw.has_value_keys() || hf.len() + to.len() != 1 {
             return Err(fail("a rule that drops has one name and no operation"));
         }
-        return Ok(Row::Drop {
+        return Ok(TableRow::Drop {
             hf: hf.into_iter().next(),
             to: to.into_iter().next(),
             vars,
@@ -376,14 +382,14 @@ fn resolved_row(
             }
             RawOp::Rotary(RawRotary { rotary: axis, heads, of }) => {
                 if of.iter().any(|&i| i >= tensors) {
-                    return Err(fail("`of` counts the tensors from 0"));
+                    return Err(fail("`of` has a position with no tensor; they count from 0"));
                 }
                 let heads = ConfigKey::parse(heads)?.resolve(config)?;
                 Op::Rotary { axis: *axis, heads, of: of.clone() }
             }
             RawOp::Stack(RawStack { stack: var }) => {
                 let var =
-                    vars.find(var).ok_or_else(|| fail("stacks a variable that it has not"))?;
+                    vars.find(var).ok_or_else(|| fail("stacks a variable that no name has"))?;
                 let count =
                     vars.bound(var).ok_or_else(|| fail("stacks a variable without a bound"))?;
                 if stack.replace(var).is_some() {
@@ -394,9 +400,10 @@ fn resolved_row(
         });
     }
     if tensors != to.len() {
-        return Err(fail(
-            "`concat`, `interleave` and `split` do not lead from its `hf` to its `to`",
-        ));
+        let expected = to.len();
+        return Err(fail(&format!(
+            "expected as many tensors after `ops` as `to` has names, {expected}, got {tensors}"
+        )));
     }
     let extent = |key: &String| ConfigKey::parse(key)?.resolve(config);
     let extents = |keys: &Option<Vec<String>>| {
@@ -427,12 +434,12 @@ fn resolved_row(
         text,
     };
     rule.check()?;
-    Ok(Row::Map(rule))
+    Ok(TableRow::Map(rule))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Taken;
+    use super::super::RuleMatch;
     use super::*;
 
     #[test]
@@ -451,7 +458,7 @@ mod tests {
             (rule("hf = 'a.{r}'"), "rule `a.{r}`: needs `hf` and `to`"),
             (
                 rule("hf = ['a', 'b']\nto = 'c'"),
-                "rule `a`: `concat`, `interleave` and `split` do not lead from its `hf` to its `to`",
+                "rule `a`: expected as many tensors after `ops` as `to` has names, 1, got 2",
             ),
             (
                 rule("hf = 'a.{e}'\nto = 'c'\nops = [{stack = 'e'}]"),
@@ -466,24 +473,24 @@ mod tests {
                 rule("hf = 'a.{r}'\nto = 'a.{r}'\n[[native.rule]]\nhf = 'a.{e:two}'\nto = 'b.{e}'"),
                 "rule `a.{e:two}`: can never match, an earlier rule takes all its names",
             ),
-            (rule("hf = '{r}'\nto = '{r}'"), "rule `{r}`: takes every name; name a namespace"),
+            (
+                rule("hf = '{r}'\nto = '{r}'"),
+                "rule `{r}`: `{r}` alone matches every name: put a prefix before it",
+            ),
             (
                 rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}"),
                 "rule `a.`: no set `layer` in the file",
             ),
             (
                 rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}\ngrouped = true"),
-                "rule `a.`: `scope` and `use` stand together and alone",
+                "rule `a.`: `scope` and `use` need each other and allow no other key",
             ),
-            (rule("same = 'a'\nto = 'b'"), "rule `b`: `same` stands without `hf`, `to` and `drop`"),
+            (rule("same = 'a'\nto = 'b'"), "rule `b`: `same` excludes `hf`, `to` and `drop`"),
             (
                 rule("same = ['a.{r}', 'a.b']"),
                 "rule `a.b`: can never match, an earlier rule takes all its names",
             ),
-            (
-                rule("hf = 'a'\nto = 'b'\nunless = 'two'"),
-                "rule `a`: `unless` stands with `drop` only",
-            ),
+            (rule("hf = 'a'\nto = 'b'\nunless = 'two'"), "rule `a`: `unless` needs `drop`"),
             (
                 rule("hf = 'a'\nto = 'b'\ndrop = 'no'"),
                 "rule `a`: a rule that drops has one name and no operation",
@@ -518,12 +525,12 @@ mod tests {
             ("layers.2.b", None),
         ];
         for (hf, expected) in cases {
-            let got = match native.take_hf(hf) {
-                Some(Taken::Map { rule, bindings, .. }) => {
+            let got = match native.match_hf(hf) {
+                Some(RuleMatch::Map { rule, bindings, .. }) => {
                     let name = rule.to[0].format(&bindings, &rule.vars).unwrap();
                     Some((name, rule.grouped, rule.expert_axis))
                 }
-                Some(Taken::Drop { .. }) | None => None,
+                Some(RuleMatch::Drop { .. }) | None => None,
             };
             assert_eq!(got.as_ref().map(|(n, g, e)| (n.as_str(), *g, *e)), expected, "{hf}");
         }
@@ -554,9 +561,9 @@ mod tests {
             use = 'layer'";
         let config = |key: &str| (key == "two").then(|| 2.into());
         let native = Mapping::parse("x", text).unwrap().resolve(&config).unwrap().native.unwrap();
-        let names = |hf: &str| match native.take_hf(hf) {
-            Some(Taken::Map { rule, bindings, .. }) => rule.to[0].format(&bindings, &rule.vars),
-            Some(Taken::Drop { .. }) | None => None,
+        let names = |hf: &str| match native.match_hf(hf) {
+            Some(RuleMatch::Map { rule, bindings, .. }) => rule.to[0].format(&bindings, &rule.vars),
+            Some(RuleMatch::Drop { .. }) | None => None,
         };
         assert_eq!(names("layers.1.n.w").as_deref(), Some("model.layers.1.m.w"));
         assert_eq!(names("mtp.0.n.w").as_deref(), Some("mtp.layers.0.m.w"));

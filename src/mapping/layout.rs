@@ -1,21 +1,22 @@
-//! A mapping tied to one checkpoint's config: rules that take names, in file order.
+//! A resolved mapping: the config keys of the file are numbers, and rules can be asked which of
+//! them matches a name.
 
 use std::fmt;
 
-use super::op::{Assembled, OpError, assemble, disassembled_shape};
+use super::op::{AssembledTensor, OpError, assemble, disassembled_shape};
 use super::require::{Requirement, Siblings};
 use super::template::{Bindings, NameTemplate, Var, Variables};
 use super::{MappingError, Op};
 use crate::codec::Scheme;
 use crate::tensor::DType;
 
-/// The layouts that a model can be in.
+/// The tensor layouts that a model can be in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LayoutName {
     /// As published: one tensor for each expert and projection.
     Hf,
-    /// The training framework's: grouped experts, transposed.
+    /// As NeMo Automodel trains: grouped experts, transposed.
     Native,
     /// As transformers v5 holds the model in memory: grouped experts, not transposed.
     Transformers,
@@ -38,47 +39,47 @@ impl fmt::Display for LayoutName {
     }
 }
 
-/// A mapping whose templates and operations hold numbers.
+/// A mapping for one config.json: all config keys are looked up.
 #[derive(Debug)]
-pub(crate) struct Resolved {
+pub(crate) struct ResolvedMapping {
     /// Value of `--model`.
     pub name: String,
-    /// Other names under which checkpoints hold the same tensors.
+    /// Other spellings of published names.
     pub aliases: Vec<Alias>,
-    /// How checkpoints hold quantized matrices; the first that fits decides.
+    /// How quantized matrices are stored; the first encoding that fits a tensor decides.
     pub encodings: Vec<Encoding>,
-    /// The grouped-expert layout.
+    /// Rules of the `native` layout.
     pub native: Option<Layout>,
-    /// The in-memory layout of transformers.
+    /// Rules of the `transformers` layout.
     pub transformers: Option<Layout>,
-    /// Whether the published checkpoints hold no quantized matrix.
+    /// Whether published checkpoints hold no quantized matrix.
     pub published_plain: bool,
     /// What a checkpoint must hold.
     pub requirements: Vec<Requirement>,
     /// Layers that must hold what others of their kind hold.
     pub siblings: Vec<Siblings>,
-    /// What config.json of a published checkpoint says of its quantization; the first that fits.
+    /// The `quantization_config` to write; the first whose scheme was written is used.
     pub quantization: Vec<QuantizationConfig>,
 }
 
-/// `quantization_config` of a published checkpoint.
+/// A `quantization_config` of config.json.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct QuantizationConfig {
-    /// The object of config.json that holds it; the top level where there is none.
+    /// The object of config.json that contains it; `None`: the top level.
     pub within: Option<String>,
-    /// The key of its value that lists the modules that are not quantized, where it has one.
+    /// The key of `value` that lists the modules that are not quantized.
     pub unquantized: Option<String>,
     /// The scheme that it is for; `None`: any.
     pub scheme: Option<Scheme>,
-    /// Its value.
+    /// The value of `quantization_config`.
     pub value: serde_json::Value,
 }
 
-impl Resolved {
-    /// The rules of a layout; `None` for `hf`, whose names need none.
+impl ResolvedMapping {
+    /// The rules of a layout; `None` for `hf`, which needs none.
     ///
     /// # Errors
-    /// A layout that the mapping does not describe.
+    /// The mapping does not describe the layout.
     pub(crate) fn layout(&self, name: LayoutName) -> Result<Option<&Layout>, MappingError> {
         let layout = match name {
             LayoutName::Hf => return Ok(None),
@@ -94,18 +95,19 @@ impl Resolved {
         })
     }
 
-    /// The described layouts, `native` first: together their rules name every checkpoint tensor.
+    /// The described layouts, `native` first. A published tensor is known if a rule of one of them
+    /// matches it.
     pub(crate) fn layouts(&self) -> impl Iterator<Item = &Layout> {
         self.native.iter().chain(&self.transformers)
     }
 
-    /// The name under which the rules know a checkpoint tensor.
+    /// The name that rules use for a tensor whose name an alias matches; `None` where none does.
     pub(crate) fn canonical(&self, name: &str) -> Option<String> {
         self.aliases.iter().find_map(|a| a.to.format(&a.from.bind(name, &a.vars)?, &a.vars))
     }
 }
 
-/// Two names for the same checkpoint tensors.
+/// A second spelling (`from`) of published names (`to`).
 #[derive(Debug)]
 pub(crate) struct Alias {
     pub(super) from: NameTemplate,
@@ -113,135 +115,137 @@ pub(crate) struct Alias {
     pub(super) vars: Variables,
 }
 
-/// How a checkpoint holds quantized matrices.
+/// How quantized matrices are stored.
 ///
-/// With `fused_shards` the matrices come in pairs that were quantized as one, first rows then
-/// second rows, in shards of equal size; otherwise each list has one entry.
+/// With `fused_shards`, the lists have two entries: matrices that were quantized as one, in equal
+/// shards, each with the rows of the first matrix before those of the second. Otherwise they have
+/// one entry.
 #[derive(Debug)]
 pub(crate) struct Encoding {
-    /// Codes and geometry.
+    /// The quantization scheme.
     pub scheme: Scheme,
     /// Names of the decoded matrices.
     pub matrix: Vec<NameTemplate>,
-    /// Names of their payloads.
+    /// Names of their payloads (the tensors with the codes).
     pub payload: Vec<NameTemplate>,
-    /// Names of their scales: for each matrix the spellings that occur, of which the first is
-    /// written back.
+    /// Names of their scales: for each matrix the accepted spellings, of which the first is
+    /// written.
     pub scale: Vec<Vec<NameTemplate>>,
     /// Name of a tensor that holds `[rows, cols]`.
     pub shape: Option<NameTemplate>,
-    /// Rows and columns that a scale serves, where config.json says nothing else.
+    /// Rows and columns that a scale serves, where config.json does not say.
     pub block: [u64; 2],
-    /// Whether a scale can serve rows of both matrices of a pair.
+    /// Whether the matrices are a pair in which a scale can serve rows of both.
     pub fused_shards: bool,
     /// Whether the payload holds the matrix with its last two axes exchanged.
     pub transposed: bool,
-    /// What it says of the way back to the published checkpoint.
-    pub back: WayBack,
+    /// Which matrices to quantize in this encoding, and how.
+    pub quantize: QuantizeSpec,
     /// Variables of the templates.
     pub vars: Variables,
 }
 
-/// Which matrices published checkpoints hold in an encoding.
+/// Which matrices to quantize in an encoding when a published checkpoint is written, and how.
 #[derive(Debug)]
-pub(crate) struct WayBack {
-    /// Whether config.json lets the encoding be used.
+pub(crate) struct QuantizeSpec {
+    /// Whether the `when` condition of the encoding holds.
     pub active: bool,
-    /// Names of the matrices, each with its own variables.
+    /// Published names of the matrices, each template with its own variables.
     pub quantizes: Vec<(NameTemplate, Variables)>,
     /// Dtype of the scales.
     pub scale_dtype: DType,
-    /// Shards of a fused pair.
+    /// Number of shards of a fused pair.
     pub shards: Option<u64>,
 }
 
-impl WayBack {
-    /// Whether published checkpoints hold the matrix `name` in this encoding.
-    pub(crate) fn takes(&self, name: &str) -> bool {
+impl QuantizeSpec {
+    /// Whether the matrix `name` is to be quantized in this encoding.
+    pub(crate) fn matches(&self, name: &str) -> bool {
         self.active
             && self.quantizes.iter().any(|(template, vars)| template.bind(name, vars).is_some())
     }
 }
 
-/// A line of a layout's table.
+/// One rule of a layout, in file order.
 #[derive(Debug)]
-pub(crate) enum Row {
-    /// Ties names of the checkpoint to names of the layout.
+pub(crate) enum TableRow {
+    /// Maps published tensors to tensors of the layout.
     Map(Rule),
-    /// Leaves tensors out of the other side, and says why.
+    /// Leaves tensors out that the other side does not have.
     Drop {
-        /// Checkpoint tensors that the layout does not hold.
+        /// Published tensors that the layout does not have.
         hf: Option<NameTemplate>,
-        /// Layout tensors that the checkpoint does not hold.
+        /// Layout tensors that the published checkpoint does not have.
         to: Option<NameTemplate>,
         /// Variables of the template.
         vars: Variables,
-        /// What the mount's summary says of them.
+        /// The reason, for the summary of the mount.
         reason: String,
-        /// The name as the file writes it.
+        /// The name in the mapping file, for messages.
         text: String,
     },
 }
 
-/// The two sides of a table.
+/// The two sides of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
-    /// The checkpoint's names.
+    /// Published names.
     Hf,
-    /// The layout's names.
+    /// Names in the layout.
     To,
 }
 
-impl Row {
+impl TableRow {
     fn templates(&self, side: Side) -> &[NameTemplate] {
         match (self, side) {
-            (Row::Map(rule), side) => rule.names(side),
-            (Row::Drop { hf, .. }, Side::Hf) => hf.as_slice(),
-            (Row::Drop { to, .. }, Side::To) => to.as_slice(),
+            (TableRow::Map(rule), side) => rule.names(side),
+            (TableRow::Drop { hf, .. }, Side::Hf) => hf.as_slice(),
+            (TableRow::Drop { to, .. }, Side::To) => to.as_slice(),
         }
     }
 
-    fn takes(&self, side: Side, name: &str) -> bool {
-        let (Row::Map(Rule { vars, .. }) | Row::Drop { vars, .. }) = self;
+    fn matches(&self, side: Side, name: &str) -> bool {
+        let (TableRow::Map(Rule { vars, .. }) | TableRow::Drop { vars, .. }) = self;
         self.templates(side).iter().any(|t| t.bind(name, vars).is_some())
     }
 }
 
-/// Names of the checkpoint, names of the layout, and the operations from one to the other.
+/// Published names, names in the layout, and the operations from one to the other.
 #[derive(Debug)]
 pub(crate) struct Rule {
-    /// Checkpoint names: the parts, in order.
+    /// Published names, in order. Their tensors are the *parts* of the rule.
     pub hf: Vec<NameTemplate>,
-    /// Layout names, in order.
+    /// Names in the layout, in order.
     pub to: Vec<NameTemplate>,
     /// Variables of all names.
     pub vars: Variables,
-    /// From the parts to the layout's tensors.
+    /// The operations from the parts to the layout's tensors.
     pub ops: Vec<Op>,
     /// The variable that is stacked, if any.
     pub stack: Option<Var>,
-    /// Extents of every part, where the mapping states them.
+    /// Shape of every part, where the mapping gives it.
     pub hf_shape: Option<Vec<u64>>,
-    /// Extents of a tensor that is put together from pieces, where the mapping states them.
+    /// Shape of the whole tensor, for one that a distributed save cut into pieces.
     pub piece_shape: Option<Vec<u64>>,
-    /// Dtype of the parts in published checkpoints, where the mapping states it.
+    /// Dtype of the parts in published checkpoints, where the mapping gives it.
     pub hf_dtype: Option<DType>,
-    /// The side whose names are only read, where another rule writes them: a second spelling.
+    /// For a second spelling: the only side on which the rule matches names.
     pub reads: Option<Side>,
     /// Whether these are expert weights, which always have the output dtype.
     pub grouped: bool,
-    /// Whether the layout's first axis counts experts.
+    /// Whether the first axis of the layout's tensors counts experts.
     pub expert_axis: bool,
+    /// The first name of the rule in the mapping file, for messages.
     pub(super) text: String,
 }
 
 impl Rule {
     pub(super) fn check(&self) -> Result<(), MappingError> {
         let fail = |why: &str| Err(MappingError::rule(&self.text, why));
-        if self.hf.iter().chain(&self.to).any(NameTemplate::takes_everything) {
-            return fail("takes every name; name a namespace");
+        if self.hf.iter().chain(&self.to).any(NameTemplate::matches_every_name) {
+            return fail("`{r}` alone matches every name: put a prefix before it");
         }
-        // A name of `to` lacks the stacked variable and has all others.
+        // Names of `to` have all variables except the stacked one.
         let full = |t: &NameTemplate| self.vars.all().all(|v| t.has(v));
         let stacked =
             |t: &NameTemplate| self.vars.all().all(|v| t.has(v) == (self.stack != Some(v)));
@@ -253,7 +257,7 @@ impl Rule {
         Ok(())
     }
 
-    /// The names that the rule takes on a side; none on the side opposite to what it only reads.
+    /// The names that the rule matches on a side; none on the other side of what it only reads.
     fn names(&self, side: Side) -> &[NameTemplate] {
         match (self.reads, side) {
             (None | Some(Side::Hf), Side::Hf) => &self.hf,
@@ -267,17 +271,17 @@ impl Rule {
         self.ops.is_empty() && self.keeps_names()
     }
 
-    /// Whether names are the same on both sides, so that only shapes tell one from the other.
+    /// Whether names are the same on both sides, so that only shapes can tell the sides apart.
     pub(crate) fn keeps_names(&self) -> bool {
         self.hf == self.to
     }
 
-    /// Whether a checkpoint tensor of this shape can be a part.
+    /// Whether a published tensor of this shape can be a part.
     pub(crate) fn fits_part(&self, shape: &[u64]) -> bool {
         self.hf_shape.as_ref().is_none_or(|expected| expected == shape)
     }
 
-    /// Whether layout tensors of this shape can be made of parts.
+    /// Whether a tensor of this shape can be one of the layout.
     pub(crate) fn fits_layout(&self, shape: &[u64]) -> bool {
         let part = |_| self.part_shape(&vec![shape.to_vec(); self.to.len()]).ok();
         self.hf_shape.as_ref().is_none_or(|expected| part(expected).as_ref() == Some(expected))
@@ -289,14 +293,14 @@ impl Rule {
         (0..count.unwrap_or(1)).map(move |e| count.map(|_| e))
     }
 
-    /// How many values the stacked variable has; 1 where the rule does not stack.
+    /// Number of values of the stacked variable; 1 where the rule does not stack.
     pub(crate) fn stacked_count(&self) -> u64 {
         self.stack.and_then(|s| self.vars.bound(s)).unwrap_or(1)
     }
 
-    /// How many pieces the layout's tensors are made of, at one binding: parts times experts, times
-    /// two for each head of a rotary permutation.
-    pub(crate) fn piece_count(&self) -> u64 {
+    /// Number of fragments that [`Rule::assemble`] gives: parts times experts, times two for each
+    /// head of a rotary permutation.
+    pub(crate) fn fragment_count(&self) -> u64 {
         let parts = u64::try_from(self.hf.len().max(self.to.len())).expect("a rule has few names");
         let factor = |op: &Op| match op {
             Op::Stack { count } => *count,
@@ -306,7 +310,7 @@ impl Rule {
         self.ops.iter().map(factor).fold(parts, u64::saturating_mul)
     }
 
-    /// Checkpoint name of a part, at an index of the stacked variable.
+    /// Published name of a part, for one value of the stacked variable.
     pub(crate) fn part_name(
         &self,
         part: usize,
@@ -319,97 +323,97 @@ impl Rule {
         }
     }
 
-    /// The layout's tensors, from checkpoint tensors of these shapes (one for each part).
+    /// The layout's tensors, from published tensors of these shapes (one for each part).
     ///
     /// # Errors
-    /// Shapes that the operations do not fit.
-    pub(crate) fn assemble(&self, shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
+    /// An operation cannot be applied to these shapes.
+    pub(crate) fn assemble(&self, shapes: &[Vec<u64>]) -> Result<Vec<AssembledTensor>, OpError> {
         assemble(&self.ops, shapes)
     }
 
-    /// Shape of every part, from the shapes of the layout's tensors.
+    /// The shape of every part, from the shapes of the layout's tensors.
     ///
     /// # Errors
-    /// Shapes that no parts give.
+    /// No parts could give these shapes.
     pub(crate) fn part_shape(&self, layout_shapes: &[Vec<u64>]) -> Result<Vec<u64>, OpError> {
         disassembled_shape(&self.ops, self.hf.len(), layout_shapes)
     }
 }
 
-/// What a layout's table does with a name.
+/// The rule that matches a name.
 #[derive(Debug)]
-pub(crate) enum Taken<'a> {
-    /// A rule takes it.
+pub(crate) enum RuleMatch<'a> {
+    /// The tensor is mapped.
     Map {
-        /// Position of the rule in the table.
+        /// Position of the rule in [`Layout::rows`].
         row: usize,
         /// The rule.
         rule: &'a Rule,
-        /// Which of the rule's names on that side it is.
+        /// Position of the matching name in the rule's list for that side.
         part: usize,
-        /// What the name bound; the stacked variable is unbound in the second form.
+        /// Values of the variables. The stacked one is unbound in a match of a layout's name.
         bindings: Bindings,
     },
-    /// It is left out.
+    /// The tensor is left out.
     Drop {
         /// Why.
         reason: &'a str,
     },
 }
 
-/// A layout's table.
+/// The rules of a layout.
 #[derive(Debug)]
 pub(crate) struct Layout {
     /// Which layout.
     pub name: LayoutName,
-    /// Its lines; the first that takes a name decides.
-    pub rows: Vec<Row>,
-    /// Whether every floating-point tensor has the output dtype, BF16 where F32 was asked for.
+    /// The rules in file order; the first that matches a name decides.
+    pub rows: Vec<TableRow>,
+    /// Whether every floating-point tensor is cast to the output dtype (to BF16 where that is F32).
     pub cast_floats: bool,
 }
 
 impl Layout {
-    /// What becomes of a checkpoint tensor; `None` where no rule names it.
-    pub(crate) fn take_hf(&self, name: &str) -> Option<Taken<'_>> {
+    /// The rule that matches a published name.
+    pub(crate) fn match_hf(&self, name: &str) -> Option<RuleMatch<'_>> {
         self.take(name, |rule| rule.names(Side::Hf), |hf, _| hf)
     }
 
-    /// What becomes of a tensor of the layout; `None` where no rule names it.
-    pub(crate) fn take_to(&self, name: &str) -> Option<Taken<'_>> {
+    /// The rule that matches a name of the layout.
+    pub(crate) fn match_to(&self, name: &str) -> Option<RuleMatch<'_>> {
         self.take(name, |rule| rule.names(Side::To), |_, to| to)
     }
 
-    /// As [`Layout::take_to`], by a rule that else only reads the checkpoint's names, where those
-    /// are the ones that `published` knows.
-    pub(crate) fn take_to_as(
+    /// Like [`Layout::match_to`], but prefers the spelling of a known original: a rule with `reads
+    /// = "hf"` is used if `published` has its published names and not those of the usual rule.
+    pub(crate) fn match_to_as_published(
         &self,
         name: &str,
         published: impl Fn(&str) -> bool,
-    ) -> Option<Taken<'_>> {
+    ) -> Option<RuleMatch<'_>> {
         let known = |rule: &Rule, bindings: &Bindings| {
             rule.part_name(0, rule.stack.map(|_| 0), bindings).is_some_and(|n| published(&n))
         };
-        let usual = self.take_to(name);
-        if let Some(Taken::Map { rule, bindings, .. }) = &usual
+        let usual = self.match_to(name);
+        if let Some(RuleMatch::Map { rule, bindings, .. }) = &usual
             && known(rule, bindings)
         {
             return usual;
         }
         let alternative = self.rows.iter().enumerate().find_map(|(row, line)| {
-            let Row::Map(rule) = line else { return None };
+            let TableRow::Map(rule) = line else { return None };
             let mut names = rule.to.iter().enumerate().filter(|_| rule.reads == Some(Side::Hf));
             let (part, bindings) =
                 names.find_map(|(part, t)| Some((part, t.bind(name, &rule.vars)?)))?;
-            known(rule, &bindings).then_some(Taken::Map { row, rule, part, bindings })
+            known(rule, &bindings).then_some(RuleMatch::Map { row, rule, part, bindings })
         });
         alternative.or(usual)
     }
 
-    /// The layout's names of a checkpoint tensor: what it becomes, or a part of.
+    /// The name of the layout tensor that a published tensor becomes, or becomes a part of.
     pub(crate) fn name_of(&self, hf: &str) -> Option<String> {
-        match self.take_hf(hf)? {
-            Taken::Map { rule, bindings, .. } => rule.to[0].format(&bindings, &rule.vars),
-            Taken::Drop { .. } => None,
+        match self.match_hf(hf)? {
+            RuleMatch::Map { rule, bindings, .. } => rule.to[0].format(&bindings, &rule.vars),
+            RuleMatch::Drop { .. } => None,
         }
     }
 
@@ -418,49 +422,50 @@ impl Layout {
         name: &str,
         side: impl Fn(&'a Rule) -> &'a [NameTemplate],
         dropped: impl Fn(&'a Option<NameTemplate>, &'a Option<NameTemplate>) -> &'a Option<NameTemplate>,
-    ) -> Option<Taken<'a>> {
+    ) -> Option<RuleMatch<'a>> {
         self.rows.iter().enumerate().find_map(|(row, line)| match line {
-            Row::Map(rule) => side(rule).iter().enumerate().find_map(|(part, template)| {
+            TableRow::Map(rule) => side(rule).iter().enumerate().find_map(|(part, template)| {
                 let bindings = template.bind(name, &rule.vars)?;
-                Some(Taken::Map { row, rule, part, bindings })
+                Some(RuleMatch::Map { row, rule, part, bindings })
             }),
-            Row::Drop { hf, to, vars, reason, .. } => {
+            TableRow::Drop { hf, to, vars, reason, .. } => {
                 dropped(hf, to).as_ref()?.bind(name, vars)?;
-                Some(Taken::Drop { reason })
+                Some(RuleMatch::Drop { reason })
             }
         })
     }
 
-    /// Whether a rule names a tensor of either side without `{r}`: more certain of what it is than
-    /// any template that takes names by their ends.
-    pub(crate) fn writes_out(&self, name: &str) -> bool {
+    /// Whether a rule names this tensor, on either side, by a template without `{r}`. The tensor is
+    /// then what the rule says, and not the scale of something because its name ends like one.
+    pub(crate) fn names_exactly(&self, name: &str) -> bool {
         self.rows.iter().any(|row| match row {
-            Row::Map(rule) => {
+            TableRow::Map(rule) => {
                 let mut names = rule.hf.iter().chain(&rule.to).filter(|t| !t.has_rest());
                 names.any(|t| t.bind(name, &rule.vars).is_some())
             }
-            Row::Drop { .. } => false,
+            TableRow::Drop { .. } => false,
         })
     }
 
-    /// Refuses a rule all of whose names on a side an earlier rule takes: it would never be used
-    /// in that direction, and the other rule would give its tensors other names.
+    /// Refuses a rule whose names on a side are all matched by an earlier rule: it would never be
+    /// used in that direction, and the earlier rule would give its tensors other names.
     pub(super) fn refuse_unreachable(&self) -> Result<(), MappingError> {
-        // Samples of what a rule takes: the ends of each index's range, and a rest that no
-        // literal of another rule is likely to be.
+        // Sample names of a rule: the first and last value of each index, and a rest that no
+        // literal text of another rule equals.
         let last = |bound: Option<u64>| bound.map_or(u64::MAX / 4, |b| b.saturating_sub(1));
         for (at, row) in self.rows.iter().enumerate() {
             let (vars, text) = match row {
-                Row::Map(rule) => (&rule.vars, &rule.text),
-                Row::Drop { vars, text, .. } => (vars, text),
+                TableRow::Map(rule) => (&rule.vars, &rule.text),
+                TableRow::Drop { vars, text, .. } => (vars, text),
             };
             let ends =
                 [Bindings::sample(vars, |_| 0, "\u{1}"), Bindings::sample(vars, last, "\u{1}")];
-            // A layer that a config.json gives to a rule that drops is no mistake of the mapping.
+            // A `drop` with a bound may cover all layers of a later rule for some config.json. That
+            // is no mistake of the mapping.
             let earlier = || {
                 self.rows[..at].iter().filter(|row| match row {
-                    Row::Map(_) => true,
-                    Row::Drop { vars, .. } => vars.all().all(|v| vars.bound(v).is_none()),
+                    TableRow::Map(_) => true,
+                    TableRow::Drop { vars, .. } => vars.all().all(|v| vars.bound(v).is_none()),
                 })
             };
             for (side, why) in [
@@ -470,7 +475,7 @@ impl Layout {
                 let names = row.templates(side);
                 let mut samples =
                     ends.iter().flat_map(|b| names.iter().filter_map(|t| t.format(b, vars)));
-                let taken = |name: String| earlier().any(|r| r.takes(side, &name));
+                let taken = |name: String| earlier().any(|r| r.matches(side, &name));
                 let unbound = samples.clone().next().is_none();
                 if !unbound && samples.all(taken) {
                     return Err(MappingError::rule(text, why));

@@ -1,8 +1,4 @@
-//! What a model's tensors are called and how they are laid out: names and operations, as data.
-//!
-//! A mapping is a TOML file (`models/*.toml` are embedded, `--mapping FILE` adds one's own). Its
-//! rules tie the names of the published checkpoint to those of a layout, both ways. Nothing here
-//! opens a checkpoint; integers of config.json come in through a look-up.
+#![doc = include_str!("README.md")]
 
 mod file;
 mod layout;
@@ -11,26 +7,28 @@ mod raw;
 mod require;
 mod template;
 
-pub(crate) use layout::{Encoding, Layout, QuantizationConfig, Resolved, Row, Rule, Side, Taken};
-pub(crate) use op::{Assembled, Op};
-pub(crate) use require::{Name, Requirement, Scope};
+pub(crate) use layout::{
+    Encoding, Layout, QuantizationConfig, ResolvedMapping, Rule, RuleMatch, Side, TableRow,
+};
+pub(crate) use op::{AssembledTensor, Op};
+pub(crate) use require::{RequiredName, Requirement, Scope};
 pub(crate) use template::{Bindings, NameTemplate};
 
 pub use file::{Mapping, ModelName, shipped};
 pub use layout::LayoutName;
 
-/// What config.json says at a (dotted) key; a null is as good as an absent key.
-pub(crate) type Lookup<'a> = dyn Fn(&str) -> Option<serde_json::Value> + 'a;
+/// The value of config.json at a key such as `a.b`; `None` where it is absent or null.
+pub(crate) type ConfigLookup<'a> = dyn Fn(&str) -> Option<serde_json::Value> + 'a;
 
 /// Why a mapping cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum MappingError {
-    /// The file is no TOML, or has keys that a mapping does not have.
+    /// The file is not TOML, or has keys that the mapping language does not have.
     #[error("mapping `{name}`: {source}")]
     Syntax {
         /// The mapping's file or name.
         name: String,
-        /// What the TOML parser says, with the line.
+        /// Error of the TOML parser, with the line.
         source: Box<toml::de::Error>,
     },
     /// The file cannot be read.
@@ -38,10 +36,10 @@ pub enum MappingError {
     Io {
         /// The file.
         path: std::path::PathBuf,
-        /// What the system says.
+        /// Error of the system.
         source: std::io::Error,
     },
-    /// A name template that makes no sense.
+    /// An invalid name template or config key.
     #[error("template `{template}`: {why}")]
     Template {
         /// The template.
@@ -49,7 +47,7 @@ pub enum MappingError {
         /// What is wrong with it.
         why: String,
     },
-    /// A rule that makes no sense.
+    /// An invalid rule, encoding, requirement or set.
     #[error("rule `{rule}`: {why}")]
     Rule {
         /// The rule's first name.
@@ -57,40 +55,40 @@ pub enum MappingError {
         /// What is wrong with it.
         why: String,
     },
-    /// config.json lacks an integer.
+    /// config.json lacks an integer that the mapping needs and has no default for.
     #[error("config.json has no integer `{key}`, which the mapping needs")]
     MissingConfigKey {
         /// The key.
         key: String,
     },
-    /// A layout that the mapping does not describe.
+    /// The mapping does not describe the layout that was asked for.
     #[error("the mapping `{mapping}` has no `{layout}` layout; it has: {}", known.join(", "))]
     NoLayout {
         /// The mapping.
         mapping: String,
         /// The layout that was asked for.
         layout: LayoutName,
-        /// The layouts that it has.
+        /// The layouts that it describes, `hf` first.
         known: Vec<String>,
     },
-    /// No mapping of this name.
+    /// No built-in mapping has this name.
     #[error("unknown model `{name}`; known: {}", known.join(", "))]
     UnknownModel {
         /// The name that was asked for.
         name: String,
-        /// The shipped mappings.
+        /// Names of the built-in mappings.
         known: Vec<String>,
     },
-    /// No mapping for this `model_type`.
+    /// No built-in mapping is for this `model_type`.
     #[error(
         "no mapping for the checkpoint's model_type {}; known: {}",
         if found.is_empty() { "(config.json has none)".to_owned() } else { format!("`{}`", found.join("`, `")) },
         known.join(", ")
     )]
     UnknownModelType {
-        /// What config.json says, outermost first.
+        /// Values of `model_type` in config.json, outermost object first.
         found: Vec<String>,
-        /// The model types of the shipped mappings.
+        /// The model types of the built-in mappings.
         known: Vec<String>,
     },
 }

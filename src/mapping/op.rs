@@ -1,19 +1,21 @@
-//! The closed vocabulary of layout operations, each with its inverse.
+//! The operations of rules: transpose, concat, interleave, split, rotary, stack.
 //!
-//! An operation acts on a list of tensors. Going forward (checkpoint to layout) a rule starts with
-//! one tensor per checkpoint name and ends with one per layout name; shapes are derived in either
-//! direction, and the affine maps of both directions are the same maps, inverted.
+//! An operation acts on a list of tensors. A rule starts with one tensor for each published name
+//! and ends with one for each name in the layout. Applying its operations to shapes gives, for each
+//! layout tensor, the boxes of published tensors that it consists of ([`RuleFragment`]). For the
+//! way back, [`disassembled_shape`] derives the published shape from the layout's, and the same
+//! fragments are used with their two sides exchanged.
 
 use crate::tensor::{Axis, BoxMap};
 
-/// One operation of a rule, in the order in which it is applied to checkpoint tensors.
+/// One operation of a rule, described from the published tensors to the layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
     /// Exchanges the last two axes.
     Transpose,
     /// Joins all tensors along an axis, in the order of their names.
     Concat {
-        /// The axis along which they lie one behind the other.
+        /// The axis along which they follow one another.
         axis: usize,
     },
     /// Joins all tensors along an axis, taking one index of each in turn.
@@ -21,100 +23,100 @@ pub(crate) enum Op {
         /// The axis along which they alternate.
         axis: usize,
     },
-    /// Cuts one tensor into equal parts along an axis, one for each layout name.
+    /// Cuts one tensor into equal parts along an axis, one for each name in the layout.
     Split {
         /// The axis that is cut.
         axis: usize,
         /// Number of parts.
         parts: u64,
     },
-    /// Reorders an axis of `heads` heads from rotary pairs that lie side by side
-    /// (`0 1 | 2 3 | …`) to halves (`0 2 4 … | 1 3 5 …`) within each head.
+    /// Within each of `heads` heads, reorders an axis from adjacent rotary pairs (`0 1 | 2 3 | …`)
+    /// to halves (`0 2 4 … | 1 3 5 …`).
     Rotary {
-        /// The axis of heads times head size.
+        /// The axis whose extent is heads times head size.
         axis: usize,
         /// Number of heads.
         heads: u64,
-        /// Positions of the tensors that are reordered; the others pass.
+        /// Positions of the tensors to reorder; the others stay as they are.
         of: Vec<usize>,
     },
-    /// Stacks the tensors of an index variable along a new first axis.
+    /// Stacks the tensors of all values of an index variable along a new first axis.
     Stack {
-        /// Number of indices.
+        /// Number of values.
         count: u64,
     },
 }
 
-/// Why an operation does not fit a shape.
+/// Why an operation cannot be applied to a shape.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum OpError {
-    /// The axis is not there.
+    /// The shape does not have the axis.
     #[error("needs an axis {axis}, but the shape is {shape:?}")]
     NoAxis {
-        /// The axis that the operation names, or 1 for the second-last that a transpose needs.
+        /// The axis of the operation; 1 for a transpose, which needs two axes.
         axis: usize,
-        /// The shape as it stands before the operation.
+        /// The shape before the operation.
         shape: Vec<u64>,
     },
-    /// Tensors that are joined differ.
+    /// Tensors to join have different shapes.
     #[error("joins tensors of different shapes: {first:?} and {other:?}")]
     Unequal {
         /// Shape of the first tensor.
         first: Vec<u64>,
-        /// A shape that differs.
+        /// The shape of another tensor.
         other: Vec<u64>,
     },
-    /// An extent that is cut does not divide.
+    /// An extent is not divisible by the number of parts.
     #[error("axis {axis} of {shape:?} cannot be cut into {parts} equal parts")]
     Indivisible {
         /// The axis that is cut.
         axis: usize,
-        /// The shape as it stands before the cut.
+        /// The shape before the cut.
         shape: Vec<u64>,
         /// Number of parts.
         parts: u64,
     },
-    /// A number of tensors that the operation does not take.
+    /// The operation needs another number of tensors.
     #[error("takes {expected} tensors, got {got}")]
     Count {
-        /// What the operation takes.
+        /// Tensors that the operation needs.
         expected: usize,
-        /// What the rule gives it.
+        /// Tensors at this point of the rule.
         got: usize,
     },
 }
 
-/// What of a layout tensor comes from which checkpoint tensor.
+/// A box of a layout tensor and the box of a published tensor that it is copied from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
-    /// Position among the rule's checkpoint names.
+pub(crate) struct RuleFragment {
+    /// Position of the published tensor's name in the rule's `hf`.
     pub part: usize,
     /// Value of the stacked variable, where the rule stacks.
     pub stacked: Option<u64>,
-    /// Layout tensor (target) from checkpoint tensor (source).
+    /// Target: the layout tensor. Source: the published tensor.
     pub map: BoxMap,
 }
 
-/// A layout tensor of a rule: its shape and the pieces that cover it.
+/// A layout tensor that a rule assembles.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Assembled {
+pub(crate) struct AssembledTensor {
     /// Extents, outermost first.
     pub shape: Vec<u64>,
-    /// Disjoint pieces that cover the tensor.
-    pub pieces: Vec<Piece>,
+    /// Disjoint fragments that cover it.
+    pub fragments: Vec<RuleFragment>,
 }
 
-/// Applies a rule's operations to checkpoint tensors of these shapes.
+/// Applies a rule's operations to published tensors of these shapes, one for each name.
 ///
 /// # Errors
-/// A shape that an operation does not fit.
-pub(crate) fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<Assembled>, OpError> {
-    let mut state: Vec<Assembled> = shapes
+/// An operation cannot be applied to a shape.
+pub(crate) fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<AssembledTensor>, OpError> {
+    let mut state: Vec<AssembledTensor> = shapes
         .iter()
         .enumerate()
-        .map(|(part, shape)| Assembled {
+        .map(|(part, shape)| AssembledTensor {
             shape: shape.clone(),
-            pieces: vec![Piece { part, stacked: None, map: BoxMap::identity(shape) }],
+            fragments: vec![RuleFragment { part, stacked: None, map: BoxMap::identity(shape) }],
         })
         .collect();
     for op in ops {
@@ -123,12 +125,11 @@ pub(crate) fn assemble(ops: &[Op], shapes: &[Vec<u64>]) -> Result<Vec<Assembled>
     Ok(state)
 }
 
-/// Shape of the checkpoint tensors whose rule gives layout tensors of these shapes.
-///
-/// All checkpoint tensors of a rule have one shape.
+/// The inverse of [`assemble`] on shapes: from the shapes of the layout tensors to the one shape
+/// that all published tensors of the rule have. `parts` is the number of published names.
 ///
 /// # Errors
-/// A shape that no checkpoint tensors give.
+/// No published tensors could give these shapes.
 pub(crate) fn disassembled_shape(
     ops: &[Op],
     parts: usize,
@@ -169,15 +170,15 @@ pub(crate) fn disassembled_shape(
     shapes.into_iter().next().ok_or(OpError::Count { expected: 1, got: 0 })
 }
 
-fn apply(op: &Op, state: Vec<Assembled>) -> Result<Vec<Assembled>, OpError> {
+fn apply(op: &Op, state: Vec<AssembledTensor>) -> Result<Vec<AssembledTensor>, OpError> {
     match *op {
         Op::Transpose => state
             .into_iter()
             .map(|mut t| {
                 let rank = t.shape.len();
                 transpose_shape(&mut t.shape)?;
-                for piece in &mut t.pieces {
-                    piece.map.target.swap(rank - 2, rank - 1);
+                for fragment in &mut t.fragments {
+                    fragment.map.target.swap(rank - 2, rank - 1);
                 }
                 Ok(t)
             })
@@ -193,37 +194,42 @@ fn apply(op: &Op, state: Vec<Assembled>) -> Result<Vec<Assembled>, OpError> {
     }
 }
 
-/// Joins all tensors along `axis`; `place(i, extent, n)` is start and step of the `i`-th of `n`.
+/// Joins all tensors along `axis`. `place(i, extent, n)` gives start and step of the `i`-th of `n`
+/// tensors on that axis.
 fn join(
-    state: Vec<Assembled>,
+    state: Vec<AssembledTensor>,
     axis: usize,
     place: impl Fn(u64, u64, u64) -> (u64, u64),
-) -> Result<Vec<Assembled>, OpError> {
+) -> Result<Vec<AssembledTensor>, OpError> {
     let n = u64::try_from(state.len()).expect("a rule names few tensors");
     let first = state.first().map(|t| t.shape.clone()).unwrap_or_default();
     axis_of(&first, axis)?;
     let mut shape = first.clone();
     shape[axis] *= n;
-    let mut pieces = Vec::new();
+    let mut fragments = Vec::new();
     for (i, t) in (0..).zip(state) {
         if t.shape != first {
             return Err(OpError::Unequal { first, other: t.shape });
         }
         let (start, step) = place(i, first[axis], n);
-        pieces.extend(t.pieces.into_iter().map(|mut piece| {
-            let a = &mut piece.map.target[axis];
+        fragments.extend(t.fragments.into_iter().map(|mut fragment| {
+            let a = &mut fragment.map.target[axis];
             a.start = start + a.start * step;
             if a.along.is_some() {
                 a.step *= step;
             }
-            piece
+            fragment
         }));
     }
-    Ok(vec![Assembled { shape, pieces }])
+    Ok(vec![AssembledTensor { shape, fragments }])
 }
 
-fn split(state: Vec<Assembled>, axis: usize, parts: u64) -> Result<Vec<Assembled>, OpError> {
-    let [whole] = <[Assembled; 1]>::try_from(state)
+fn split(
+    state: Vec<AssembledTensor>,
+    axis: usize,
+    parts: u64,
+) -> Result<Vec<AssembledTensor>, OpError> {
+    let [whole] = <[AssembledTensor; 1]>::try_from(state)
         .map_err(|s| OpError::Count { expected: 1, got: s.len() })?;
     let extent = divided(&whole.shape, axis, parts)?;
     let mut shape = whole.shape.clone();
@@ -232,25 +238,25 @@ fn split(state: Vec<Assembled>, axis: usize, parts: u64) -> Result<Vec<Assembled
         .map(|i| {
             let mut origin = vec![0; shape.len()];
             origin[axis] = i * extent;
-            let pieces = whole
-                .pieces
+            let fragments = whole
+                .fragments
                 .iter()
                 .filter_map(|p| {
                     let map = p.map.within(&origin, &shape)?.relative_to(&origin);
-                    Some(Piece { map, ..p.clone() })
+                    Some(RuleFragment { map, ..p.clone() })
                 })
                 .collect();
-            Assembled { shape: shape.clone(), pieces }
+            AssembledTensor { shape: shape.clone(), fragments }
         })
         .collect())
 }
 
-fn rotary(t: Assembled, axis: usize, heads: u64) -> Result<Assembled, OpError> {
+fn rotary(t: AssembledTensor, axis: usize, heads: u64) -> Result<AssembledTensor, OpError> {
     let half = divided(&t.shape, axis, heads.saturating_mul(2))?;
-    let mut pieces = Vec::new();
+    let mut fragments = Vec::new();
     for head in 0..heads {
         for odd in 0..2 {
-            // Rows of one half: contiguous in the layout, every second one in the checkpoint.
+            // Rows of one half: contiguous in the layout, every second one in the published tensor.
             let base = head * 2 * half;
             let mut start = vec![0; t.shape.len()];
             let mut extent = t.shape.clone();
@@ -261,29 +267,29 @@ fn rotary(t: Assembled, axis: usize, heads: u64) -> Result<Assembled, OpError> {
             if map.source[axis].along.is_some() {
                 map.source[axis].step = 2;
             }
-            pieces.extend(
-                t.pieces
+            fragments.extend(
+                t.fragments
                     .iter()
-                    .filter_map(|p| Some(Piece { map: map.after(&p.map)?, ..p.clone() })),
+                    .filter_map(|p| Some(RuleFragment { map: map.after(&p.map)?, ..p.clone() })),
             );
         }
     }
-    Ok(Assembled { shape: t.shape, pieces })
+    Ok(AssembledTensor { shape: t.shape, fragments })
 }
 
-fn stack(t: Assembled, count: u64) -> Assembled {
+fn stack(t: AssembledTensor, count: u64) -> AssembledTensor {
     let mut shape = t.shape;
     shape.insert(0, count);
-    let pieces = (0..count)
+    let fragments = (0..count)
         .flat_map(|e| {
-            t.pieces.iter().map(move |p| {
+            t.fragments.iter().map(move |p| {
                 let mut map = p.map.clone();
                 map.target.insert(0, Axis::fixed(e));
-                Piece { part: p.part, stacked: Some(e), map }
+                RuleFragment { part: p.part, stacked: Some(e), map }
             })
         })
         .collect();
-    Assembled { shape, pieces }
+    AssembledTensor { shape, fragments }
 }
 
 fn axis_of(shape: &[u64], axis: usize) -> Result<usize, OpError> {
@@ -313,13 +319,13 @@ mod tests {
 
     use super::*;
 
-    fn covers(t: &Assembled) -> bool {
-        let total: u64 = t.pieces.iter().map(|p| p.map.elements()).sum();
+    fn covers(t: &AssembledTensor) -> bool {
+        let total: u64 = t.fragments.iter().map(|p| p.map.elements()).sum();
         let apart = t
-            .pieces
+            .fragments
             .iter()
             .enumerate()
-            .all(|(i, a)| t.pieces[..i].iter().all(|b| !a.map.overlaps(&b.map)));
+            .all(|(i, a)| t.fragments[..i].iter().all(|b| !a.map.overlaps(&b.map)));
         total == t.shape.iter().product::<u64>() && apart
     }
 
@@ -329,9 +335,9 @@ mod tests {
         let out = assemble(&ops, &[vec![5, 7], vec![5, 7]]).unwrap();
         assert_eq!(out.len(), 1);
         assert_eq!(out[0].shape, [3, 7, 10]);
-        assert_eq!(out[0].pieces.len(), 6);
+        assert_eq!(out[0].fragments.len(), 6);
         assert!(covers(&out[0]));
-        let up_of_2 = &out[0].pieces[5];
+        let up_of_2 = &out[0].fragments[5];
         assert_eq!((up_of_2.part, up_of_2.stacked), (1, Some(2)));
         assert_eq!(up_of_2.map.target_span(2), (5, 9));
         assert_eq!(disassembled_shape(&ops, 2, &[vec![3, 7, 10]]).unwrap(), [5, 7]);
@@ -342,9 +348,9 @@ mod tests {
         let out =
             assemble(&[Op::Rotary { axis: 0, heads: 2, of: vec![0] }], &[vec![8, 1]]).unwrap();
         let mut source_of = [0; 8];
-        for piece in &out[0].pieces {
-            for i in 0..piece.map.elements() {
-                let (t, s) = (piece.map.target[0], piece.map.source[0]);
+        for fragment in &out[0].fragments {
+            for i in 0..fragment.map.elements() {
+                let (t, s) = (fragment.map.target[0], fragment.map.source[0]);
                 source_of[usize::try_from(t.start + t.step * i).unwrap()] = s.start + s.step * i;
             }
         }

@@ -1,4 +1,5 @@
-//! A mapping file as TOML gives it: every key, nothing looked up and nothing checked.
+//! The keys of a mapping file as serde structs: syntax only. `file.rs` checks them and looks up
+//! config keys. The module's page documents every key.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +26,7 @@ pub(super) struct RawMapping {
     #[serde(default)]
     pub(super) siblings: Vec<RawSiblings>,
     #[serde(default)]
-    pub(super) set: BTreeMap<String, Vec<RawRow>>,
+    pub(super) set: BTreeMap<String, Vec<RawRule>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -41,8 +42,8 @@ pub(super) struct RawEncoding {
     pub(super) scheme: String,
     pub(super) matrix: OneOrMany<String>,
     pub(super) payload: Option<OneOrMany<String>>,
-    /// The name of the scale, or names of which the first that is there counts; with
-    /// `fused-shards` one of these for each matrix of the pair.
+    /// One name, or several spellings; with `fused-shards` a name or spellings for each of the two
+    /// matrices.
     pub(super) scale: OneOrMany<OneOrMany<String>>,
     pub(super) shape: Option<String>,
     pub(super) block: [u64; 2],
@@ -101,12 +102,12 @@ pub(super) struct RawLayout {
     #[serde(default)]
     pub(super) cast_floats: bool,
     #[serde(default)]
-    pub(super) rule: Vec<RawRow>,
+    pub(super) rule: Vec<RawRule>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub(super) struct RawRow {
+pub(super) struct RawRule {
     pub(super) hf: Option<OneOrMany<String>>,
     pub(super) to: Option<OneOrMany<String>>,
     pub(super) same: Option<OneOrMany<String>>,
@@ -127,14 +128,14 @@ pub(super) struct RawRow {
     pub(super) set: Option<String>,
 }
 
-impl RawRow {
-    /// The names that the file writes, in the order of their keys.
+impl RawRule {
+    /// All names of the rule, in the order of their keys.
     pub(super) fn names(&self) -> impl Iterator<Item = &String> {
         [&self.hf, &self.to, &self.same].into_iter().flatten().flat_map(OneOrMany::as_slice)
     }
 
-    /// Whether it says something of values, which only a rule with names can.
-    pub(super) fn speaks_of_values(&self) -> bool {
+    /// Whether it has a key that only a rule with names can have.
+    pub(super) fn has_value_keys(&self) -> bool {
         !self.ops.is_empty()
             || self.grouped
             || self.expert_axis

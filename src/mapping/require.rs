@@ -1,9 +1,9 @@
-//! What a checkpoint must hold, by its published names.
+//! Requirements: the tensors that a checkpoint must hold, by their published names.
 //!
-//! Rules say what becomes of the tensors that are there; only a requirement can say that one is not.
-//! It names tensors of the model as a whole (the embedding) or of each of its layers (a norm), with
-//! a choice where layers differ (a dense MLP or a router and experts). `siblings` adds what need not
-//! be written out: a layer has what other layers of its kind have.
+//! Rules decide about the tensors that are there; a requirement reports one that is missing. It
+//! names tensors of the model as a whole (the embedding) or of each layer (a norm), with a choice
+//! where layers differ (a dense MLP, or a router and experts). `siblings` covers what a mapping
+//! does not list: a layer must hold what other layers of its kind hold.
 
 use std::collections::BTreeSet;
 
@@ -11,50 +11,53 @@ use serde_json::Value;
 
 use super::raw::{OneOrMany, RawRequirement, RawSiblings, RawWhen};
 use super::template::{Bindings, NameTemplate, RawTemplate, Variables};
-use super::{Lookup, MappingError};
+use super::{ConfigLookup, MappingError};
 
-/// A name within a scope, and the variables of its own.
+/// A required name, relative to its scope. Its own variable, if any, counts experts.
 #[derive(Debug)]
-pub(crate) struct Name {
+pub(crate) struct RequiredName {
     template: NameTemplate,
     vars: Variables,
 }
 
-impl Name {
-    fn parse(text: &str, config: &Lookup<'_>) -> Result<Name, MappingError> {
+impl RequiredName {
+    fn parse(text: &str, config: &ConfigLookup<'_>) -> Result<RequiredName, MappingError> {
         let mut vars = Variables::default();
         let template = RawTemplate::parse(text)?.resolve(&mut vars, config)?;
-        Ok(Name { template, vars })
+        Ok(RequiredName { template, vars })
     }
 
-    fn parse_all(texts: &[String], config: &Lookup<'_>) -> Result<Vec<Name>, MappingError> {
-        texts.iter().map(|text| Name::parse(text, config)).collect()
+    fn parse_all(
+        texts: &[String],
+        config: &ConfigLookup<'_>,
+    ) -> Result<Vec<RequiredName>, MappingError> {
+        texts.iter().map(|text| RequiredName::parse(text, config)).collect()
     }
 
-    /// Whether it stands for this name.
-    pub(crate) fn takes(&self, name: &str) -> bool {
+    /// Whether this is one of the names that it stands for.
+    pub(crate) fn matches(&self, name: &str) -> bool {
         self.template.bind(name, &self.vars).is_some()
     }
 
-    /// Whether one of these names is one that it stands for.
+    /// Whether `names` has one of the names that it stands for.
     pub(crate) fn is_in(&self, names: &BTreeSet<&str>) -> bool {
         match self.template.format(&Bindings::default(), &self.vars) {
             Some(name) => names.contains(&*name),
-            None => names.iter().any(|name| self.takes(name)),
+            None => names.iter().any(|name| self.matches(name)),
         }
     }
 
-    /// How many names it stands for: one, or as many as its index has values.
+    /// Number of names that it stands for: one, or as many as its index has values.
     pub(crate) fn count(&self) -> u64 {
         self.vars.all().next().map_or(1, |var| self.vars.bound(var).unwrap_or(1))
     }
 
-    /// Whether it stands for one tensor of each expert.
+    /// Whether it has an index, and so stands for one tensor of each expert.
     pub(crate) fn is_indexed(&self) -> bool {
         self.vars.all().next().is_some()
     }
 
-    /// The names that it stands for, in order.
+    /// All names that it stands for, in order.
     pub(crate) fn names(&self) -> impl Iterator<Item = String> {
         let var = self.vars.all().next();
         (0..self.count()).filter_map(move |i| {
@@ -67,7 +70,7 @@ impl Name {
     }
 }
 
-/// The layers of one numbering: every value of one index, `model.layers.{l:num_hidden_layers}.`.
+/// A prefix with one index, `model.layers.{l:num_hidden_layers}.`: the layers of one numbering.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Scope {
     template: NameTemplate,
@@ -75,7 +78,7 @@ pub(crate) struct Scope {
 }
 
 impl Scope {
-    fn parse(text: &str, config: &Lookup<'_>) -> Result<Scope, MappingError> {
+    fn parse(text: &str, config: &ConfigLookup<'_>) -> Result<Scope, MappingError> {
         let mut vars = Variables::default();
         let template = RawTemplate::parse(&format!("{text}{{r}}"))?.resolve(&mut vars, config)?;
         if vars.all().count() != 1 || !text.ends_with('.') {
@@ -85,7 +88,8 @@ impl Scope {
         Ok(Scope { template, vars })
     }
 
-    /// The layer that a tensor belongs to, and its name within the layer.
+    /// Splits a tensor name into its layer and its name within the layer; `None` where the tensor
+    /// is outside the scope.
     pub(crate) fn split<'n>(&self, name: &'n str) -> Option<(u64, &'n str)> {
         let bindings = self.template.bind(name, &self.vars)?;
         let layer = bindings.index(self.vars.all().next()?)?;
@@ -93,17 +97,17 @@ impl Scope {
         Some((layer, &name[name.len() - bindings.rest()?.len()..]))
     }
 
-    /// How many layers there are by config.json, where the mapping bounds them.
+    /// Number of layers by config.json; `None` where the index has no bound.
     pub(crate) fn count(&self) -> Option<u64> {
         self.vars.all().next().and_then(|var| self.vars.bound(var))
     }
 
-    /// What the names of a layer begin with: `model.layers.3`.
+    /// The prefix of a layer without the dot: `model.layers.3`.
     pub(crate) fn layer(&self, layer: u64) -> String {
-        self.template.up_to_index(layer).unwrap_or_default()
+        self.template.prefix_through_index(layer).unwrap_or_default()
     }
 
-    /// The name of a tensor of a layer.
+    /// The full name of a tensor of a layer.
     pub(crate) fn join(&self, layer: u64, name: &str) -> String {
         format!("{}.{name}", self.layer(layer))
     }
@@ -112,56 +116,57 @@ impl Scope {
 /// Tensors that a checkpoint must hold.
 #[derive(Debug)]
 pub(crate) struct Requirement {
-    /// The layers of which each must hold them; `None`: the model as a whole.
+    /// Each layer of this scope must hold them; `None`: the model as a whole.
     pub scope: Option<Scope>,
-    /// Only layers, or a model, that hold such a tensor must; `None`: all.
-    pub beside: Option<Name>,
-    /// Only these layers must; `None`: all.
+    /// Restricts the requirement to layers (or a model) that hold this tensor.
+    pub beside: Option<RequiredName>,
+    /// Restricts the requirement to these layers.
     pub layers: Option<BTreeSet<u64>>,
-    /// Sets of which one must be there, whole.
-    pub one_of: Vec<Vec<Name>>,
+    /// Lists of names, of which one must be complete.
+    pub one_of: Vec<Vec<RequiredName>>,
 }
 
-/// Layers of which each must hold what others of its kind hold.
+/// Layers that must hold what other layers of their kind hold.
 ///
-/// Layers are of one kind where they take the same sets of the requirements for their scope.
+/// Two layers are of one kind if they have the same list of every `one-of` of the scope.
 #[derive(Debug)]
 pub(crate) struct Siblings {
     /// The layers.
     pub scope: Scope,
-    /// What a layer may lack all the same.
-    pub may_lack: Vec<Name>,
+    /// Tensors that a layer may lack nevertheless.
+    pub may_lack: Vec<RequiredName>,
 }
 
-/// Whether a condition holds: a key that is a text, that is not, or that is true or above 0.
-pub(super) fn holds(when: &RawWhen, config: &Lookup<'_>) -> bool {
+/// Whether a `when` condition holds: the key has this text, does not have it, or is true or above
+/// 0.
+pub(super) fn condition_holds(when: &RawWhen, config: &ConfigLookup<'_>) -> bool {
     let value = config(&when.key);
     let is = |text: &String| value.as_ref().and_then(Value::as_str) == Some(text);
     match (&when.is, &when.is_not) {
-        (None, None) => is_set(value.as_ref()),
+        (None, None) => is_truthy(value.as_ref()),
         (wanted, other) => wanted.as_ref().is_none_or(is) && !other.as_ref().is_some_and(is),
     }
 }
 
 /// Whether a value of config.json is true, a number above 0 or a list with entries.
-pub(super) fn is_set(value: Option<&Value>) -> bool {
+pub(super) fn is_truthy(value: Option<&Value>) -> bool {
     value.and_then(super::template::integer).is_some_and(|n| n > 0)
 }
 
-/// The positions of a list whose entries are true or above 0.
+/// The positions in a list of the entries that are true or above 0.
 fn set_entries(entries: &[Value]) -> BTreeSet<u64> {
-    (0..).zip(entries).filter(|(_, entry)| is_set(Some(entry))).map(|(i, _)| i).collect()
+    (0..).zip(entries).filter(|(_, entry)| is_truthy(Some(entry))).map(|(i, _)| i).collect()
 }
 
 pub(super) fn requirements(
     raw: &[RawRequirement],
-    config: &Lookup<'_>,
+    config: &ConfigLookup<'_>,
 ) -> Result<Vec<Requirement>, MappingError> {
     let mut out = Vec::new();
     for block in raw {
         let unless = block.unless.as_ref().map(OneOrMany::as_slice).unwrap_or_default();
-        if unless.iter().any(|key| is_set(config(key).as_ref()))
-            || block.when.as_ref().is_some_and(|when| !holds(when, config))
+        if unless.iter().any(|key| is_truthy(config(key).as_ref()))
+            || block.when.as_ref().is_some_and(|when| !condition_holds(when, config))
         {
             continue;
         }
@@ -193,8 +198,14 @@ pub(super) fn requirements(
             out.push(Requirement {
                 scope: scope.map(|text| Scope::parse(text, config)).transpose()?,
                 layers: layers.clone(),
-                beside: block.beside.as_ref().map(|text| Name::parse(text, config)).transpose()?,
-                one_of: sets.map(|set| Name::parse_all(set, config)).collect::<Result<_, _>>()?,
+                beside: block
+                    .beside
+                    .as_ref()
+                    .map(|text| RequiredName::parse(text, config))
+                    .transpose()?,
+                one_of: sets
+                    .map(|set| RequiredName::parse_all(set, config))
+                    .collect::<Result<_, _>>()?,
             });
         }
     }
@@ -203,13 +214,16 @@ pub(super) fn requirements(
 
 pub(super) fn siblings(
     raw: &[RawSiblings],
-    config: &Lookup<'_>,
+    config: &ConfigLookup<'_>,
 ) -> Result<Vec<Siblings>, MappingError> {
     let mut out = Vec::new();
     for block in raw {
         for scope in block.scope.as_slice() {
             let scope = Scope::parse(scope, config)?;
-            out.push(Siblings { scope, may_lack: Name::parse_all(&block.may_lack, config)? });
+            out.push(Siblings {
+                scope,
+                may_lack: RequiredName::parse_all(&block.may_lack, config)?,
+            });
         }
     }
     Ok(out)

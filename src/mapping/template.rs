@@ -1,22 +1,23 @@
-//! Two-way name templates: one text both recognises names and writes them.
+//! Name templates: one text that both recognizes tensor names and writes them.
 //!
 //! ```text
 //! model.layers.{l:num_hidden_layers}.mlp.experts.{e:n_routed_experts}.up_proj.weight
 //! layers.{k+num_hidden_layers:num_nextn_predict_layers=0}.{r}
 //! ```
-//! `{l:KEY}` is an index below an integer of config.json, `{l:KEY=0}` the same with a default for
-//! a config that lacks the key, `{l}` any index; `{k+KEY:BOUND}` is an index that is written with
-//! an integer of config.json added, `{k+KEY+KEY:BOUND}` with several. `{r}` is the rest: at least
-//! one character of anything.
-//! Indices are decimal without leading zeros.
+//! `{l}` is any index, `{l:KEY}` an index below an integer of config.json, and `{l:KEY=0}` the same
+//! with a default for a config that lacks the key. `{k+KEY:BOUND}` is an index that is written with
+//! an integer of config.json added to it, `{k+KEY+KEY:BOUND}` with two. `{r}` is the rest: one or
+//! more characters of anything. Indices are decimal without leading zeros.
+//!
+//! Parsing gives a [`RawTemplate`]; looking up its config keys gives a [`NameTemplate`].
 
 use std::fmt;
 
 use serde_json::Value;
 
-use super::{Lookup, MappingError};
+use super::{ConfigLookup, MappingError};
 
-/// A value of config.json as an integer from 0 on: lists count their entries, `true` is 1.
+/// A value of config.json as an integer: a list counts its entries, `true` is 1, `false` is 0.
 pub(super) fn integer(value: &Value) -> Option<u64> {
     let entries = |list: &Vec<Value>| u64::try_from(list.len()).ok();
     value
@@ -25,8 +26,8 @@ pub(super) fn integer(value: &Value) -> Option<u64> {
         .or_else(|| value.as_array().and_then(entries))
 }
 
-/// An integer of config.json by its (dotted) key, with the keys to try where it is absent and the
-/// value where none is there: `KEY`, `KEY|KEY`, `KEY=16`, and twice the integer: `2*KEY`.
+/// Where to find an integer in config.json: `KEY`, `KEY|OTHER` (the first that is there), `KEY=16`
+/// (with a default) or `2*KEY` (twice the value). `a.b` is the key `b` of the object `a`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ConfigKey {
     factor: u64,
@@ -35,10 +36,10 @@ pub(crate) struct ConfigKey {
 }
 
 impl ConfigKey {
-    /// Parses `FACTOR*KEY|KEY…=DEFAULT`, of which only a key must be there.
+    /// Parses `FACTOR*KEY|KEY…=DEFAULT`; factor, further keys and default are optional.
     ///
     /// # Errors
-    /// Where the default is no integer or the key is empty.
+    /// The factor or the default is no integer, or a key is empty.
     pub(crate) fn parse(text: &str) -> Result<ConfigKey, MappingError> {
         let integer = |n: &str| {
             n.parse().map_err(|_| MappingError::template(text, format!("`{n}` is no integer")))
@@ -58,16 +59,16 @@ impl ConfigKey {
         Ok(ConfigKey { factor, keys, default })
     }
 
-    /// Whether a config must have the integer.
+    /// Whether config.json must have the integer, because there is no default.
     fn is_required(&self) -> bool {
         self.default.is_none()
     }
 
-    /// The integer that `config` gives.
+    /// Looks the integer up, or takes the default.
     ///
     /// # Errors
-    /// Where the key is absent and has no default.
-    pub(crate) fn resolve(&self, config: &Lookup<'_>) -> Result<u64, MappingError> {
+    /// All keys are absent and there is no default.
+    pub(crate) fn resolve(&self, config: &ConfigLookup<'_>) -> Result<u64, MappingError> {
         self.keys
             .iter()
             .find_map(|key| integer(&config(key)?))
@@ -78,37 +79,37 @@ impl ConfigKey {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum RawPiece {
+enum RawSegment {
     Literal(String),
     Index { var: String, plus: Vec<ConfigKey>, bound: Option<ConfigKey> },
     Rest,
 }
 
-/// A template as a mapping file writes it, its config keys still unresolved.
+/// A template as the mapping file has it, before its config keys are looked up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RawTemplate {
     text: String,
-    pieces: Vec<RawPiece>,
+    segments: Vec<RawSegment>,
 }
 
 impl RawTemplate {
     /// Parses a template.
     ///
     /// # Errors
-    /// Braces that do not pair, two `{r}`, two indices with nothing between them, a repeated
-    /// variable.
+    /// Unbalanced braces, a variable that occurs twice, two variables with no text between them, or
+    /// an invalid variable name or config key.
     pub(crate) fn parse(text: &str) -> Result<RawTemplate, MappingError> {
         let fail = |why| MappingError::template(text, why);
-        let mut pieces = Vec::new();
+        let mut segments = Vec::new();
         let mut vars: Vec<&str> = Vec::new();
         let mut left = text;
         while !left.is_empty() {
             let Some(open) = left.find('{') else {
-                pieces.push(RawPiece::Literal(left.to_owned()));
+                segments.push(RawSegment::Literal(left.to_owned()));
                 break;
             };
             if open > 0 {
-                pieces.push(RawPiece::Literal(left[..open].to_owned()));
+                segments.push(RawSegment::Literal(left[..open].to_owned()));
             }
             let close = left
                 .find('}')
@@ -116,7 +117,7 @@ impl RawTemplate {
                 .ok_or_else(|| fail("a `{` without its `}`"))?;
             let inside = &left[open + 1..close];
             left = &left[close + 1..];
-            if matches!(pieces.last(), Some(RawPiece::Index { .. } | RawPiece::Rest)) {
+            if matches!(segments.last(), Some(RawSegment::Index { .. } | RawSegment::Rest)) {
                 return Err(fail("two variables with nothing between them"));
             }
             let (head, bound) = match inside.split_once(':') {
@@ -140,18 +141,18 @@ impl RawTemplate {
                 if bound.is_some() || !plus.is_empty() {
                     return Err(fail("`{r}` takes no bound"));
                 }
-                pieces.push(RawPiece::Rest);
+                segments.push(RawSegment::Rest);
             } else {
-                pieces.push(RawPiece::Index { var: var.to_owned(), plus, bound });
+                segments.push(RawSegment::Index { var: var.to_owned(), plus, bound });
             }
         }
-        if pieces.iter().any(|p| matches!(p, RawPiece::Literal(l) if l.contains('}'))) {
+        if segments.iter().any(|p| matches!(p, RawSegment::Literal(l) if l.contains('}'))) {
             return Err(fail("a `}` without its `{`"));
         }
-        Ok(RawTemplate { text: text.to_owned(), pieces })
+        Ok(RawTemplate { text: text.to_owned(), segments })
     }
 
-    /// `self` followed by `tail`, as a scope's prefix and a rule's name.
+    /// The template `self` followed by `tail`: a scope's prefix and a rule's name.
     ///
     /// # Errors
     /// As [`RawTemplate::parse`].
@@ -159,23 +160,21 @@ impl RawTemplate {
         RawTemplate::parse(&format!("{}{}", self.text, tail.text))
     }
 
-    /// The template with its config keys looked up and its variables numbered in `vars`.
-    ///
-    /// A variable that `vars` knows already keeps the bound it has there.
+    /// Looks up the config keys and adds the variables to `vars`, which all names of a rule share.
     ///
     /// # Errors
-    /// A config key that is absent and has no default; a variable with two bounds.
+    /// A config key that is absent and has no default, or a variable with two different bounds.
     pub(crate) fn resolve(
         &self,
         vars: &mut Variables,
-        config: &Lookup<'_>,
+        config: &ConfigLookup<'_>,
     ) -> Result<NameTemplate, MappingError> {
-        let mut pieces = Vec::with_capacity(self.pieces.len());
-        for piece in &self.pieces {
-            pieces.push(match piece {
-                RawPiece::Literal(l) => Piece::Literal(l.as_str().into()),
-                RawPiece::Rest => Piece::Rest,
-                RawPiece::Index { var, plus, bound } => {
+        let mut segments = Vec::with_capacity(self.segments.len());
+        for segment in &self.segments {
+            segments.push(match segment {
+                RawSegment::Literal(l) => Segment::Literal(l.as_str().into()),
+                RawSegment::Rest => Segment::Rest,
+                RawSegment::Index { var, plus, bound } => {
                     let required = bound.as_ref().is_some_and(ConfigKey::is_required);
                     let bound = bound.as_ref().map(|b| b.resolve(config)).transpose()?;
                     let plus = plus.iter().try_fold(0, |sum: u64, key| {
@@ -184,11 +183,11 @@ impl RawTemplate {
                     let var = vars.declare(var, bound, required).ok_or_else(|| {
                         MappingError::template(&self.text, "a variable with two bounds")
                     })?;
-                    Piece::Index { var, plus }
+                    Segment::Index { var, plus }
                 }
             });
         }
-        Ok(NameTemplate { pieces })
+        Ok(NameTemplate { segments })
     }
 }
 
@@ -198,7 +197,7 @@ impl fmt::Display for RawTemplate {
     }
 }
 
-/// Number of an index variable within its rule.
+/// Position of an index variable in the [`Variables`] of its rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Var(usize);
 
@@ -234,19 +233,20 @@ impl Variables {
         self.0.iter().position(|v| v.name == name).map(Var)
     }
 
-    /// The first value that the variable cannot take, where the mapping bounds it.
+    /// The number of values that the variable can have; `None` where it has no bound.
     pub(crate) fn bound(&self, var: Var) -> Option<u64> {
         self.0[var.0].bound
     }
 
-    /// The variable's bound, where a config must have it: then a checkpoint has all values.
+    /// The variable's bound, where it is a config key without default: a checkpoint must then have
+    /// tensors for all values.
     pub(crate) fn required(&self, var: Var) -> Option<u64> {
         self.0[var.0].bound.filter(|_| self.0[var.0].required)
     }
 
-    /// Whether each of these templates has all variables, and all or none have `{r}`: then what
-    /// one of them binds, the others can write.
-    pub(crate) fn same_in<'a>(
+    /// Whether every template has all variables, and all or none have `{r}`. Whatever one of them
+    /// binds, the others can then write.
+    pub(crate) fn shared_by<'a>(
         &self,
         templates: impl IntoIterator<Item = &'a NameTemplate>,
     ) -> bool {
@@ -257,13 +257,13 @@ impl Variables {
         })
     }
 
-    /// All of them, in the order of their declaration.
+    /// All variables, in the order of their first use.
     pub(crate) fn all(&self) -> impl Iterator<Item = Var> + use<> {
         (0..self.0.len()).map(Var)
     }
 }
 
-/// What a name bound the variables of a template to.
+/// The values that a name gives to the variables of a template.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Bindings {
     indices: Vec<Option<u64>>,
@@ -271,17 +271,17 @@ pub(crate) struct Bindings {
 }
 
 impl Bindings {
-    /// The value of an index variable.
+    /// The value of an index variable; `None` where it is unbound.
     pub(crate) fn index(&self, var: Var) -> Option<u64> {
         self.indices.get(var.0).copied().flatten()
     }
 
-    /// What `{r}` stands for.
+    /// The text that `{r}` stands for.
     pub(crate) fn rest(&self) -> Option<&str> {
         self.rest.as_deref()
     }
 
-    /// The same bindings with `var` bound to `value`, or unbound.
+    /// A copy in which `var` has this value, or is unbound.
     pub(crate) fn with(&self, var: Var, value: Option<u64>) -> Bindings {
         let mut out = self.clone();
         if out.indices.len() <= var.0 {
@@ -291,8 +291,7 @@ impl Bindings {
         out
     }
 
-    /// Every variable of `vars` bound to what `index` makes of its bound, the rest to `rest`: a
-    /// sample of what a rule takes.
+    /// Sample bindings for a rule: each variable gets `index(its bound)`, and `{r}` gets `rest`.
     pub(crate) fn sample(
         vars: &Variables,
         index: impl Fn(Option<u64>) -> u64,
@@ -304,56 +303,56 @@ impl Bindings {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Piece {
+enum Segment {
     Literal(Box<str>),
     Index { var: Var, plus: u64 },
     Rest,
 }
 
-/// A template whose bounds are numbers.
+/// A template that is ready to use: its bounds and offsets are numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NameTemplate {
-    pieces: Vec<Piece>,
+    segments: Vec<Segment>,
 }
 
 impl NameTemplate {
-    /// What `name` binds the variables to, where the template takes it.
+    /// The bindings with which the template gives `name`; `None` where it does not match.
     pub(crate) fn bind(&self, name: &str, vars: &Variables) -> Option<Bindings> {
         let mut bound = Bindings::default();
-        let rest_at = self.pieces.iter().position(|p| *p == Piece::Rest);
+        let rest_at = self.segments.iter().position(|p| *p == Segment::Rest);
         let (before, after) = match rest_at {
-            None => (&self.pieces[..], &[][..]),
-            Some(i) => (&self.pieces[..i], &self.pieces[i + 1..]),
+            None => (&self.segments[..], &[][..]),
+            Some(i) => (&self.segments[..i], &self.segments[i + 1..]),
         };
-        // Cheap refusals first: most names of a checkpoint fail a rule on its literal ends.
-        if let Some(Piece::Literal(l)) = after.last()
+        // The cheap test first: most names of a checkpoint already differ in the literal end.
+        if let Some(Segment::Literal(l)) = after.last()
             && !name.ends_with(&**l)
         {
             return None;
         }
         let mut left = name;
-        for piece in before {
-            match piece {
-                Piece::Literal(l) => left = left.strip_prefix(&**l)?,
-                Piece::Index { var, plus } => {
+        for segment in before {
+            match segment {
+                Segment::Literal(l) => left = left.strip_prefix(&**l)?,
+                Segment::Index { var, plus } => {
                     let digits = left.bytes().take_while(u8::is_ascii_digit).count();
                     let (number, rest) = left.split_at(digits);
                     bound = bound.with(*var, Some(read_index(number, *plus, vars.bound(*var))?));
                     left = rest;
                 }
-                Piece::Rest => return None,
+                Segment::Rest => return None,
             }
         }
-        for piece in after.iter().rev() {
-            match piece {
-                Piece::Literal(l) => left = left.strip_suffix(&**l)?,
-                Piece::Index { var, plus } => {
+        for segment in after.iter().rev() {
+            match segment {
+                Segment::Literal(l) => left = left.strip_suffix(&**l)?,
+                Segment::Index { var, plus } => {
                     let digits = left.bytes().rev().take_while(u8::is_ascii_digit).count();
                     let (rest, number) = left.split_at(left.len() - digits);
                     bound = bound.with(*var, Some(read_index(number, *plus, vars.bound(*var))?));
                     left = rest;
                 }
-                Piece::Rest => return None,
+                Segment::Rest => return None,
             }
         }
         match rest_at {
@@ -364,16 +363,16 @@ impl NameTemplate {
         Some(bound)
     }
 
-    /// The name that the bindings give; `None` where one of the template's variables is unbound
-    /// or an index leaves its bound.
+    /// Writes the name for these bindings; `None` where a variable is unbound or an index is not
+    /// below its bound.
     pub(crate) fn format(&self, bindings: &Bindings, vars: &Variables) -> Option<String> {
         use fmt::Write;
         let mut name = String::new();
-        for piece in &self.pieces {
-            match piece {
-                Piece::Literal(l) => name.push_str(l),
-                Piece::Rest => name.push_str(bindings.rest.as_deref()?),
-                Piece::Index { var, plus } => {
+        for segment in &self.segments {
+            match segment {
+                Segment::Literal(l) => name.push_str(l),
+                Segment::Rest => name.push_str(bindings.rest.as_deref()?),
+                Segment::Index { var, plus } => {
                     let i = bindings.index(*var)?;
                     if vars.bound(*var).is_some_and(|b| i >= b) {
                         return None;
@@ -385,25 +384,26 @@ impl NameTemplate {
         Some(name)
     }
 
-    /// The first variable of the template, where it is an index.
+    /// The first variable of the template; `None` where that is `{r}` or there is none.
     pub(crate) fn first_index(&self) -> Option<Var> {
-        self.pieces.iter().find_map(|p| match p {
-            Piece::Literal(_) => None,
-            Piece::Index { var, .. } => Some(Some(*var)),
-            Piece::Rest => Some(None),
+        self.segments.iter().find_map(|p| match p {
+            Segment::Literal(_) => None,
+            Segment::Index { var, .. } => Some(Some(*var)),
+            Segment::Rest => Some(None),
         })?
     }
 
-    /// What names begin with whose first variable is the index `i`: `model.layers.3`.
-    pub(crate) fn up_to_index(&self, i: u64) -> Option<String> {
+    /// The beginning of a name up to its first index, which is `i`: `model.layers.3`. `None` where
+    /// the template has no index before `{r}`.
+    pub(crate) fn prefix_through_index(&self, i: u64) -> Option<String> {
         let mut start = String::new();
-        for piece in &self.pieces {
-            match piece {
-                Piece::Literal(l) => start.push_str(l),
-                Piece::Index { plus, .. } => {
+        for segment in &self.segments {
+            match segment {
+                Segment::Literal(l) => start.push_str(l),
+                Segment::Index { plus, .. } => {
                     return Some(format!("{start}{}", i.checked_add(*plus)?));
                 }
-                Piece::Rest => return None,
+                Segment::Rest => return None,
             }
         }
         None
@@ -411,20 +411,22 @@ impl NameTemplate {
 
     /// Whether the template has this variable.
     pub(crate) fn has(&self, wanted: Var) -> bool {
-        self.pieces.iter().any(|p| matches!(p, Piece::Index { var, .. } if *var == wanted))
+        self.segments.iter().any(|p| matches!(p, Segment::Index { var, .. } if *var == wanted))
     }
 
-    /// Whether the template is `{r}` alone.
-    pub(crate) fn takes_everything(&self) -> bool {
-        self.pieces == [Piece::Rest]
+    /// Whether the template is `{r}` alone, which matches every name.
+    pub(crate) fn matches_every_name(&self) -> bool {
+        self.segments == [Segment::Rest]
     }
 
     /// Whether the template has `{r}`.
     pub(crate) fn has_rest(&self) -> bool {
-        self.pieces.contains(&Piece::Rest)
+        self.segments.contains(&Segment::Rest)
     }
 }
 
+/// Parses an index that was written with `plus` added to it; `None` where it is not below its
+/// bound.
 fn read_index(digits: &str, plus: u64, bound: Option<u64>) -> Option<u64> {
     if digits.is_empty() || (digits.len() > 1 && digits.starts_with('0')) {
         return None;

@@ -1,4 +1,5 @@
-//! How a computed tensor is cut into chunks: the unit of decoding, caching and single flight.
+//! The grid of chunks of a computed tensor. A chunk is the unit of decoding, caching and single
+//! flight.
 //!
 //! ```text
 //! [E, H, 2I]   plane = one index of the outer axes, row = one index of the last but one
@@ -8,12 +9,13 @@
 
 use crate::tensor::Shape;
 
-/// Bytes that a chunk is meant to have: large enough to make its bookkeeping free, small enough to
-/// stay in a core's L2 cache beside its source.
+/// Approximate size of a chunk in bytes: large enough that bookkeeping costs nothing, small enough
+/// to stay in a core's L2 cache together with its source.
 const CHUNK_BYTES: u64 = 1 << 20;
 
-/// Rows of a chunk are a multiple of this where a plane has more: the block of every scheme with
-/// blocks of rows or columns, so that a chunk's edges fall on block edges.
+/// The rows of a chunk are a multiple of this, unless the plane has fewer. 128 is the block extent
+/// of FP8 releases and a multiple of the group sizes of the other schemes, so that chunks end where
+/// blocks end.
 const ROW_MULTIPLE: u64 = 128;
 
 /// The chunks of a computed tensor.
@@ -29,10 +31,10 @@ pub(crate) struct Grid {
     pub chunk_rows: u64,
 }
 
-/// Where a chunk lies.
+/// The position of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ChunkBox {
-    /// Plane that it lies in.
+    /// The plane that contains it.
     pub plane: u64,
     /// First row within the plane.
     pub row: u64,
@@ -54,7 +56,7 @@ impl Grid {
         Grid::of(planes, rows, cols * element)
     }
 
-    /// The grid of `planes` planes of `rows` rows of `row_bytes` bytes.
+    /// The grid of `planes` planes with `rows` rows of `row_bytes` bytes each.
     pub(crate) fn of(planes: u64, rows: u64, row_bytes: u64) -> Grid {
         let wanted = (CHUNK_BYTES / row_bytes.max(1)).max(1);
         let chunk_rows = wanted.next_multiple_of(ROW_MULTIPLE).min(rows).max(1);
@@ -71,21 +73,21 @@ impl Grid {
         self.planes * self.chunks_per_plane()
     }
 
-    /// The chunk that holds the byte at `at` of the tensor.
+    /// The chunk that contains the byte at offset `at` of the tensor.
     pub(crate) fn chunk_at(&self, at: u64) -> u64 {
         let plane_bytes = self.rows * self.row_bytes;
         let within = at % plane_bytes;
         (at / plane_bytes) * self.chunks_per_plane() + within / (self.chunk_rows * self.row_bytes)
     }
 
-    /// Where a chunk lies.
+    /// The plane and rows of a chunk.
     pub(crate) fn chunk_box(&self, chunk: u64) -> ChunkBox {
         let per_plane = self.chunks_per_plane();
         let row = (chunk % per_plane) * self.chunk_rows;
         ChunkBox { plane: chunk / per_plane, row, rows: self.chunk_rows.min(self.rows - row) }
     }
 
-    /// First byte of a chunk within the tensor, and its bytes.
+    /// Offset of a chunk in the tensor, and its size in bytes.
     pub(crate) fn extent(&self, chunk: u64) -> (u64, u64) {
         let b = self.chunk_box(chunk);
         ((b.plane * self.rows + b.row) * self.row_bytes, b.rows * self.row_bytes)

@@ -1,5 +1,4 @@
-//! A matrix of the checkpoint as the planner sees it: payload, scales, and which scale serves
-//! which row.
+//! A matrix of the source: its payload, its scales, and which scale row serves which matrix row.
 
 use std::ops::Range;
 
@@ -7,11 +6,11 @@ use crate::codec::{Code, ScaleCode, Scheme};
 use crate::source::SourceId;
 use crate::tensor::{BoxMap, DType, Shape};
 
-/// A tensor of the checkpoint with its quantization taken together: a plain tensor, or payload,
-/// scale and shape tensors of one decoded matrix.
+/// A matrix of the source: one plain tensor, or the payload, scale and shape tensors of a quantized
+/// matrix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Matrix {
-    /// Name in the checkpoint, without the suffixes of its parts.
+    /// Name in the checkpoint; for a quantized matrix, the name of the decoded one.
     pub name: Box<str>,
     /// The tensor that holds the elements or their codes.
     pub payload: SourceId,
@@ -19,18 +18,18 @@ pub(crate) struct Matrix {
     pub dtype: DType,
     /// Extents of the decoded matrix.
     pub shape: Shape,
-    /// Whether the checkpoint's tensor is this matrix with its last two axes exchanged.
+    /// Whether the model's tensor is this matrix with its last two axes exchanged.
     pub transposed: bool,
     /// Scales, where the matrix is quantized.
     pub scales: Option<MatrixScales>,
-    /// The matrix's own scale tensor; bands may lie in another matrix's too.
+    /// The matrix's own scale tensor. Bands can refer to that of another matrix too.
     pub own_scale: Option<SourceId>,
-    /// A tensor that holds the decoded extents, checked when the matrix is first decoded.
+    /// A tensor that holds the decoded shape; it is checked when the matrix is first decoded.
     pub shape_tensor: Option<SourceId>,
 }
 
 impl Matrix {
-    /// A tensor that is as it is.
+    /// A matrix that is one plain tensor.
     pub(crate) fn plain(name: Box<str>, payload: SourceId, dtype: DType, shape: Shape) -> Matrix {
         Matrix {
             name,
@@ -44,7 +43,7 @@ impl Matrix {
         }
     }
 
-    /// Extents of the checkpoint's tensor.
+    /// Extents of the model's tensor: those of the matrix, exchanged where it is transposed.
     pub(crate) fn logical_dims(&self) -> Vec<u64> {
         let mut dims = self.shape.dims().to_vec();
         if let (true, [.., a, b]) = (self.transposed, dims.as_mut_slice()) {
@@ -53,7 +52,7 @@ impl Matrix {
         dims
     }
 
-    /// The checkpoint's tensor (target) from the matrix (source), the whole of both.
+    /// The map of the whole matrix (source) to the model's tensor (target).
     pub(crate) fn logical_map(&self) -> BoxMap {
         let mut map = BoxMap::identity(self.shape.dims());
         if let (true, [.., a, b]) = (self.transposed, map.target.as_mut_slice()) {
@@ -62,17 +61,17 @@ impl Matrix {
         map
     }
 
-    /// Whether its elements can be had as floating-point numbers of any type.
+    /// Whether its elements can be converted to any floating-point dtype.
     pub(crate) fn is_castable(&self) -> bool {
         self.scales.is_some() || self.dtype.as_float().is_some()
     }
 
-    /// Columns: the last axis.
+    /// Columns: the extent of the last axis.
     pub(crate) fn cols(&self) -> u64 {
         self.shape.dims().last().copied().unwrap_or(1)
     }
 
-    /// Rows: all axes but the last together.
+    /// Rows: the product of all axes but the last.
     pub(crate) fn rows(&self) -> u64 {
         self.shape.dims().split_last().map_or(1, |(_, outer)| outer.iter().product())
     }
@@ -83,42 +82,42 @@ impl Matrix {
 pub(crate) struct MatrixScales {
     /// How the matrix is quantized.
     pub scheme: Scheme,
-    /// How a scale is coded.
+    /// How a scale is stored.
     pub scale: ScaleCode,
     /// Rows and columns of the matrix that one scale serves.
     pub block: [u64; 2],
-    /// Scales in a row of the scale tensor.
+    /// Scales per row of the scale tensor.
     pub cols: u64,
     /// Which scale rows serve which matrix rows; in order, without gaps.
     pub bands: Vec<ScaleBand<SourceId>>,
 }
 
 impl MatrixScales {
-    /// How the payload codes an element.
+    /// The format of an element in the payload.
     pub(crate) fn code(&self) -> Code {
         self.scheme.code()
     }
 }
 
-/// Rows of a matrix whose scales lie in one run of scale rows.
+/// Consecutive rows of a matrix that are served by consecutive scale rows.
 ///
-/// Row `r` of the band has the scale row `row + (r - rows.start + skip) / block[0]`. More than one
-/// band is needed where the grid starts anew (stacked experts) or where a block reaches over the
+/// Row `r` of the band has the scale row `row + (r - rows.start + skip) / block[0]`. A matrix has
+/// several bands where the block grid restarts (stacked experts), or where a block spans the
 /// boundary of two tensors that were quantized as one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ScaleBand<S> {
-    /// Rows of the matrix, all axes but the last taken together.
+    /// Rows of the matrix, counted over all axes but the last.
     pub rows: Range<u64>,
     /// The scale tensor.
     pub scale: S,
     /// Scale row of the band's first row.
     pub row: u64,
-    /// Rows of the first block that lie before the band.
+    /// Number of rows of the first block that lie before the band.
     pub skip: u64,
 }
 
 impl<S: Copy> ScaleBand<S> {
-    /// The same band with its scale tensor named in another way.
+    /// The same band with another kind of reference to the scale tensor.
     pub(crate) fn map_scale<T>(&self, name: impl Fn(S) -> T) -> ScaleBand<T> {
         ScaleBand {
             rows: self.rows.clone(),
@@ -128,12 +127,12 @@ impl<S: Copy> ScaleBand<S> {
         }
     }
 
-    /// Scale row of a matrix row of the band, with `block` rows to a scale.
+    /// Scale row of a matrix row of the band, with `block` rows per scale.
     pub(crate) fn scale_row(&self, row: u64, block: u64) -> u64 {
         self.row + (row - self.rows.start + self.skip) / block
     }
 
-    /// Matrix rows of the band that a scale row serves; empty where it serves none.
+    /// Matrix rows of the band that a scale row serves; can be empty.
     pub(crate) fn rows_of(&self, scale_row: u64, block: u64) -> Range<u64> {
         let Some(n) = scale_row.checked_sub(self.row) else { return 0..0 };
         let start = (self.rows.start + n * block).saturating_sub(self.skip).max(self.rows.start);
@@ -142,29 +141,34 @@ impl<S: Copy> ScaleBand<S> {
     }
 }
 
-/// How scales of matrices that were quantized as fused shards are read.
+/// How to read the scales of matrices that were quantized as fused shards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScaleReading {
-    /// Blocks run over the fused rows of each shard, as the checkpoint was made.
+    /// Blocks run over the fused rows of each shard, which is how the checkpoint was quantized.
     #[default]
     Fused,
-    /// Blocks run over each tensor alone, surplus scale rows are ignored: what Automodel 0.7.0 does.
+    /// Blocks run over each tensor separately and surplus scale rows are ignored, as Automodel
+    /// 0.7.0 does.
     Automodel,
 }
 
-/// Most shards of a fused pair: as many as a model has K/V heads.
-const MOST_SHARDS: u64 = 1 << 12;
+/// Maximum number of shards of a fused pair. Models have at most as many shards as K/V heads.
+const MAX_SHARDS: u64 = 1 << 12;
 
-/// Bands of a pair of matrices that were quantized as shards of their fused rows, first the
-/// bands of the first matrix.
+/// Number of shards and bands of two matrices that were quantized as one, in shards.
 ///
-/// `rows` and `scale_rows` are those of the two tensors. Within each of `t` shards the rows of the
-/// first tensor come before those of the second, and blocks of `block` rows run over both; the
-/// first tensor's scale rows are those of its own last, shared block and before. `t` is the
-/// smallest number that explains both counts.
+/// `rows` and `scale_rows` are those of the two tensors. In each of `t` shards, the rows of the
+/// first tensor come before those of the second, and blocks of `block` rows run over both. The
+/// scale of a block that holds rows of both is stored with the first tensor. `t` is the smallest
+/// number that explains both numbers of scale rows; `None` where none does.
 ///
-/// `None` where no number of shards does.
+/// ```text
+/// one shard with 192 + 128 rows, in blocks of 128 rows:
+///   fused rows   0..128  first 0..128                   scale row 0 of the first
+///   fused rows 128..256  first 128..192, second 0..64   scale row 1 of the first
+///   fused rows 256..320  second 64..128                 scale row 0 of the second
+/// ```
 pub(super) fn fused_bands<S: Copy>(
     rows: [u64; 2],
     scale_rows: [u64; 2],
@@ -176,9 +180,9 @@ pub(super) fn fused_bands<S: Copy>(
             rows[i].is_multiple_of(t) && t * (rows[i] / t).div_ceil(block) == scale_rows[i]
         })
     };
-    let most = rows[0].min(rows[1]).min(scale_rows[0]).min(MOST_SHARDS);
+    let most = rows[0].min(rows[1]).min(scale_rows[0]).min(MAX_SHARDS);
     let shards = (1..=most).find(|&t| explains(t))?;
-    // One shard is a plain grid on each tensor: nothing was fused.
+    // One shard: each tensor has a plain grid of its own, nothing is shared.
     if shards == 1 {
         let plain =
             |i: usize| vec![ScaleBand { rows: 0..rows[i], scale: scales[i], row: 0, skip: 0 }];
@@ -186,7 +190,7 @@ pub(super) fn fused_bands<S: Copy>(
     }
     let (first, second) = (rows[0] / shards, rows[1] / shards);
     let (first_blocks, second_blocks) = (scale_rows[0] / shards, scale_rows[1] / shards);
-    // Rows of the second tensor that lie in the first tensor's last block.
+    // Rows of the second tensor in the last block of the first one.
     let shared = (first_blocks * block - first).min(second);
     let mut bands = [Vec::new(), Vec::new()];
     for s in 0..shards {

@@ -1,46 +1,45 @@
-//! What a user asks of a view.
+//! Options of a plan: what the user asks for.
 
 use std::sync::Arc;
 
 use regex::Regex;
 
-use super::matrix::ScaleReading;
-use super::slice::{ExpertParallel, ExpertShard};
+use super::{ExpertParallel, ExpertShard, ScaleReading};
 use crate::mapping::LayoutName;
 use crate::source::Checkpoint;
 use crate::tensor::Float;
 
-/// What the user asks of a view.
+/// Options of a plan.
 #[derive(Clone, Debug)]
 pub struct PlanOptions {
-    /// Layout of the view; `None`: `native` of an hf checkpoint, `hf` of any other.
+    /// Layout of the view; `None`: `native` for an hf checkpoint, `hf` for any other.
     pub to: Option<LayoutName>,
-    /// What quantized and grouped tensors become.
+    /// Dtype of dequantized and grouped tensors in the view.
     pub dtype: Float,
-    /// How scales of fused shards are read.
+    /// How to read the scales of fused shards.
     pub scale_reading: ScaleReading,
-    /// What becomes of tensors that no rule names.
+    /// What to do with tensors that no rule names.
     pub unmapped: Unmapped,
-    /// Tensors and layers that the model needs and that may be missing all the same.
+    /// Names of tensors and layers that may be missing although the model needs them.
     pub allow_missing: Vec<Regex>,
-    /// Only tensors whose names match one of these; all where there are none.
+    /// Show only tensors whose names match one of these; all if the list is empty.
     pub include: Vec<Regex>,
-    /// No tensors whose names match one of these.
+    /// Leave out tensors whose names match one of these.
     pub exclude: Vec<Regex>,
-    /// Ranks that share the experts.
+    /// Distributes the experts (axis 0 of grouped tensors) over ranks.
     pub expert_parallel: Option<ExpertParallel>,
-    /// Ranks that share axis 1 of grouped tensors.
+    /// Distributes axis 1 of grouped tensors over ranks.
     pub expert_shard: Option<ExpertShard>,
-    /// With layout `hf`: quantize as the model's checkpoints are; `None` leaves numbers as they are.
+    /// With layout `hf`: quantize as the published checkpoints are; `None`: plain tensors.
     pub quantize: Option<Quantize>,
 }
 
-/// How matrices are quantized on the way back.
+/// How to quantize the matrices of an `hf` view.
 #[derive(Clone, Debug, Default)]
 pub struct Quantize {
-    /// Scales come from this checkpoint, and so does which matrices are quantized.
+    /// Take the scales, and the choice of matrices to quantize, from this checkpoint.
     pub original: Option<Arc<Checkpoint>>,
-    /// What INT4 scales are stored as; BF16 where nothing is said.
+    /// Dtype of computed INT4 scales; BF16 by default.
     pub scale_dtype: Option<Float>,
 }
 
@@ -61,27 +60,27 @@ impl Default for PlanOptions {
     }
 }
 
-/// What becomes of source tensors that no rule names.
+/// What to do with source tensors that no rule names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Unmapped {
-    /// The mount is refused.
+    /// Refuse the mount.
     #[default]
     Refuse,
-    /// They are shown under their own names, as they are.
+    /// Show them under their own names.
     Keep,
-    /// They are left out.
+    /// Leave them out.
     Drop,
 }
 
 impl PlanOptions {
-    /// Whether `include` and `exclude` leave a tensor of this name; both match from its start.
+    /// Whether `include` and `exclude` select a tensor; both match from the start of its name.
     pub(crate) fn selects(&self, name: &str) -> bool {
         let included = self.include.is_empty() || matches(&self.include, name);
         included && !matches(&self.exclude, name)
     }
 }
 
-/// Whether one of the patterns matches the name from its start.
+/// Whether one of the patterns matches at the start of the name.
 pub(super) fn matches(patterns: &[Regex], name: &str) -> bool {
     patterns.iter().any(|re| re.find(name).is_some_and(|m| m.start() == 0))
 }

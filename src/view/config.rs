@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::plan::Stated;
+use crate::plan::ConfigEntries;
 use crate::source::Config;
 use crate::tensor::Float;
 
@@ -19,7 +19,7 @@ const TEXT: &str = "text_config";
 /// The text of the view's config.json; `None` if it equals the source's.
 ///
 /// All other keys keep their values and their order.
-pub(super) fn rewritten(source: &Map<String, Value>, stated: &Stated) -> Option<Vec<u8>> {
+pub(super) fn rewritten(source: &Map<String, Value>, stated: &ConfigEntries) -> Option<Vec<u8>> {
     let mut config = source.clone();
     set_quantization(&mut config, stated);
     set_dtype(&mut config, stated);
@@ -27,7 +27,7 @@ pub(super) fn rewritten(source: &Map<String, Value>, stated: &Stated) -> Option<
 }
 
 /// Removes all statements of a quantization and inserts the one of the view, if it has one.
-fn set_quantization(config: &mut Map<String, Value>, stated: &Stated) {
+fn set_quantization(config: &mut Map<String, Value>, stated: &ConfigEntries) {
     let new = stated.quantization.as_ref();
     let within = new
         .and_then(|new| new.within.as_ref())
@@ -69,7 +69,7 @@ fn remove_quantization(value: &mut Value) {
 }
 
 /// Replaces the dtype if the source states another one than the view has.
-fn set_dtype(config: &mut Map<String, Value>, stated: &Stated) {
+fn set_dtype(config: &mut Map<String, Value>, stated: &ConfigEntries) {
     let Some(dtype) = stated.dtype.map(torch_name) else { return };
     let set = |object: &mut Map<String, Value>, every: bool| {
         for key in DTYPE {
@@ -106,7 +106,7 @@ mod tests {
     use crate::mapping::QuantizationConfig;
 
     /// Key order counts, so texts are compared.
-    fn compact(source: &str, stated: &Stated) -> Option<String> {
+    fn compact(source: &str, stated: &ConfigEntries) -> Option<String> {
         let source: Map<String, Value> = serde_json::from_str(source).expect("valid");
         let text = rewritten(&source, stated)?;
         Some(serde_json::from_slice::<Value>(&text).expect("valid").to_string())
@@ -114,12 +114,12 @@ mod tests {
 
     #[test]
     fn quantization_config_is_removed_or_replaced_in_place() {
-        let none = || Stated::default();
+        let none = || ConfigEntries::default();
         let new = |within: Option<&str>| {
             let within = within.map(str::to_owned);
             let value = json!({"q": 2});
             let new = QuantizationConfig { within, unquantized: None, scheme: None, value };
-            Stated { quantization: Some(new), dtype: None }
+            ConfigEntries { quantization: Some(new), dtype: None }
         };
         let cases = [
             (r#"{"b":1,"quantization_config":{"q":1},"a":2}"#, none(), Some(r#"{"b":1,"a":2}"#)),
@@ -184,7 +184,7 @@ mod tests {
             (r#"{"a":1}"#, Float::F32, None),
         ];
         for (source, dtype, expected) in cases {
-            let stated = Stated { quantization: None, dtype: Some(dtype) };
+            let stated = ConfigEntries { quantization: None, dtype: Some(dtype) };
             assert_eq!(compact(source, &stated).as_deref(), expected, "{source}");
         }
     }
@@ -193,7 +193,7 @@ mod tests {
     fn text_is_indented_by_two_and_ends_in_a_newline() {
         let text = r#"{"a": [1], "quantization_config": 0, "é": "ü"}"#;
         let source: Map<String, Value> = serde_json::from_str(text).expect("valid");
-        let got = rewritten(&source, &Stated::default()).expect("changed");
+        let got = rewritten(&source, &ConfigEntries::default()).expect("changed");
         assert_eq!(
             String::from_utf8(got).expect("UTF-8"),
             "{\n  \"a\": [\n    1\n  ],\n  \"é\": \"ü\"\n}\n"
@@ -205,7 +205,7 @@ mod tests {
         // Not the nearest double under a parser that is fast and not exact.
         let text = r#"{"a":1e-06,"b":2.5066282746310002,"c":18446744073709551615,"quantization_config":0}"#;
         let source: Map<String, Value> = serde_json::from_str(text).expect("valid");
-        let got = rewritten(&source, &Stated::default()).expect("changed");
+        let got = rewritten(&source, &ConfigEntries::default()).expect("changed");
         let got: Value = serde_json::from_slice(&got).expect("valid");
         assert_eq!(got["a"].as_f64(), Some(1e-6));
         assert_eq!(got["b"].as_f64(), Some(2.5066282746310002));

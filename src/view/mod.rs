@@ -420,7 +420,7 @@ fn header_entry(engine: &Engine, id: TensorId) -> HeaderEntry<'_> {
 /// The files that appear in every directory: config.json and the source's other files.
 fn shared_files(engine: &Engine, checkpoint: &Checkpoint, newest: SystemTime) -> Vec<SharedFile> {
     let config = checkpoint.config();
-    let text = config::rewritten(config.top(), &engine.plan().stated);
+    let text = config::rewritten(config.top(), &engine.plan().config_entries);
     let modified = fs::metadata(checkpoint.dir().join(CONFIG)).and_then(|config| config.modified());
     let mut shared = vec![SharedFile {
         name: CONFIG.to_owned(),

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use crate::mapping::LayoutName;
 use crate::plan::{
-    Body, Directory, Matrix, Origin, Plan, SourceRange, Stated, Summary, TensorId, TensorPlan,
+    Body, ConfigEntries, Directory, Matrix, Origin, Plan, SourceRange, Summary, TensorId,
+    TensorPlan,
 };
 use crate::read::{Engine, EngineOptions};
 use crate::source::testing::Dir;
@@ -83,7 +84,7 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
         directories: vec![directory("", 0..7), directory("ep-0000-of-0001", 0..3)],
         quantized: Vec::new(),
         original: None,
-        stated: Stated::default(),
+        config_entries: ConfigEntries::default(),
         summary: Summary {
             model: "toy".to_owned(),
             from: LayoutName::Hf,
@@ -97,8 +98,8 @@ fn plan(checkpoint: &Checkpoint) -> Plan {
             encoded: Default::default(),
             dropped: BTreeMap::new(),
             unmapped: None,
-            lacking: Vec::new(),
-            absent: Default::default(),
+            allowed_missing: Vec::new(),
+            absent_layers: Default::default(),
         },
     }
 }

@@ -1,4 +1,5 @@
-//! What a plan refuses: every problem of a checkpoint at once, with counts and first names.
+//! Problems that planning finds, collected into one error: each kind with its count and first
+//! names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -6,33 +7,33 @@ use std::fmt;
 use crate::mapping::{LayoutName, MappingError};
 use crate::source::ConfigError;
 
-/// Names that a message lists before it only counts.
-const LISTED: usize = 5;
+/// Maximum number of names per kind that a message lists.
+const MAX_LISTED: usize = 5;
 
-/// A kind of refusal.
+/// A kind of problem. The order here is the order in a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Problem {
-    /// A part of a quantization that no decoder here takes into account.
+    /// A tensor or config key of a quantization that no decoder here supports.
     Unsupported,
-    /// A source tensor that no rule of the mapping takes.
+    /// A source tensor that no rule of the mapping names.
     NoRule,
-    /// A layer below the config's number of layers, none of whose tensors is there.
+    /// A layer without any tensor, although config.json counts it.
     MissingLayer,
-    /// A tensor that a rule needs beside one that is there.
+    /// A tensor that a rule needs together with one that is there.
     MissingPart,
     /// A tensor that the mapping requires, or that other layers of its kind have.
     Incomplete,
-    /// A tensor whose pieces are no whole.
+    /// A tensor whose pieces leave gaps, overlap, or differ.
     Pieces,
-    /// A quantized payload whose scale is not there.
+    /// A quantized payload without its scale.
     MissingScale,
-    /// A scale or shape tensor whose payload is not there.
+    /// A scale or shape tensor without its payload.
     MissingPayload,
-    /// A tensor in a payload's place whose dtype the scheme does not have.
+    /// A payload of a dtype that the scheme does not have.
     PayloadDtype,
-    /// A payload that holds no matrix.
+    /// A payload whose shape is none of a matrix.
     PayloadShape,
-    /// A scale of a shape that the payload's shape does not explain.
+    /// A scale whose shape does not fit the shape of the payload.
     ScaleShape,
     /// A scale of a dtype that the scheme does not have.
     ScaleDtype,
@@ -42,13 +43,13 @@ pub enum Problem {
     RuleShape,
     /// Tensors of a rule whose dtypes cannot be cast, or differ where they are not cast.
     RuleDtype,
-    /// Two source tensors that land on one name.
+    /// Two source tensors that get the same name.
     SameName,
-    /// A tensor that would be made of more pieces than any model's.
-    TooManyPieces,
-    /// A tensor too large for 64-bit arithmetic, or cut within a byte.
+    /// A tensor that would have more fragments than any model needs.
+    TooManyFragments,
+    /// A tensor whose size in bytes exceeds 64 bits or is no whole number.
     Size,
-    /// A tensor that an expert-parallel cut does not divide.
+    /// A tensor that cannot be divided among the ranks.
     Indivisible,
 }
 
@@ -64,7 +65,7 @@ impl Problem {
             (Problem::Incomplete, true) => "missing tensor that the model needs",
             (Problem::Incomplete, false) => "missing tensors that the model needs",
             (Problem::Pieces, true) => "tensor whose pieces make no whole",
-            (Problem::Pieces, false) => "tensors whose pieces make no wholes",
+            (Problem::Pieces, false) => "tensors whose pieces make no whole_tensors",
             (Problem::MissingScale, true) => "missing scale",
             (Problem::MissingScale, false) => "missing scales",
             (Problem::MissingPayload, true) => "part of a quantized matrix without its payload",
@@ -89,8 +90,8 @@ impl Problem {
             (Problem::RuleDtype, false) => "tensors whose dtypes do not fit their rules",
             (Problem::SameName, true) => "name that two tensors land on",
             (Problem::SameName, false) => "names that two tensors land on",
-            (Problem::TooManyPieces, true) => "tensor of more pieces than any model's",
-            (Problem::TooManyPieces, false) => "tensors of more pieces than any model's",
+            (Problem::TooManyFragments, true) => "tensor of more pieces than any model's",
+            (Problem::TooManyFragments, false) => "tensors of more pieces than any model's",
             (Problem::Size, true) => "tensor of an impossible size",
             (Problem::Size, false) => "tensors of impossible sizes",
             (Problem::Indivisible, true) => "tensor that the expert-parallel cut does not divide",
@@ -99,19 +100,19 @@ impl Problem {
     }
 }
 
-/// Problems as they are found; [`Problems::finish`] turns them into an error.
+/// The problems found so far; [`Problems::finish`] turns them into an error.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Problems {
-    found: BTreeMap<Problem, Found>,
+    found: BTreeMap<Problem, Occurrences>,
     /// Matrices of which a part was refused.
     refused: BTreeSet<String>,
-    /// Tensors that were said to be missing.
+    /// Tensors that were reported as missing.
     missing: BTreeSet<String>,
 }
 
 /// How many objects have a problem, and the first few of them.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Found {
+struct Occurrences {
     count: u64,
     first: Vec<String>,
 }
@@ -122,7 +123,7 @@ impl Problems {
         self.note(problem, || format!("`{name}`"));
     }
 
-    /// Notes that `name` has the problem, and what exactly.
+    /// Notes that `name` has the problem, with a detail.
     pub fn explain(&mut self, problem: Problem, name: &str, what: impl fmt::Display) {
         self.note(problem, || format!("`{name}` ({what})"));
     }
@@ -130,14 +131,13 @@ impl Problems {
     fn note(&mut self, problem: Problem, text: impl FnOnce() -> String) {
         let found = self.found.entry(problem).or_default();
         found.count = found.count.saturating_add(1);
-        if found.first.len() < LISTED {
+        if found.first.len() < MAX_LISTED {
             found.first.push(text());
         }
     }
 
-    /// Notes `count` objects that have the problem, of which `first` gives the first few.
-    ///
-    /// A config.json can ask for more tensors than could ever be listed.
+    /// Notes `count` objects with the problem; `first` yields them as (name, detail). Only the
+    /// first few are taken, because a config.json can ask for any number of tensors.
     pub fn add_many(
         &mut self,
         problem: Problem,
@@ -149,13 +149,14 @@ impl Problems {
         }
         let found = self.found.entry(problem).or_default();
         found.count = found.count.saturating_add(count);
-        let room = LISTED - found.first.len();
+        let room = MAX_LISTED - found.first.len();
         let shown = usize::try_from(count).map_or(room, |n| n.min(room));
         found.first.extend(first.take(shown).map(|(name, what)| format!("`{name}` ({what})")));
     }
 
-    /// Notes that a part of the matrix `name` was refused: what needs the matrix is not missing.
-    pub fn refuse_matrix(&mut self, name: String) {
+    /// Remembers that a part of the matrix `name` was refused, so that the matrix is not reported
+    /// as missing too.
+    pub fn mark_refused(&mut self, name: String) {
         self.refused.insert(name);
     }
 
@@ -164,13 +165,13 @@ impl Problems {
         self.refused.contains(name)
     }
 
-    /// Notes that a message says already what is missing of the tensor `name`.
-    pub fn note_missing(&mut self, name: &str) {
+    /// Remembers that the tensor `name`, or a part of it, was reported as missing.
+    pub fn mark_missing(&mut self, name: &str) {
         self.missing.insert(name.to_owned());
     }
 
-    /// Whether a message says already what is wrong with the tensor `name`.
-    pub fn is_known(&self, name: &str) -> bool {
+    /// Whether the tensor `name` was already refused or reported as missing.
+    pub fn is_reported(&self, name: &str) -> bool {
         self.refused.contains(name) || self.missing.contains(name)
     }
 
@@ -179,10 +180,10 @@ impl Problems {
         self.found.contains_key(&problem)
     }
 
-    /// Nothing, where no problem was noted.
+    /// Succeeds if no problem was noted.
     ///
     /// # Errors
-    /// All that was noted.
+    /// All noted problems.
     pub fn finish(self) -> Result<(), PlanError> {
         if self.found.is_empty() { Ok(()) } else { Err(PlanError::Refused(self)) }
     }
@@ -190,7 +191,7 @@ impl Problems {
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (problem, Found { count, first })) in self.found.iter().enumerate() {
+        for (i, (problem, Occurrences { count, first })) in self.found.iter().enumerate() {
             if i > 0 {
                 f.write_str("; ")?;
             }
@@ -204,19 +205,19 @@ impl fmt::Display for Problems {
     }
 }
 
-/// Why no view can be made of a checkpoint.
+/// Why a checkpoint cannot be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
     /// The mapping does not fit the checkpoint's config, or lacks the layout.
     #[error(transparent)]
     Mapping(#[from] MappingError),
-    /// config.json holds something of another type.
+    /// A value in config.json has the wrong type.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// Tensors that cannot be served.
     #[error("{0}")]
     Refused(Problems),
-    /// The names fit no layout of the mapping.
+    /// The names of the checkpoint fit no layout of the mapping.
     #[error(
         "the checkpoint's names fit no layout of `{model}`: none of its {tensors} tensors is one \
          that the mapping renames or groups"
@@ -227,7 +228,7 @@ pub enum PlanError {
         /// Tensors of the checkpoint.
         tensors: usize,
     },
-    /// `include` and `exclude` of [`super::PlanOptions`] leave no tensor.
+    /// `include` and `exclude` of [`crate::plan::PlanOptions`] select no tensor.
     #[error("the view is empty: no tensor's name passes the filters")]
     Empty,
     /// `expert_parallel` or `expert_shard` for a layout without grouped experts.
@@ -236,15 +237,15 @@ pub enum PlanError {
          `native` or `transformers`"
     )]
     NoGroupedExperts(LayoutName),
-    /// `quantize` for another layout than `hf`.
+    /// `quantize` for a layout other than `hf`.
     #[error("the layout `{0}` cannot be quantized, `hf` alone can")]
     QuantizedLayout(LayoutName),
-    /// `quantize` without an original, by a mapping that does not say what the original's scheme is.
+    /// `quantize` without an original, and the mapping does not describe the quantization.
     #[error("the mapping `{mapping}` does not say {lacks}: take it from the original checkpoint")]
     UnknownQuantization {
         /// The mapping.
         mapping: String,
-        /// What it would have to say.
+        /// What the mapping does not say.
         lacks: &'static str,
     },
     /// More tensors than a plan can number.

@@ -1,17 +1,19 @@
-//! A plan in words, as JSON, and in one line.
+//! Shows a plan: as text, as JSON, and as the summary of a mount in one line.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde_json::{Value, json};
 
-use super::matrix::ScaleReading;
-use super::{Body, Computed, Directory, EncodedMatrix, Facet, Origin, Plan, TensorPlan, Unmapped};
-use crate::mapping::{LayoutName, Resolved};
+use crate::mapping::{LayoutName, ResolvedMapping};
+use crate::plan::{
+    Body, Computed, Directory, EncodedMatrix, Facet, Origin, Plan, ScaleReading, SourceRange,
+    TensorPlan, Unmapped,
+};
 use crate::source::{Checkpoint, printable};
 use crate::tensor::{ByteSize, Float};
 
-/// What a mount reports of its plan.
+/// The summary that a mount reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {
     /// The mapping.
@@ -20,33 +22,33 @@ pub struct Summary {
     pub from: LayoutName,
     /// Layout of the view.
     pub to: LayoutName,
-    /// What quantized and grouped tensors are in the view.
+    /// Dtype of dequantized and grouped tensors in the view.
     pub dtype: Float,
-    /// Source tensors, and their bytes.
+    /// Number and bytes of the source's tensors.
     pub source: (u64, u64),
-    /// Tensors of the root directory, and their bytes.
+    /// Number and bytes of the tensors in the root directory.
     pub view: (u64, u64),
-    /// Verbatim tensors of the root directory, and their bytes.
+    /// Number and bytes of the verbatim tensors in the root directory.
     pub verbatim: (u64, u64),
-    /// Expert-parallel directories beside the root.
+    /// Number of expert-parallel directories besides the root.
     pub ranks: u64,
-    /// How scales of fused shards are read, and the pairs that it concerns.
+    /// How scales of fused shards are read, and the number of pairs with shared scales.
     pub fused_scales: Option<(ScaleReading, u64)>,
-    /// Schemes and blocks that matrices are encoded in, in words.
+    /// Schemes and blocks of quantized matrices: `fp8 128x128`.
     pub encoded: BTreeSet<String>,
-    /// Tensors left out by the mapping's rules, by reason.
+    /// Numbers of tensors that `drop` rules left out, by reason.
     pub dropped: BTreeMap<String, u64>,
-    /// Tensors that no rule names, kept or dropped.
+    /// What was done with tensors that no rule names (`kept`, `dropped`), and their number.
     pub unmapped: Option<(&'static str, u64)>,
-    /// Tensors and layers that are missing and were allowed to be.
-    pub lacking: Vec<String>,
-    /// Layers that config.json names and that a source may lack, as this one does.
-    pub absent: BTreeSet<String>,
+    /// Tensors and layers that are missing and that the user allowed to be.
+    pub allowed_missing: Vec<String>,
+    /// Optional layers that config.json names and the source does not have.
+    pub absent_layers: BTreeSet<String>,
 }
 
-/// What a summary is made of, beside the tensors.
-pub(super) struct SummaryParts<'a> {
-    pub mapping: &'a Resolved,
+/// What a summary needs, apart from tensors and directories.
+pub(in crate::plan) struct SummaryParts<'a> {
+    pub mapping: &'a ResolvedMapping,
     pub from: LayoutName,
     pub to: LayoutName,
     pub dtype: Float,
@@ -54,8 +56,8 @@ pub(super) struct SummaryParts<'a> {
     pub quantized: &'a [EncodedMatrix],
     pub dropped: BTreeMap<String, u64>,
     pub unmapped: Option<(Unmapped, u64)>,
-    pub lacking: Vec<String>,
-    pub absent: BTreeSet<String>,
+    pub allowed_missing: Vec<String>,
+    pub absent_layers: BTreeSet<String>,
     pub checkpoint: &'a Checkpoint,
 }
 
@@ -64,7 +66,7 @@ fn count<T>(items: impl Iterator<Item = T>) -> u64 {
 }
 
 impl Summary {
-    pub(super) fn new(
+    pub(in crate::plan) fn new(
         parts: SummaryParts<'_>,
         tensors: &[TensorPlan],
         directories: &[Directory],
@@ -103,8 +105,8 @@ impl Summary {
             fused_scales: parts.fused,
             dropped: parts.dropped,
             unmapped,
-            lacking: parts.lacking,
-            absent: parts.absent,
+            allowed_missing: parts.allowed_missing,
+            absent_layers: parts.absent_layers,
         }
     }
 }
@@ -137,11 +139,11 @@ impl fmt::Display for Summary {
         if let Some((what, n)) = self.unmapped {
             write!(f, "; {n} tensors without a rule {what}")?;
         }
-        for layer in &self.absent {
+        for layer in &self.absent_layers {
             write!(f, "; not in the source: `{layer}`, which config.json names")?;
         }
-        if let Some(first) = self.lacking.first() {
-            let more = self.lacking.len() - 1;
+        if let Some(first) = self.allowed_missing.first() {
+            let more = self.allowed_missing.len() - 1;
             write!(f, "; WARNING: missing and allowed to be: `{}`", printable(first))?;
             if more > 0 {
                 write!(f, " and {more} more")?;
@@ -152,7 +154,7 @@ impl fmt::Display for Summary {
 }
 
 impl Plan {
-    /// How a tensor's bytes come about, in a few words.
+    /// Where the bytes of a tensor come from, in a few words.
     fn how(&self, tensor: &TensorPlan) -> String {
         match &tensor.body {
             Body::Verbatim(runs) if runs.iter().any(|r| r.origin == Origin::Original) => {
@@ -199,11 +201,11 @@ impl Plan {
         computed.fragments.iter().map(|f| &*self.matrix(f.matrix).name).collect()
     }
 
-    /// Names of the matrices and plain tensors of the source that a tensor is computed from, sorted.
+    /// The names of the matrices that a tensor is copied or computed from, sorted.
     pub fn made_of(&self, tensor: &TensorPlan) -> Vec<&str> {
         let mut names: Vec<&str> = match &tensor.body {
             Body::Verbatim(runs) => {
-                let of = |r: &super::SourceRange| match (r.origin, &self.original) {
+                let of = |r: &SourceRange| match (r.origin, &self.original) {
                     (Origin::Original, Some(original)) => &*original.tensor(r.source).name,
                     (Origin::Source | Origin::Original, _) => {
                         let at = self.matrices.partition_point(|m| m.payload < r.source);
@@ -223,7 +225,7 @@ impl Plan {
         names
     }
 
-    /// The plan as JSON: the summary, and every tensor of the root with what it is made of.
+    /// The plan as JSON: the summary, and every tensor of the root with its sources.
     pub fn to_json(&self) -> Value {
         let s = &self.summary;
         let tensors: Vec<Value> = self
@@ -254,7 +256,7 @@ impl Plan {
             "directories": self.directories.iter().map(|d| &d.name).collect::<Vec<_>>(),
             "kv_scales": s.fused_scales.map(|(reading, pairs)| json!({ "reading": reading, "fused_pairs": pairs })),
             "dropped": s.dropped,
-            "missing": s.lacking,
+            "missing": s.allowed_missing,
             "unmapped": s.unmapped.map(|(what, n)| json!({ "action": what, "tensors": n })),
             "tensors": tensors,
         })

@@ -1,53 +1,64 @@
-//! The way back: matrices of the published layout as payload, scale and shape tensors.
+//! Quantizes a view in the published layout: replaces matrices by payload, scale and shape tensors.
 //!
-//! The scales are those of an original checkpoint, or made from the largest magnitude of each
-//! block. Either way payload, scales and shape are facets of one matrix, which itself is
+//! The scales are those of an original checkpoint, or are computed from the largest magnitude of
+//! each block. Either way payload, scales and shape are facets of one matrix, whose elements are
 //! fragments of the source.
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::assemble::Target;
-use super::matrix::{Matrix, ScaleBand, fused_bands};
-use super::problems::{Problem, Problems};
-use super::{
-    Body, Computed, Encoded, EncodedMatrix, EncodedMatrixId, Facet, Fragment, Grid, Member, Origin,
-    ScaleOf, SourceRange, cover,
-};
+use super::bodies;
 use crate::codec::Scheme;
-use crate::mapping::{Bindings, Encoding, Resolved};
-use crate::source::{Checkpoint, SourceId};
+use crate::mapping::{Bindings, Encoding, ResolvedMapping};
+use crate::plan::arrange::ViewTensor;
+use crate::plan::matrix::fused_bands;
+use crate::plan::report::{Problem, Problems};
+use crate::plan::{
+    Body, Computed, Encoded, EncodedMatrix, EncodedMatrixId, Facet, Fragment, Grid, Matrix, Member,
+    Origin, ScaleBand, ScaleOf, SourceRange,
+};
+use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Float, Shape};
 
-/// A tensor of the view that is a facet of a quantized matrix.
+/// A payload, scale or shape tensor of the view.
 #[derive(Debug)]
-pub(super) struct FacetTensor {
+pub(in crate::plan) struct FacetTensor {
     pub name: String,
     pub dtype: DType,
     pub shape: Shape,
     pub body: Body,
 }
 
-/// Everything that quantizing made.
+impl FacetTensor {
+    /// A stored tensor, shown unchanged as `name`.
+    fn stored(name: String, tensor: &SourceTensor, origin: Origin, source: SourceId) -> Self {
+        let run = SourceRange { at: 0, bytes: tensor.bytes, origin, source, offset: 0 };
+        let body = Body::Verbatim(vec![run]);
+        FacetTensor { name, dtype: tensor.dtype, shape: tensor.shape.clone(), body }
+    }
+}
+
+/// The result of quantizing.
 #[derive(Debug, Default)]
-pub(super) struct Facets {
+pub(in crate::plan) struct Facets {
     pub tensors: Vec<FacetTensor>,
     pub quantized: Vec<EncodedMatrix>,
-    /// Dtypes that plain tensors have in the original, by name.
+    /// Dtypes of plain tensors in the original checkpoint, by name.
     pub plain_dtypes: BTreeMap<String, DType>,
 }
 
-/// The checkpoint that scales are taken from, and its matrices.
+/// The original checkpoint, which scales are taken from, and its matrices.
 #[derive(Debug)]
-pub(super) struct Original<'a> {
+pub(in crate::plan) struct Original<'a> {
     pub checkpoint: &'a Checkpoint,
     pub matrices: Vec<Matrix>,
 }
 
-/// Takes the targets that the original checkpoint holds quantized, and gives their facets.
-pub(super) fn by_original(
+/// Takes the tensors out of `view_tensors` that the original checkpoint has quantized; returns
+/// their facets, with the scales of the original.
+pub(in crate::plan) fn quantize_like_original(
     original: &Original<'_>,
-    mapping: &Resolved,
-    targets: &mut Vec<Target>,
+    mapping: &ResolvedMapping,
+    view_tensors: &mut Vec<ViewTensor>,
     problems: &mut Problems,
 ) -> Facets {
     let Original { checkpoint: original, matrices: list } = original;
@@ -56,22 +67,22 @@ pub(super) fn by_original(
         .map(|m| (mapping.canonical(&m.name).unwrap_or_else(|| m.name.to_string()), m))
         .collect();
     let mut facets = Facets::default();
-    targets.retain(|target| {
-        let Some(matrix) = by_name.get(&target.name) else { return true };
-        if matrix.logical_dims() != target.shape {
+    view_tensors.retain(|tensor| {
+        let Some(matrix) = by_name.get(&tensor.name) else { return true };
+        if matrix.logical_dims() != tensor.shape {
             let what =
-                format!("got {:?}, but the original has {:?}", target.shape, matrix.logical_dims());
-            problems.explain(Problem::RuleShape, &target.name, what);
+                format!("got {:?}, but the original has {:?}", tensor.shape, matrix.logical_dims());
+            problems.explain(Problem::RuleShape, &tensor.name, what);
             return false;
         }
         let Some(scales) = &matrix.scales else {
-            facets.plain_dtypes.insert(target.name.clone(), matrix.dtype);
+            facets.plain_dtypes.insert(tensor.name.clone(), matrix.dtype);
             return true;
         };
         let stored = |b: &ScaleBand<SourceId>| b.map_scale(ScaleOf::Original);
         let member = Member {
             shape: matrix.shape.clone(),
-            values: values_of(target, matrix.transposed),
+            values: values_of(tensor, matrix.transposed),
             bands: scales.bands.iter().map(stored).collect(),
             scale_cols: scales.cols,
         };
@@ -91,32 +102,21 @@ pub(super) fn by_original(
         });
         for source in matrix.own_scale.into_iter().chain(matrix.shape_tensor) {
             let tensor = original.tensor(source);
-            let run = SourceRange {
-                at: 0,
-                bytes: tensor.bytes,
-                origin: Origin::Original,
-                source,
-                offset: 0,
-            };
-            facets.tensors.push(FacetTensor {
-                name: tensor.name.to_string(),
-                dtype: tensor.dtype,
-                shape: tensor.shape.clone(),
-                body: Body::Verbatim(vec![run]),
-            });
+            let name = tensor.name.to_string();
+            facets.tensors.push(FacetTensor::stored(name, tensor, Origin::Original, source));
         }
         false
     });
     facets
 }
 
-/// Takes the targets that a published checkpoint holds quantized, and gives the tensors that it holds
-/// them in.
-pub(super) fn as_stored(
+/// Takes the tensors out of `view_tensors` that the source, a published checkpoint, has quantized;
+/// returns their stored tensors unchanged.
+pub(in crate::plan) fn copy_quantized(
     checkpoint: &Checkpoint,
     matrices: &[Matrix],
-    mapping: &Resolved,
-    targets: &mut Vec<Target>,
+    mapping: &ResolvedMapping,
+    view_tensors: &mut Vec<ViewTensor>,
 ) -> Facets {
     let published = |name: &str| mapping.canonical(name).unwrap_or_else(|| name.to_owned());
     let mut facets = Facets::default();
@@ -126,56 +126,46 @@ pub(super) fn as_stored(
         let parts = [Some(matrix.payload), matrix.own_scale, matrix.shape_tensor];
         for source in parts.into_iter().flatten() {
             let tensor = checkpoint.tensor(source);
-            let run = SourceRange {
-                at: 0,
-                bytes: tensor.bytes,
-                origin: Origin::Source,
-                source,
-                offset: 0,
-            };
-            facets.tensors.push(FacetTensor {
-                name: published(&tensor.name),
-                dtype: tensor.dtype,
-                shape: tensor.shape.clone(),
-                body: Body::Verbatim(vec![run]),
-            });
+            let name = published(&tensor.name);
+            facets.tensors.push(FacetTensor::stored(name, tensor, Origin::Source, source));
         }
     }
-    targets.retain(|target| !taken.contains(&target.name));
+    view_tensors.retain(|tensor| !taken.contains(&tensor.name));
     facets
 }
 
-/// Takes the targets that the model's published checkpoints hold quantized, and gives their facets.
+/// Takes the tensors out of `view_tensors` that the mapping's encodings quantize; returns their
+/// facets, with computed scales.
 ///
-/// `scale_dtype` is what INT4 scales are stored as.
-pub(super) fn by_mapping(
-    mapping: &Resolved,
+/// `scale_dtype` is the dtype of INT4 scales, where the user asks for one.
+pub(in crate::plan) fn quantize_by_mapping(
+    mapping: &ResolvedMapping,
     scale_dtype: Option<Float>,
-    targets: &mut Vec<Target>,
+    view_tensors: &mut Vec<ViewTensor>,
     problems: &mut Problems,
 ) -> Facets {
     let mut facets = Facets::default();
-    let mut left: BTreeMap<String, Target> =
-        std::mem::take(targets).into_iter().map(|t| (t.name.clone(), t)).collect();
+    let mut left: BTreeMap<String, ViewTensor> =
+        std::mem::take(view_tensors).into_iter().map(|t| (t.name.clone(), t)).collect();
     let names: Vec<String> = left.keys().cloned().collect();
     for name in names {
-        let used = mapping.encodings.iter().find(|e| e.back.takes(&name));
+        let used = mapping.encodings.iter().find(|e| e.quantize.matches(&name));
         let Some(encoding) = used else { continue };
         let bound = encoding.matrix.iter().find_map(|t| t.bind(&name, &encoding.vars));
         let Some(bindings) = bound else {
             problems.explain(Problem::RuleShape, &name, "quantized under a name of another form");
             continue;
         };
-        let parts: Option<Vec<Target>> = encoding
+        let parts: Option<Vec<ViewTensor>> = encoding
             .matrix
             .iter()
             .map(|t| left.remove(&t.format(&bindings, &encoding.vars)?))
             .collect();
-        // A pair was taken whole when its first name came up.
+        // `None` for the second name of a pair, which was taken together with the first.
         let Some(parts) = parts else { continue };
         facets.encode(encoding, &bindings, scale_dtype, &parts, problems);
     }
-    targets.extend(left.into_values());
+    view_tensors.extend(left.into_values());
     facets
 }
 
@@ -186,19 +176,20 @@ impl Facets {
         EncodedMatrixId(id)
     }
 
+    /// Adds the facets of a matrix, or of the two matrices of a pair.
     fn encode(
         &mut self,
         encoding: &Encoding,
         bindings: &Bindings,
         scale_dtype: Option<Float>,
-        parts: &[Target],
+        parts: &[ViewTensor],
         problems: &mut Problems,
     ) {
         let scheme = encoding.scheme;
         let dtype = match (scheme, scale_dtype) {
             (Scheme::Int4, Some(float)) => float.dtype(),
             (Scheme::Fp8 | Scheme::Fp4 | Scheme::Int4 | Scheme::Mxfp4, _) => {
-                encoding.back.scale_dtype
+                encoding.quantize.scale_dtype
             }
         };
         let geometry = geometry(encoding, parts);
@@ -243,7 +234,7 @@ impl Facets {
                 body: encoded(grid, Facet::Scale),
             });
             if let Some(template) = &encoding.shape {
-                // I32, as the published checkpoints have it.
+                // I32, as in published checkpoints.
                 let bytes = dims
                     .iter()
                     .flat_map(|d| i32::try_from(*d).unwrap_or(i32::MAX).to_le_bytes())
@@ -268,8 +259,8 @@ struct Geometry {
     bands: Vec<ScaleBand<ScaleOf>>,
 }
 
-/// The geometry of every member; `None` where the scheme cannot hold one.
-fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
+/// The geometry of every member; `None` where the scheme cannot hold its shape.
+fn geometry(encoding: &Encoding, parts: &[ViewTensor]) -> Option<Vec<Geometry>> {
     let scheme = encoding.scheme;
     let block = encoding.block;
     let mut out = Vec::with_capacity(parts.len());
@@ -295,7 +286,7 @@ fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
             .collect();
         out.push(Geometry { payload, scale: Shape::new(scale), bands, matrix });
     }
-    if let (true, Some(shards)) = (encoding.fused_shards, encoding.back.shards) {
+    if let (true, Some(shards)) = (encoding.fused_shards, encoding.quantize.shards) {
         let [first, second] = parts else { return None };
         let ([first_rows, first_cols], [second_rows, second_cols]) =
             (&first.shape[..], &second.shape[..])
@@ -303,7 +294,7 @@ fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
             return None;
         };
         let rows = [*first_rows, *second_rows];
-        // One grid lies over the rows of both.
+        // Both are in one grid, so their columns and shards must agree.
         if first_cols != second_cols
             || rows.iter().any(|r| shards == 0 || !r.is_multiple_of(shards))
         {
@@ -320,10 +311,11 @@ fn geometry(encoding: &Encoding, parts: &[Target]) -> Option<Vec<Geometry>> {
     Some(out)
 }
 
-/// The matrix's numbers as F32: the target's fragments, in the orientation of the payload.
-fn values_of(target: &Target, transposed: bool) -> Computed {
-    let mut shape = target.shape.clone();
-    let mut fragments = target.fragments.clone();
+/// The elements of the matrix as F32: the fragments of the tensor, in the orientation of the
+/// payload.
+fn values_of(tensor: &ViewTensor, transposed: bool) -> Computed {
+    let mut shape = tensor.shape.clone();
+    let mut fragments = tensor.fragments.clone();
     if transposed && shape.len() >= 2 {
         let n = shape.len();
         shape.swap(n - 2, n - 1);
@@ -333,10 +325,10 @@ fn values_of(target: &Target, transposed: bool) -> Computed {
         let key = |f: &Fragment| f.map.target.iter().map(|a| a.start).collect::<Vec<_>>();
         fragments.sort_by_cached_key(key);
     }
-    cover::computed(&Shape::new(shape), DType::F32, fragments)
+    bodies::computed(&Shape::new(shape), DType::F32, fragments)
 }
 
-/// Chunks of a payload: whole matrix rows, whatever shape the payload has.
+/// The grid of a payload. Its rows are those of the matrix, whatever shape the payload has.
 fn payload_grid(matrix: &Shape, payload_bytes: u64) -> Grid {
     let [outer @ .., rows, _] = matrix.dims() else { return Grid::of(1, 1, payload_bytes) };
     let planes: u64 = outer.iter().product();

@@ -1,37 +1,41 @@
-//! What the view's config.json says of the view's tensors: how they are quantized, and their dtype.
+//! What the view's config.json must say about the view's tensors: `quantization_config` and dtype.
 //!
-//! It says what was written and nothing else. What the source's config.json says is no evidence: it
-//! may be the published one beside plain weights, or name blocks of another size.
+//! Both are derived from the tensors of the view. Where quantized tensors, or their scales, are
+//! copied from a checkpoint, its `quantization_config` is copied too. Otherwise config.json of the
+//! source is not trusted: it may be the published one next to plain weights, or give another block
+//! size.
 
 use serde_json::Value;
 
-use super::assemble::Target;
-use super::problems::PlanError;
-use super::{Body, EncodedMatrix, Origin, Stated, TensorPlan};
 use crate::codec::{ScaleCode, Scheme};
-use crate::mapping::{QuantizationConfig, Resolved};
+use crate::mapping::{QuantizationConfig, ResolvedMapping};
+use crate::plan::arrange::ViewTensor;
+use crate::plan::report::PlanError;
+use crate::plan::{Body, ConfigEntries, EncodedMatrix, Origin, TensorPlan};
 use crate::source::{Checkpoint, Config};
 use crate::tensor::Float;
 
-/// What config.json says of a view of these tensors: whether one of them is part of a quantized
-/// matrix, `like` which checkpoint, and else by the encodings of `quantized`.
+/// The entries of config.json for a view of these tensors.
+///
+/// `is_quantized` says whether one of them is part of a quantized matrix. `like` is the checkpoint
+/// that quantized tensors or scales are copied from; without one, the entries describe `quantized`.
 ///
 /// # Errors
-/// Where neither the original nor the mapping says what `quantization_config` is.
-pub(super) fn stated(
+/// Neither `like` nor the mapping has a `quantization_config`.
+pub(in crate::plan) fn config_entries(
     is_quantized: bool,
     like: Option<&Checkpoint>,
-    mapping: &Resolved,
-    targets: &[Target],
+    mapping: &ResolvedMapping,
+    view_tensors: &[ViewTensor],
     tensors: &[TensorPlan],
     quantized: &[EncodedMatrix],
-) -> Result<Stated, PlanError> {
-    let dtype = usual_dtype(tensors);
+) -> Result<ConfigEntries, PlanError> {
+    let dtype = dominant_dtype(tensors);
     if !is_quantized {
-        return Ok(Stated { quantization: None, dtype });
+        return Ok(ConfigEntries { quantization: None, dtype });
     }
     if let Some(config) = like.and_then(|like| quantization_of(like.config())) {
-        return Ok(Stated { quantization: Some(config), dtype });
+        return Ok(ConfigEntries { quantization: Some(config), dtype });
     }
     let fits = |c: &&QuantizationConfig| {
         c.scheme.is_none_or(|scheme| quantized.iter().any(|q| q.scheme == scheme))
@@ -40,18 +44,22 @@ pub(super) fn stated(
         let lacks = "what `quantization_config` is";
         return Err(PlanError::UnknownQuantization { mapping: mapping.name.clone(), lacks });
     };
-    describe(&mut config, targets, quantized);
-    Ok(Stated { quantization: Some(config), dtype })
+    complete(&mut config, view_tensors, quantized);
+    Ok(ConfigEntries { quantization: Some(config), dtype })
 }
 
-/// Puts what was written into the mapping's `quantization_config`: blocks, groups, how scales are
-/// rounded, and the modules that stay plain.
-fn describe(config: &mut QuantizationConfig, targets: &[Target], quantized: &[EncodedMatrix]) {
+/// Completes the mapping's `quantization_config` with what was written: block and group sizes, the
+/// rounding of scales, and the modules that are not quantized.
+fn complete(
+    config: &mut QuantizationConfig,
+    view_tensors: &[ViewTensor],
+    quantized: &[EncodedMatrix],
+) {
     let unquantized = config.unquantized.clone();
     let Some(value) = config.value.as_object_mut() else { return };
     let mut fp8 = quantized.iter().filter(|q| q.scheme == Scheme::Fp8);
     if !fp8.clone().all(|q| q.scale == ScaleCode::E8M0) {
-        // Only powers of two are what it stands for.
+        // It stands for scales that are powers of two.
         value.shift_remove("scale_fmt");
     }
     if let (Some(block), Some(q)) = (value.get_mut("weight_block_size"), fp8.next()) {
@@ -65,18 +73,18 @@ fn describe(config: &mut QuantizationConfig, targets: &[Target], quantized: &[En
         }
     }
     if let Some(key) = unquantized {
-        value.insert(key, unquantized_modules(targets).into());
+        value.insert(key, unquantized_modules(view_tensors).into());
     }
 }
 
 /// Modules whose weight matrices are not quantized.
-fn unquantized_modules(targets: &[Target]) -> Vec<String> {
-    let matrices = targets.iter().filter(|t| t.shape.len() == 2);
+fn unquantized_modules(view_tensors: &[ViewTensor]) -> Vec<String> {
+    let matrices = view_tensors.iter().filter(|t| t.shape.len() == 2);
     matrices.filter_map(|t| t.name.strip_suffix(".weight")).map(str::to_owned).collect()
 }
 
 /// The dtype that most elements of the plain floating-point tensors have.
-fn usual_dtype(tensors: &[TensorPlan]) -> Option<Float> {
+fn dominant_dtype(tensors: &[TensorPlan]) -> Option<Float> {
     let mut elements = [(Float::BF16, 0u128), (Float::F16, 0), (Float::F32, 0)];
     for tensor in tensors {
         let plain = match &tensor.body {
@@ -88,12 +96,12 @@ fn usual_dtype(tensors: &[TensorPlan]) -> Option<Float> {
         let slot = elements.iter_mut().find(|(f, _)| *f == float).expect("all floats are listed");
         slot.1 += u128::from(tensor.shape.elements().unwrap_or(0));
     }
-    // The first of equals.
+    // Reversed, so that the first of equals is taken.
     let most = elements.iter().rev().max_by_key(|(_, n)| *n)?;
     (most.1 > 0).then_some(most.0)
 }
 
-/// `quantization_config` of a checkpoint, and where it stands.
+/// `quantization_config` of a checkpoint, and the object that contains it.
 fn quantization_of(config: &Config) -> Option<QuantizationConfig> {
     const KEY: &str = "quantization_config";
     let found = |within: Option<&String>, value: &Value| QuantizationConfig {

@@ -1,43 +1,10 @@
-//! Checks on a finished tensor: complete cover, and whether its bytes are the source's own.
+//! Chooses the body of a tensor: verbatim byte ranges where possible, computed chunks otherwise.
 
-use super::{Computed, Fragment, Grid, Matrix, Origin, SourceRange};
+use crate::plan::{Computed, Fragment, Grid, Matrix, Origin, SourceRange};
 use crate::tensor::{BoxMap, DType, Shape};
 
-/// Whether the fragments cover a tensor of this shape, each element once.
-pub(super) fn covers(shape: &Shape, fragments: &[Fragment]) -> bool {
-    let within = |f: &Fragment| {
-        f.map.target.len() == shape.rank()
-            && (0..shape.rank()).all(|a| f.map.target_span(a).1 < shape.dims()[a])
-    };
-    let total: u64 = fragments.iter().map(|f| f.map.elements()).sum();
-    if Some(total) != shape.elements() {
-        return false;
-    }
-    // Nothing to cover; a box without elements has no last one.
-    if total == 0 {
-        return true;
-    }
-    if !fragments.iter().all(within) {
-        return false;
-    }
-    if shape.rank() == 0 {
-        return fragments.len() == 1;
-    }
-    // Fragments come in the order of their targets; only those whose first axes meet can overlap.
-    let mut open: Vec<&Fragment> = Vec::new();
-    for f in fragments {
-        let (first, _) = f.map.target_span(0);
-        open.retain(|o| o.map.target_span(0).1 >= first);
-        if open.iter().any(|o| o.map.overlaps(&f.map)) {
-            return false;
-        }
-        open.push(f);
-    }
-    true
-}
-
-/// The source runs that are the tensor's bytes, where it is made of plain matrices of its own
-/// dtype, all contiguous on both sides.
+/// The byte ranges of source tensors that are the tensor's bytes. `None` unless every fragment is
+/// of a plain matrix of the same dtype and contiguous on both sides. Adjacent ranges are merged.
 pub(super) fn verbatim_runs(
     shape: &Shape,
     dtype: DType,
@@ -77,7 +44,7 @@ pub(super) fn verbatim_runs(
     (whole && Some(end) == shape.bytes(dtype)).then_some(runs)
 }
 
-/// First elements on both sides, where the map is one contiguous run on both.
+/// The first elements on both sides, where the map is one contiguous range on both.
 fn contiguous(map: &BoxMap, target: &[u64], source: &[u64]) -> Option<(u64, u64)> {
     let mut moves = vec![(0, 0); map.extent.len()];
     let (mut at, mut from) = (0, 0);
@@ -105,11 +72,11 @@ fn contiguous(map: &BoxMap, target: &[u64], source: &[u64]) -> Option<(u64, u64)
     Some((at, from))
 }
 
-/// A computed tensor, its fragments in order and found by plane.
+/// The computed body of a tensor, with an index of fragments by plane.
 pub(super) fn computed(shape: &Shape, dtype: DType, fragments: Vec<Fragment>) -> Computed {
     let grid = Grid::new(shape, u64::from(dtype.bits() / 8));
     let position = |i: usize| u32::try_from(i).expect("the planner bounds the fragments");
-    // One fragment lies in one plane where every outer axis stands still.
+    // A fragment lies in a single plane if none of its axes runs along an outer axis.
     let outer = shape.rank().saturating_sub(2);
     let single = |f: &Fragment| f.map.target[..outer].iter().all(|a| a.along.is_none());
     let mut planes = Vec::new();

@@ -1,33 +1,34 @@
-//! Takes a checkpoint's tensors together into matrices: payload, scale and shape tensors become
-//! one, everything else is a matrix of its own.
+//! Combines the tensors of a checkpoint into matrices: payload, scale and shape tensors become one
+//! quantized matrix, every other tensor is a plain matrix.
 
 use std::collections::HashSet;
 
-use super::assemble::MOST_PIECES;
-use super::matrix::{Matrix, MatrixScales, ScaleBand, ScaleReading, fused_bands};
-use super::orphans::one_of;
-use super::problems::{PlanError, Problem, Problems};
+use super::orphans::dtype_list;
 use crate::codec::{ScaleGrid, Scheme};
-use crate::mapping::{Bindings, Encoding, NameTemplate, Resolved};
+use crate::mapping::{Bindings, Encoding, NameTemplate, ResolvedMapping};
+use crate::plan::fragment::MAX_FRAGMENTS;
+use crate::plan::matrix::fused_bands;
+use crate::plan::report::{PlanError, Problem, Problems};
+use crate::plan::{Matrix, MatrixScales, ScaleBand, ScaleReading};
 use crate::source::{Checkpoint, SourceId, SourceTensor};
 use crate::tensor::{DType, Shape};
 
-/// The matrices of a checkpoint, in the order of their payloads' names.
+/// The matrices of a checkpoint, sorted by the ids of their payloads.
 #[derive(Debug)]
-pub(super) struct Matrices {
-    pub list: Vec<Matrix>,
-    /// Pairs whose scales are shared over the boundary of the two tensors.
+pub(in crate::plan) struct GatheredMatrices {
+    pub matrices: Vec<Matrix>,
+    /// Number of pairs in which a scale block holds rows of both tensors.
     pub fused_pairs: u64,
 }
 
-/// Groups all tensors of `checkpoint` by the mapping's encodings.
-pub(super) fn matrices(
+/// Applies the encodings of the mapping to all tensors of `checkpoint`.
+pub(in crate::plan) fn gather_matrices(
     checkpoint: &Checkpoint,
-    mapping: &Resolved,
+    mapping: &ResolvedMapping,
     reading: ScaleReading,
     problems: &mut Problems,
-) -> Result<Matrices, PlanError> {
-    let mut grouping = Grouping {
+) -> Result<GatheredMatrices, PlanError> {
+    let mut gatherer = MatrixGatherer {
         checkpoint,
         mapping,
         reading,
@@ -38,35 +39,35 @@ pub(super) fn matrices(
         fused_pairs: 0,
         problems,
     };
-    grouping.foreign();
+    gatherer.refuse_unsupported_schemes();
     for encoding in &mapping.encodings {
-        grouping.group(encoding);
+        gatherer.apply_encoding(encoding);
     }
-    grouping.companions();
-    grouping.orphans();
-    grouping.leftovers();
-    let mut found = grouping.found;
-    let fused_pairs = grouping.fused_pairs;
+    gatherer.refuse_unsupported_companions();
+    gatherer.refuse_orphans();
+    gatherer.add_plain_tensors();
+    let mut found = gatherer.found;
+    let fused_pairs = gatherer.fused_pairs;
     found.sort_by_key(|m| m.payload);
-    Ok(Matrices { list: found, fused_pairs })
+    Ok(GatheredMatrices { matrices: found, fused_pairs })
 }
 
-/// A checkpoint's tensors on their way into matrices.
-pub(super) struct Grouping<'a> {
+/// The state of [`gather_matrices`].
+pub(super) struct MatrixGatherer<'a> {
     pub(super) checkpoint: &'a Checkpoint,
-    pub(super) mapping: &'a Resolved,
+    pub(super) mapping: &'a ResolvedMapping,
     reading: ScaleReading,
     config_block: Option<[u64; 2]>,
     config_group: Option<u64>,
-    /// Tensors that were taken, or refused.
+    /// For each tensor, whether it belongs to a matrix already or was refused.
     pub(super) used: Vec<bool>,
     found: Vec<Matrix>,
     fused_pairs: u64,
     pub(super) problems: &'a mut Problems,
 }
 
-/// A payload and its scale, before the scale's rows are dealt out.
-pub(super) struct Quantized {
+/// A payload and its scale tensor, before scale rows are assigned to matrix rows.
+pub(super) struct PayloadAndScale {
     payload: SourceId,
     scale: SourceId,
     shape: Shape,
@@ -74,29 +75,34 @@ pub(super) struct Quantized {
     name: Box<str>,
 }
 
-/// What is there of a quantized matrix.
-pub(super) enum Part {
-    /// No payload: nothing of that name, or something else.
+/// The result of looking for a quantized matrix.
+pub(super) enum PayloadLookup {
+    /// There is no tensor of that name, or it is no payload.
     Absent,
-    /// A payload that was refused.
+    /// The payload or the scale was refused, and noted as a problem.
     Refused,
-    /// Payload and scale.
-    There(Quantized),
+    /// Both are there.
+    Found(PayloadAndScale),
 }
 
-impl<'a> Grouping<'a> {
+impl<'a> MatrixGatherer<'a> {
+    /// The ids of all tensors of the checkpoint.
+    pub(super) fn ids(&self) -> impl Iterator<Item = SourceId> + use<> {
+        (0..).map(SourceId).take(self.checkpoint.tensors().len())
+    }
+
     pub(super) fn tensor(&self, id: SourceId) -> &'a SourceTensor {
         self.checkpoint.tensor(id)
     }
 
-    /// Names of the quantized matrices that were found.
+    /// Names of the matrices that were found so far.
     pub(super) fn quantized_names(&self) -> HashSet<String> {
         self.found.iter().map(|m| m.name.to_string()).collect()
     }
 
-    fn group(&mut self, encoding: &Encoding) {
-        let ids = (0..).map(SourceId).take(self.checkpoint.tensors().len());
-        for id in ids {
+    /// Finds all matrices of one encoding.
+    fn apply_encoding(&mut self, encoding: &Encoding) {
+        for id in self.ids() {
             let tensor = self.tensor(id);
             if self.used[id.index()] || !encoding.scheme.takes_payload(tensor.dtype) {
                 continue;
@@ -104,35 +110,42 @@ impl<'a> Grouping<'a> {
             let bound = encoding.payload.iter().find_map(|t| t.bind(&tensor.name, &encoding.vars));
             let Some(bindings) = bound else { continue };
             if encoding.fused_shards {
-                self.pair(encoding, &bindings);
-            } else if let Part::There(q) = self.quantized(encoding, 0, &bindings) {
-                self.single(encoding, q, &bindings);
+                self.apply_to_pair(encoding, &bindings);
+            } else if let PayloadLookup::Found(q) =
+                self.find_payload_and_scale(encoding, 0, &bindings)
+            {
+                self.add_single(encoding, q, &bindings);
             }
         }
     }
 
-    /// Payload and scale number `i` of the encoding.
-    fn quantized(&mut self, encoding: &Encoding, i: usize, bindings: &Bindings) -> Part {
+    /// Looks for payload and scale number `i` of the encoding.
+    fn find_payload_and_scale(
+        &mut self,
+        encoding: &Encoding,
+        i: usize,
+        bindings: &Bindings,
+    ) -> PayloadLookup {
         let name = |t: &NameTemplate| t.format(bindings, &encoding.vars).unwrap_or_default();
         let Some(payload) = self.checkpoint.find(&name(&encoding.payload[i])) else {
-            return Part::Absent;
+            return PayloadLookup::Absent;
         };
         let tensor = self.tensor(payload);
         let scheme = encoding.scheme;
         let matrix = name(&encoding.matrix[i]);
         if self.used[payload.index()] || !scheme.takes_payload(tensor.dtype) {
             let refused = self.used[payload.index()] && self.problems.is_refused(&matrix);
-            return if refused { Part::Refused } else { Part::Absent };
+            return if refused { PayloadLookup::Refused } else { PayloadLookup::Absent };
         }
         let mut spellings = encoding.scale[i].iter().map(name);
         let scale = encoding.scale[i].iter().find_map(|t| self.checkpoint.find(&name(t)));
         let shape = scheme.matrix_shape(tensor.dtype, &tensor.shape);
         let is_matrix =
-            |s: &Shape| s.elements().is_some_and(|n| n > 0) && planes_of(s) <= MOST_PIECES;
+            |s: &Shape| s.elements().is_some_and(|n| n > 0) && plane_count(s) <= MAX_FRAGMENTS;
         let Some(shape) = shape.filter(is_matrix) else {
-            // Bytes of a payload's dtype can be something else, unless their scale is there.
+            // Without a scale, a tensor of the payload's dtype may be something else.
             if scale.is_none() && !is_only_a_payload(encoding, tensor) {
-                return Part::Absent;
+                return PayloadLookup::Absent;
             }
             let what = format!("expected a matrix, got {} {}", tensor.dtype, tensor.shape);
             self.problems.explain(Problem::PayloadShape, &tensor.name, what);
@@ -146,25 +159,26 @@ impl<'a> Grouping<'a> {
         };
         let (scale_name, given) = (&self.tensor(scale).name, self.tensor(scale).dtype);
         let Some(scale_code) = scheme.scale_code(given) else {
-            let expected = one_of(|d| scheme.scale_code(d).is_some());
+            let expected = dtype_list(|d| scheme.scale_code(d).is_some());
             let what = format!("expected {expected}, got {given}");
             self.problems.explain(Problem::ScaleDtype, scale_name, what);
             return self.refuse(&matrix, [Some(payload), Some(scale)]);
         };
         let name = matrix.into_boxed_str();
-        Part::There(Quantized { payload, scale, shape, scale_code, name })
+        PayloadLookup::Found(PayloadAndScale { payload, scale, shape, scale_code, name })
     }
 
-    /// Takes tensors for a matrix that cannot be made of them.
-    pub(super) fn refuse(&mut self, matrix: &str, parts: [Option<SourceId>; 2]) -> Part {
+    /// Marks a matrix and its tensors as refused, so that nothing else is reported about them.
+    pub(super) fn refuse(&mut self, matrix: &str, parts: [Option<SourceId>; 2]) -> PayloadLookup {
         for id in parts.into_iter().flatten() {
             self.used[id.index()] = true;
         }
         let name = self.mapping.canonical(matrix).unwrap_or_else(|| matrix.to_owned());
-        self.problems.refuse_matrix(name);
-        Part::Refused
+        self.problems.mark_refused(name);
+        PayloadLookup::Refused
     }
 
+    /// Rows and columns that a scale serves: by config.json where it says so, else by the mapping.
     fn block(&self, encoding: &Encoding) -> [u64; 2] {
         match encoding.scheme {
             Scheme::Fp8 => self.config_block.unwrap_or(encoding.block),
@@ -173,21 +187,24 @@ impl<'a> Grouping<'a> {
         }
     }
 
-    fn single(&mut self, encoding: &Encoding, q: Quantized, bindings: &Bindings) {
+    /// Adds a matrix that was quantized on its own.
+    fn add_single(&mut self, encoding: &Encoding, q: PayloadAndScale, bindings: &Bindings) {
         let block = self.block(encoding);
         self.used[q.payload.index()] = true;
         self.used[q.scale.index()] = true;
         let given = &self.tensor(q.scale).shape;
         let Some(grid) = encoding.scheme.scale_grid(&q.shape, given, block) else {
-            let expected = plain_scale(&q.shape, block).to_string();
-            self.scale_shape_problem(&q, block, &expected);
+            let expected = plain_scale_shape(&q.shape, block).to_string();
+            self.refuse_scale_shape(&q, block, &expected);
             return;
         };
         let bands = plain_bands(&q, &grid);
         let shape_tensor = self.shape_tensor(encoding, bindings);
-        self.add(encoding, q, &grid, bands, shape_tensor);
+        self.add_quantized(encoding, q, &grid, bands, shape_tensor);
     }
 
+    /// The tensor that holds the decoded shape, where the encoding has one; its dtype and size are
+    /// checked.
     fn shape_tensor(&mut self, encoding: &Encoding, bindings: &Bindings) -> Option<SourceId> {
         let name = encoding.shape.as_ref()?.format(bindings, &encoding.vars)?;
         let Some(id) = self.checkpoint.find(&name) else {
@@ -205,22 +222,39 @@ impl<'a> Grouping<'a> {
         Some(id)
     }
 
-    /// A pair whose rows were quantized as one.
-    fn pair(&mut self, encoding: &Encoding, bindings: &Bindings) {
-        match [0, 1].map(|i| self.quantized(encoding, i, bindings)) {
-            [Part::There(first), Part::There(second)] => self.fused(encoding, first, second),
-            [Part::There(q), Part::Absent] => self.half(encoding, q, 1, bindings),
-            [Part::Absent, Part::There(q)] => self.half(encoding, q, 0, bindings),
-            // One was refused, so the scales of the other say nothing.
-            [Part::There(q), Part::Refused] | [Part::Refused, Part::There(q)] => {
+    /// Finds both matrices of a pair that was quantized as one.
+    fn apply_to_pair(&mut self, encoding: &Encoding, bindings: &Bindings) {
+        match [0, 1].map(|i| self.find_payload_and_scale(encoding, i, bindings)) {
+            [PayloadLookup::Found(first), PayloadLookup::Found(second)] => {
+                self.add_pair(encoding, first, second)
+            }
+            [PayloadLookup::Found(q), PayloadLookup::Absent] => {
+                self.refuse_half_pair(encoding, q, 1, bindings)
+            }
+            [PayloadLookup::Absent, PayloadLookup::Found(q)] => {
+                self.refuse_half_pair(encoding, q, 0, bindings)
+            }
+            // One was refused; without it, the scales of the other have no meaning.
+            [PayloadLookup::Found(q), PayloadLookup::Refused]
+            | [PayloadLookup::Refused, PayloadLookup::Found(q)] => {
                 self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
             }
-            [Part::Absent | Part::Refused, Part::Absent | Part::Refused] => {}
+            [
+                PayloadLookup::Absent | PayloadLookup::Refused,
+                PayloadLookup::Absent | PayloadLookup::Refused,
+            ] => {}
         }
     }
 
-    /// A matrix of a pair without number `other`: which scale serves which row cannot be known.
-    fn half(&mut self, encoding: &Encoding, q: Quantized, other: usize, bindings: &Bindings) {
+    /// Refuses a matrix of a pair without its partner, number `other`: it is unknown which scale
+    /// serves which of its rows.
+    fn refuse_half_pair(
+        &mut self,
+        encoding: &Encoding,
+        q: PayloadAndScale,
+        other: usize,
+        bindings: &Bindings,
+    ) {
         let name = encoding.payload[other].format(bindings, &encoding.vars).unwrap_or_default();
         let payload = self.tensor(q.payload);
         match self.checkpoint.find(&name) {
@@ -228,7 +262,7 @@ impl<'a> Grouping<'a> {
                 let what = format!("for `{}`, which was quantized with it", payload.name);
                 self.problems.explain(Problem::MissingPart, &name, what);
                 let missing = encoding.matrix[other].format(bindings, &encoding.vars);
-                self.problems.note_missing(&missing.unwrap_or_default());
+                self.problems.mark_missing(&missing.unwrap_or_default());
             }
             Some(id) => {
                 let (with, dtype, got) = (&payload.name, payload.dtype, self.tensor(id).dtype);
@@ -245,8 +279,8 @@ impl<'a> Grouping<'a> {
         self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
     }
 
-    /// Both matrices of a pair.
-    fn fused(&mut self, encoding: &Encoding, first: Quantized, second: Quantized) {
+    /// Adds both matrices of a pair.
+    fn add_pair(&mut self, encoding: &Encoding, first: PayloadAndScale, second: PayloadAndScale) {
         let block = self.block(encoding);
         for q in [&first, &second] {
             self.used[q.payload.index()] = true;
@@ -255,7 +289,7 @@ impl<'a> Grouping<'a> {
         let rows = [&first, &second].map(|q| q.shape.dims()[0]);
         let cols = first.shape.dims()[1].div_ceil(block[1]);
         let scale_shapes = [&first, &second].map(|q| self.tensor(q.scale).shape.dims().to_vec());
-        let two_d = |q: &Quantized, s: &[u64]| {
+        let two_d = |q: &PayloadAndScale, s: &[u64]| {
             q.shape.rank() == 2
                 && s.len() == 2
                 && s[1] == cols
@@ -277,24 +311,29 @@ impl<'a> Grouping<'a> {
             }
         });
         let Some((shards, [of_first, of_second])) = bands.flatten() else {
-            self.alone(encoding, [first, second], block);
+            self.add_pair_unshared(encoding, [first, second], block);
             return;
         };
         self.fused_pairs += u64::from(shards > 1);
         for (q, bands) in [(first, of_first), (second, of_second)] {
             let grid = ScaleGrid { block, plane_rows: q.shape.dims()[0], rows: 0, cols };
-            self.add(encoding, q, &grid, bands, None);
+            self.add_quantized(encoding, q, &grid, bands, None);
         }
     }
 
-    /// A pair that no number of shards explains: each scale must explain itself.
-    fn alone(&mut self, encoding: &Encoding, pair: [Quantized; 2], block: [u64; 2]) {
+    /// Adds a pair whose scale shapes fit no number of shards, if each scale fits its own matrix.
+    fn add_pair_unshared(
+        &mut self,
+        encoding: &Encoding,
+        pair: [PayloadAndScale; 2],
+        block: [u64; 2],
+    ) {
         let grids = [&pair[0], &pair[1]]
             .map(|q| encoding.scheme.scale_grid(&q.shape, &self.tensor(q.scale).shape, block));
         if let [Some(first), Some(second)] = grids {
             for (q, grid) in pair.into_iter().zip([first, second]) {
                 let bands = plain_bands(&q, &grid);
-                self.add(encoding, q, &grid, bands, None);
+                self.add_quantized(encoding, q, &grid, bands, None);
             }
             return;
         }
@@ -303,15 +342,16 @@ impl<'a> Grouping<'a> {
                 self.refuse(&q.name, [None, None]);
                 continue;
             }
-            let plain = plain_scale(&q.shape, block);
-            self.scale_shape_problem(q, block, &format!("{plain} or the rows of fused shards"));
+            let plain = plain_scale_shape(&q.shape, block);
+            self.refuse_scale_shape(q, block, &format!("{plain} or the rows of fused shards"));
         }
     }
 
-    fn add(
+    /// Adds a quantized matrix.
+    fn add_quantized(
         &mut self,
         encoding: &Encoding,
-        q: Quantized,
+        q: PayloadAndScale,
         grid: &ScaleGrid,
         bands: Vec<ScaleBand<SourceId>>,
         shape_tensor: Option<SourceId>,
@@ -336,7 +376,7 @@ impl<'a> Grouping<'a> {
         });
     }
 
-    fn scale_shape_problem(&mut self, q: &Quantized, block: [u64; 2], expected: &str) {
+    fn refuse_scale_shape(&mut self, q: &PayloadAndScale, block: [u64; 2], expected: &str) {
         let scale = self.tensor(q.scale);
         let (got, of, [rows, cols]) = (&scale.shape, &q.shape, block);
         let what = format!("expected {expected}, got {got}: {of} in blocks of {rows}x{cols}");
@@ -344,9 +384,9 @@ impl<'a> Grouping<'a> {
         self.refuse(&q.name, [Some(q.payload), Some(q.scale)]);
     }
 
-    /// What no encoding took: plain tensors.
-    fn leftovers(&mut self) {
-        for id in (0..).map(SourceId).take(self.checkpoint.tensors().len()) {
+    /// Adds the tensors that no encoding took, as plain matrices.
+    fn add_plain_tensors(&mut self) {
+        for id in self.ids() {
             if self.used[id.index()] {
                 continue;
             }
@@ -357,13 +397,13 @@ impl<'a> Grouping<'a> {
     }
 }
 
-/// Matrices of this shape's last two axes: experts, where they are stacked.
-fn planes_of(shape: &Shape) -> u64 {
+/// Number of planes of the last two axes; for stacked experts, the number of experts.
+fn plane_count(shape: &Shape) -> u64 {
     shape.dims().iter().rev().skip(2).fold(1, |n, extent| n.saturating_mul(*extent))
 }
 
-/// Shape of the scales of a matrix in blocks of its rows and columns.
-fn plain_scale(matrix: &Shape, block: [u64; 2]) -> Shape {
+/// The shape that the scales of a matrix have with this block.
+fn plain_scale_shape(matrix: &Shape, block: [u64; 2]) -> Shape {
     let mut dims = matrix.dims().to_vec();
     if let [.., rows, cols] = dims.as_mut_slice() {
         (*rows, *cols) = (rows.div_ceil(block[0]), cols.div_ceil(block[1]));
@@ -371,16 +411,18 @@ fn plain_scale(matrix: &Shape, block: [u64; 2]) -> Shape {
     Shape::new(dims)
 }
 
-/// Whether a tensor of this dtype under a payload's name can be nothing but a payload.
+/// Whether a tensor with the name and dtype of a payload must be one, even without a scale: other
+/// schemes use integer dtypes, which ordinary tensors have too.
 fn is_only_a_payload(encoding: &Encoding, tensor: &SourceTensor) -> bool {
     encoding.scheme == Scheme::Fp8 && tensor.dtype == DType::F8E4M3
 }
 
-fn plain_bands(q: &Quantized, grid: &ScaleGrid) -> Vec<ScaleBand<SourceId>> {
+/// The bands of a matrix whose block grid starts anew in each plane.
+fn plain_bands(q: &PayloadAndScale, grid: &ScaleGrid) -> Vec<ScaleBand<SourceId>> {
     let all_rows: u64 = q.shape.dims()[..q.shape.rank() - 1].iter().product();
     let planes = all_rows.checked_div(grid.plane_rows).unwrap_or(0);
     if grid.block[0] == 1 {
-        // One scale row a matrix row: planes run on.
+        // One scale row per matrix row: the grid need not restart, one band serves all planes.
         return vec![ScaleBand { rows: 0..all_rows, scale: q.scale, row: 0, skip: 0 }];
     }
     (0..planes)

@@ -1,64 +1,67 @@
-//! Parts of one rule at one binding of its variables, and the layout's tensors made of them.
+//! The logical tensors that one rule joins, and the view tensors that it assembles from them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::assemble::{Logical, Target, empty_part, fragments_of, has_few_pieces};
-use super::problems::{Problem, Problems};
-use crate::mapping::{Assembled, Bindings, Layout, Row, Rule, Side};
+use super::assemble::{first_empty, has_allowed_fragment_count};
+use super::{LogicalTensor, ViewTensor};
+use crate::mapping::{AssembledTensor, Bindings, Layout, Rule, Side, TableRow};
+use crate::plan::fragment::fragments_of;
+use crate::plan::report::{Problem, Problems};
 
-/// Missing parts that are looked at one by one: a config.json can ask for any number of them.
-const WALKED: usize = 1 << 16;
+/// Maximum number of missing parts that are examined one by one. A config.json can ask for any
+/// number of experts.
+const MAX_MISSING_EXAMINED: usize = 1 << 16;
 
-/// Groups by the row of their rule and what its variables are bound to, the stacked one unbound.
-pub(super) type Groups<'a> = BTreeMap<(usize, Bindings), Group<'a>>;
+/// Groups by the position of their rule and the values of its variables, without the stacked one.
+pub(super) type RuleGroups<'a> = BTreeMap<(usize, Bindings), RuleGroup<'a>>;
 
-/// The logical tensors that a rule takes at one binding.
+/// The parts of a rule for one set of values of its variables, for example the experts of layer 3.
 #[derive(Debug)]
-pub(super) struct Group<'a> {
+pub(super) struct RuleGroup<'a> {
     rule: &'a Rule,
-    /// By position among the rule's names, and value of the stacked variable.
-    pub parts: BTreeMap<(usize, Option<u64>), &'a Logical>,
+    /// By position in the rule's `hf` names and value of the stacked variable.
+    pub parts: BTreeMap<(usize, Option<u64>), &'a LogicalTensor>,
 }
 
-impl<'a> Group<'a> {
-    /// A group that nothing was found of yet.
-    pub(super) fn new(rule: &'a Rule) -> Group<'a> {
-        Group { rule, parts: BTreeMap::new() }
+impl<'a> RuleGroup<'a> {
+    /// A group without parts.
+    pub(super) fn new(rule: &'a Rule) -> RuleGroup<'a> {
+        RuleGroup { rule, parts: BTreeMap::new() }
     }
 
-    /// The layout's tensors; none where the group was refused.
-    pub(super) fn targets(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<Target> {
+    /// The view tensors of the group; none where it was refused, which is noted.
+    pub(super) fn tensors(&self, bindings: &Bindings, problems: &mut Problems) -> Vec<ViewTensor> {
         let rule = self.rule;
-        let target_name = |j: usize| rule.to[j].format(bindings, &rule.vars).unwrap_or_default();
-        if !self.is_complete(bindings, &target_name(0), problems) {
+        let tensor_name = |j: usize| rule.to[j].format(bindings, &rule.vars).unwrap_or_default();
+        if !self.is_complete(bindings, &tensor_name(0), problems) {
             return Vec::new();
         }
         let Some(shapes) = self.shapes(bindings, problems) else { return Vec::new() };
-        if !has_few_pieces(rule, &target_name(0), problems) {
+        if !has_allowed_fragment_count(rule, &tensor_name(0), problems) {
             return Vec::new();
         }
         let assembled = match rule.assemble(&shapes) {
             Ok(assembled) => assembled,
             Err(error) => {
-                problems.explain(Problem::RuleShape, &target_name(0), error);
+                problems.explain(Problem::RuleShape, &tensor_name(0), error);
                 return Vec::new();
             }
         };
-        let target = |(j, tensor)| self.target(target_name(j), tensor);
-        assembled.into_iter().enumerate().map(target).collect()
+        let view_tensor = |(j, tensor)| self.tensor(tensor_name(j), tensor);
+        assembled.into_iter().enumerate().map(view_tensor).collect()
     }
 
-    fn target(&self, name: String, tensor: Assembled) -> Target {
+    fn tensor(&self, name: String, tensor: AssembledTensor) -> ViewTensor {
         let fragments = tensor
-            .pieces
+            .fragments
             .iter()
-            .flat_map(|piece| {
-                let part = self.parts.get(&(piece.part, piece.stacked));
+            .flat_map(|fragment| {
+                let part = self.parts.get(&(fragment.part, fragment.stacked));
                 let parts = part.map_or(&[][..], |t| &t.parts);
-                parts.iter().filter_map(|(m, map)| Some((*m, piece.map.after(map)?)))
+                parts.iter().filter_map(|(m, map)| Some((*m, fragment.map.after(map)?)))
             })
             .collect();
-        Target {
+        ViewTensor {
             name,
             expert_axis: self.rule.expert_axis && !tensor.shape.is_empty(),
             shape: tensor.shape,
@@ -69,7 +72,7 @@ impl<'a> Group<'a> {
     }
 
     /// Whether every part is there; notes those that are not.
-    fn is_complete(&self, bindings: &Bindings, target: &str, problems: &mut Problems) -> bool {
+    fn is_complete(&self, bindings: &Bindings, view_name: &str, problems: &mut Problems) -> bool {
         let rule = self.rule;
         let parts = u64::try_from(rule.hf.len()).expect("a rule has few names");
         let expected = parts.saturating_mul(rule.stacked_count());
@@ -77,26 +80,28 @@ impl<'a> Group<'a> {
         if expected == there {
             return true;
         }
-        if problems.is_refused(target) {
+        if problems.is_refused(view_name) {
             return false;
         }
-        problems.note_missing(target);
+        problems.mark_missing(view_name);
         let all = rule.stacked().flat_map(|s| (0..rule.hf.len()).map(move |part| (part, s)));
         let missing = || all.clone().filter(|key| !self.parts.contains_key(key));
         let name = |(part, s): (usize, Option<u64>)| rule.part_name(part, s, bindings);
-        let known = missing().take(WALKED).filter_map(name);
+        let known = missing().take(MAX_MISSING_EXAMINED).filter_map(name);
         let refused: BTreeSet<String> = known.filter(|n| problems.is_refused(n)).collect();
         let refused_count = u64::try_from(refused.len()).expect("tensors are counted in 32 bits");
         let names = missing().filter_map(name).filter(|n| !refused.contains(n));
-        let first = names.map(|name| (name, format!("for `{target}`")));
+        let first = names.map(|name| (name, format!("for `{view_name}`")));
         problems.add_many(Problem::MissingPart, expected - there - refused_count, first);
         false
     }
 
-    /// The shape of every part of the rule, one for all values of the stacked variable.
+    /// The shape of each part, the same for all values of the stacked variable; `None` where shapes
+    /// differ, which is noted.
     fn shapes(&self, bindings: &Bindings, problems: &mut Problems) -> Option<Vec<Vec<u64>>> {
         let rule = self.rule;
-        let usual: Vec<&[u64]> = (0..rule.hf.len()).map(|part| self.usual_shape(part)).collect();
+        let usual: Vec<&[u64]> =
+            (0..rule.hf.len()).map(|part| self.most_common_shape(part)).collect();
         let mut fit = true;
         for ((part, stacked), tensor) in &self.parts {
             let got = &tensor.shape;
@@ -104,7 +109,7 @@ impl<'a> Group<'a> {
                 format!("expected {expected:?}, got {got:?}")
             } else if got != usual[*part] {
                 format!("expected {:?} as the others, got {got:?}", usual[*part])
-            } else if empty_part(rule, &[got]).is_some() {
+            } else if first_empty(rule, &[got]).is_some() {
                 format!("expected elements, got {got:?}")
             } else {
                 continue;
@@ -116,8 +121,8 @@ impl<'a> Group<'a> {
         fit.then(|| usual.into_iter().map(<[u64]>::to_vec).collect())
     }
 
-    /// The shape that most tensors of a part have.
-    fn usual_shape(&self, part: usize) -> &[u64] {
+    /// The shape that most tensors of a part have, so that the message names the odd ones.
+    fn most_common_shape(&self, part: usize) -> &[u64] {
         let mut counts: BTreeMap<&[u64], usize> = BTreeMap::new();
         for (_, tensor) in self.parts.iter().filter(|((p, _), _)| *p == part) {
             *counts.entry(&tensor.shape).or_default() += 1;
@@ -126,28 +131,28 @@ impl<'a> Group<'a> {
     }
 }
 
-/// Adds the groups that are wholly absent beside others of the same experts.
+/// Adds groups of which no part is there but must be, so that their parts are reported as missing.
 ///
-/// Grouped tensors of one module come together: where `experts.gate_and_up_projs` can be made,
-/// `experts.down_projs` is expected too.
-pub(super) fn add_siblings<'a>(groups: &mut Groups<'a>, layout: &'a Layout) {
+/// Grouped tensors of one module belong together: a layer with `experts.gate_and_up_projs` must
+/// also have `experts.down_projs`.
+pub(super) fn add_missing_groups<'a>(groups: &mut RuleGroups<'a>, layout: &'a Layout) {
     let name = |rule: &Rule, bindings: &Bindings| rule.to[0].format(bindings, &rule.vars);
     let there = groups.iter().filter(|(_, group)| group.rule.grouped);
     let there: Vec<(Bindings, Option<String>, Option<Side>)> =
         there.map(|((_, b), g)| (b.clone(), name(g.rule, b), g.rule.reads)).collect();
     let mut provided: BTreeSet<String> = there.iter().filter_map(|(_, n, _)| n.clone()).collect();
-    for (bindings, target, reads) in there {
-        let Some((module, _)) = target.as_deref().and_then(|n| n.rsplit_once('.')) else {
+    for (bindings, view_name, reads) in there {
+        let Some((module, _)) = view_name.as_deref().and_then(|n| n.rsplit_once('.')) else {
             continue;
         };
         for (row, line) in layout.rows.iter().enumerate() {
-            let Row::Map(rule) = line else { continue };
+            let TableRow::Map(rule) = line else { continue };
             let sibling = name(rule, &bindings)
                 .filter(|n| rule.grouped && rule.reads == reads && !provided.contains(n));
             let Some(sibling) = sibling else { continue };
             if sibling.rsplit_once('.').is_some_and(|(m, _)| m == module) {
                 provided.insert(sibling);
-                groups.insert((row, bindings.clone()), Group::new(rule));
+                groups.insert((row, bindings.clone()), RuleGroup::new(rule));
             }
         }
     }
