@@ -170,7 +170,9 @@ fn errno(error: &ViewError) -> Errno {
         ViewError::Read { .. } | ViewError::Host { .. } | ViewError::HostChanged { .. } => {
             Errno::EIO
         }
-        ViewError::DirectoryName { .. } | ViewError::TooLarge { .. } => Errno::EINVAL,
+        ViewError::DirectoryName { .. } | ViewError::TooLarge { .. } | ViewError::Header { .. } => {
+            Errno::EINVAL
+        }
     }
 }
 

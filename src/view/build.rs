@@ -95,7 +95,9 @@ fn add_shards<'a>(
             map.push((entry.name, name.as_str()));
             total = total.checked_add(entry.bytes).ok_or_else(too_large)?;
         }
-        let shard = ViewShard::new(entries).ok_or_else(too_large)?;
+        let file = || format!("{}/{name}", directory.name).trim_start_matches('/').to_owned();
+        let shard =
+            ViewShard::new(entries).map_err(|source| ViewError::Header { file: file(), source })?;
         tree.add(top, name, mtime, NodeData::Shard(shard)).ok_or_else(taken)?;
     }
     let index = NodeData::Memory(index(total, map).into());

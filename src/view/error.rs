@@ -1,5 +1,6 @@
 //! The errors of a view.
 
+use safetensors::SafeTensorError;
 use std::io;
 use std::path::PathBuf;
 
@@ -56,5 +57,13 @@ pub enum ViewError {
     TooLarge {
         /// The name of the directory in the plan.
         directory: String,
+    },
+    /// No valid safetensors header describes these tensors.
+    #[error("no safetensors header for `{file}`: {source}")]
+    Header {
+        /// The path of the file in the view.
+        file: String,
+        /// What is wrong.
+        source: SafeTensorError,
     },
 }

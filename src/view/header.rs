@@ -8,11 +8,16 @@
 //! `data_offsets` count from the first byte of the data. The JSON is compact and its keys are in the
 //! order of the data. The same tensors give the same header in every mount.
 
-use crate::tensor::to_u64;
-use std::io::Write;
+use std::collections::HashMap;
+
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::plan::TensorPlan;
-use crate::tensor::{DType, Shape};
+use crate::tensor::{DType, Shape, to_u64};
+
+/// Bytes of the length word in front of the JSON.
+const LENGTH_BYTES: usize = 8;
 
 /// The alignment of the first byte of data in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +47,6 @@ impl Alignment {
 
 /// Upper bound of the bytes that [`header`] adds to the entries: braces, `__metadata__`, padding.
 pub(super) const OVERHEAD: u64 = 64 + (2 << 20);
-
-const METADATA: &str = r#"{"__metadata__":{"format":"pt"}"#;
 
 /// What a header says about one tensor.
 #[derive(Clone, Copy, Debug)]
@@ -85,29 +88,34 @@ pub(super) const PADDING: u8 = b' ';
 
 /// The length word and JSON for a file of these tensors in this order, and the offset of its data.
 /// The bytes between, up to 2 MiB, are [`PADDING`] and are not stored.
+///
+/// # Errors
+/// If the crate `safetensors`, and so most readers, would refuse the header.
 pub(super) fn header<'a>(
     entries: impl IntoIterator<Item = HeaderEntry<'a>>,
     alignment: Alignment,
-) -> (Vec<u8>, u64) {
-    const IN_MEMORY: &str = "writing to memory does not fail";
-    let mut out = vec![0; 8];
-    out.extend_from_slice(METADATA.as_bytes());
-    let mut at = 0u64;
+) -> Result<(Vec<u8>, u64), SafeTensorError> {
+    let size = |n: u64| usize::try_from(n).map_err(|_| SafeTensorError::ValidationOverflow);
+    let mut start = 0;
+    let mut tensors = Vec::new();
     for entry in entries {
-        out.push(b',');
-        serde_json::to_writer(&mut out, entry.name).expect(IN_MEMORY);
-        write!(out, r#":{{"dtype":"{}","shape":["#, entry.dtype).expect(IN_MEMORY);
-        for (i, extent) in entry.shape.dims().iter().enumerate() {
-            write!(out, "{}{extent}", if i == 0 { "" } else { "," }).expect(IN_MEMORY);
-        }
-        let end = at + entry.bytes;
-        write!(out, r#"],"data_offsets":[{at},{end}]}}"#).expect(IN_MEMORY);
-        at = end;
+        let end = size(entry.bytes)?.checked_add(start);
+        let end = end.ok_or(SafeTensorError::ValidationOverflow)?;
+        let shape =
+            entry.shape.dims().iter().map(|&extent| size(extent)).collect::<Result<_, _>>()?;
+        let info = TensorInfo { dtype: entry.dtype.into(), shape, data_offsets: (start, end) };
+        tensors.push((entry.name.to_owned(), info));
+        start = end;
     }
-    out.push(b'}');
-    let start = to_u64(out.len()).next_multiple_of(alignment.bytes());
-    out[..8].copy_from_slice(&(start - 8).to_le_bytes());
-    (out, start)
+    // transformers refuses files without it.
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let metadata = Metadata::new(Some(format), tensors)?;
+    let mut out = vec![0; LENGTH_BYTES];
+    serde_json::to_writer(&mut out, &metadata).expect("writing to memory does not fail");
+    let data_start = to_u64(out.len()).next_multiple_of(alignment.bytes());
+    let length = data_start - to_u64(LENGTH_BYTES);
+    out[..LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
+    Ok((out, data_start))
 }
 
 #[cfg(test)]
@@ -120,7 +128,7 @@ mod tests {
 
     /// A header with its padding.
     fn padded(entries: &[HeaderEntry<'_>], alignment: Alignment) -> Vec<u8> {
-        let (mut text, start) = header(entries.iter().copied(), alignment);
+        let (mut text, start) = header(entries.iter().copied(), alignment).expect("valid");
         text.resize(usize::try_from(start).expect("small"), PADDING);
         text
     }
@@ -168,7 +176,7 @@ mod tests {
             let one = HeaderEntry { name, dtype, shape: &big, bytes: u64::from(u32::MAX) };
             let text = padded(&[one], Alignment::Page);
             let json = text[8..].trim_ascii_end().len() as u64;
-            let alone = json - METADATA.len() as u64 - 1;
+            let alone = json - r#"{"__metadata__":{"format":"pt"}}"#.len() as u64;
             assert!(alone <= one.bound(), "{name}: {alone} > {}", one.bound());
         }
     }

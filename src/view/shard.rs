@@ -5,6 +5,8 @@
 //! any gap, each tensor then starts at a multiple of its own power of two, up to the alignment of the
 //! data: elements are aligned, and tensors of whole mebibytes start where FUSE requests start.
 
+use safetensors::SafeTensorError;
+
 use crate::tensor::to_u64;
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -54,36 +56,47 @@ pub(super) struct ViewShard {
 }
 
 impl ViewShard {
-    /// A shard of these tensors; `None` if its size exceeds 2^64 bytes.
-    pub(super) fn new<'a>(mut tensors: Vec<(TensorId, HeaderEntry<'a>)>) -> Option<ViewShard> {
-        let data = tensors.iter().try_fold(0u64, |sum, (_, e)| sum.checked_add(e.bytes))?;
+    /// A shard of these tensors.
+    ///
+    /// # Errors
+    /// If they do not fit into one safetensors file.
+    pub(super) fn new(
+        mut tensors: Vec<(TensorId, HeaderEntry<'_>)>,
+    ) -> Result<ViewShard, SafeTensorError> {
+        let data = tensors.iter().fold(0u64, |sum, (_, e)| sum.saturating_add(e.bytes));
         let alignment = Alignment::of_shard(data);
         let most = alignment.bytes().trailing_zeros();
         tensors.sort_by_key(|(_, e)| Reverse(e.bytes.trailing_zeros().min(most)));
         ViewShard::with_alignment(&tensors, alignment)
     }
 
-    /// A file of one tensor; `None` if its size exceeds 2^64 bytes.
+    /// A file of one tensor.
     ///
     /// It is built for each request, so its header is a page, whatever the size of the tensor.
-    pub(super) fn of_one(tensor: TensorId, entry: HeaderEntry<'_>) -> Option<ViewShard> {
+    ///
+    /// # Errors
+    /// If it does not fit into a safetensors file.
+    pub(super) fn of_one(
+        tensor: TensorId,
+        entry: HeaderEntry<'_>,
+    ) -> Result<ViewShard, SafeTensorError> {
         ViewShard::with_alignment(&[(tensor, entry)], Alignment::Page)
     }
 
     fn with_alignment(
         tensors: &[(TensorId, HeaderEntry<'_>)],
         alignment: Alignment,
-    ) -> Option<ViewShard> {
-        let (header, data_start) = header::header(tensors.iter().map(|(_, e)| *e), alignment);
+    ) -> Result<ViewShard, SafeTensorError> {
+        let (header, data_start) = header::header(tensors.iter().map(|(_, e)| *e), alignment)?;
         let mut end = data_start;
         let mut ends = Vec::with_capacity(tensors.len());
         for (_, entry) in tensors {
-            end = end.checked_add(entry.bytes)?;
+            end = end.checked_add(entry.bytes).ok_or(SafeTensorError::ValidationOverflow)?;
             ends.push(end);
         }
         let tensors = tensors.iter().map(|(id, _)| *id).collect();
         let (header, ends) = (header.into_boxed_slice(), ends.into_boxed_slice());
-        Some(ViewShard { header, data_start, tensors, ends })
+        Ok(ViewShard { header, data_start, tensors, ends })
     }
 
     /// Size of the file, in bytes.
@@ -262,14 +275,15 @@ mod tests {
 
     #[test]
     fn a_size_that_overflows_is_refused() {
-        let shape = Shape::from([1]);
-        let half = HeaderEntry { name: "w", dtype: DType::U8, shape: &shape, bytes: u64::MAX / 2 };
-        let of = |n: usize| {
-            ViewShard::new((0..).map(TensorId).zip(std::iter::repeat_n(half, n)).collect())
+        let of = |bytes: u64, n: usize| {
+            let tensors = tensors(&vec![(DType::U8, bytes); n]);
+            let entries = (0..).map(TensorId).zip(tensors.iter().map(Tensor::entry)).collect();
+            ViewShard::new(entries).map(|shard| shard.size())
         };
-        assert_eq!(of(1).map(|s| s.size()), Some(u64::MAX / 2 + (2 << 20)));
-        assert!(of(2).is_none(), "the data fits, the header does not");
-        assert!(of(3).is_none());
+        const LARGE: u64 = 1 << 60;
+        assert_eq!(of(LARGE, 15).expect("below 2^64 bytes"), 15 * LARGE + (2 << 20));
+        assert!(of(LARGE, 16).is_err(), "2^64 bytes");
+        assert!(of(u64::MAX, 1).is_err(), "its bits are no 64-bit number");
     }
 
     #[test]
