@@ -49,10 +49,10 @@ pub(crate) fn decode(
     decode_at(Level::best(), tile, to, orientation, out, out_stride);
 }
 
-/// Does what [`decode`] does with the kernels of a given level.
+/// Does what `decode` does with the kernels of a given level.
 ///
 /// # Panics
-/// As [`decode`].
+/// As `decode`.
 pub fn decode_at(
     level: Level,
     tile: &Tile<'_>,

@@ -100,10 +100,10 @@ pub(crate) fn encode(
     encode_at(Level::best(), code, values, stride, rows, cols, scales, out, out_stride);
 }
 
-/// Does what [`encode`] does with the kernels of a given level.
+/// Does what `encode` does with the kernels of a given level.
 ///
 /// # Panics
-/// As [`encode`].
+/// As `encode`.
 #[allow(clippy::too_many_arguments)]
 pub fn encode_at(
     level: Level,

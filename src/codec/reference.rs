@@ -88,7 +88,7 @@ pub fn write(to: Float, x: f32, out: &mut [u8]) {
     }
 }
 
-/// Does what [`decode`](super::decode()) does, one element at a time.
+/// Does what `codec::decode` does, one element at a time.
 pub fn decode(
     tile: &Tile<'_>,
     to: Float,
@@ -110,7 +110,7 @@ pub fn decode(
     }
 }
 
-/// Does what [`copy2d`](super::copy2d()) does, one element at a time.
+/// Does what `codec::copy2d` does, one element at a time.
 #[allow(clippy::too_many_arguments)]
 pub fn copy2d(
     width: usize,
@@ -145,7 +145,7 @@ fn output_offset(
     }
 }
 
-/// Does what [`encode`](super::encode()) does, one element at a time.
+/// Does what `codec::encode` does, one element at a time.
 #[allow(clippy::too_many_arguments)]
 pub fn encode(
     code: Code,

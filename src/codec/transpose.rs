@@ -28,10 +28,10 @@ pub(crate) fn copy2d(
     copy2d_at(Level::best(), width, src, src_stride, rows, cols, orientation, out, out_stride);
 }
 
-/// Does what [`copy2d`] does with the kernels of a given level.
+/// Does what `copy2d` does with the kernels of a given level.
 ///
 /// # Panics
-/// As [`copy2d`].
+/// As `copy2d`.
 #[allow(clippy::too_many_arguments)]
 pub fn copy2d_at(
     level: Level,

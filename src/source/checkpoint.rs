@@ -149,7 +149,7 @@ impl Checkpoint {
     }
 
     /// The tensors, sorted by name; pieces of the same tensor are sorted by their shards. A
-    /// [`SourceId`] is a position in this list.
+    /// `SourceId` is a position in this list.
     pub fn tensors(&self) -> &[SourceTensor] {
         &self.tensors
     }
