@@ -171,6 +171,7 @@ impl Mapping {
         })
     }
 
+    /// Resolves the rules of a layout and inserts the sets that it uses.
     fn layout(
         &self,
         name: LayoutName,
@@ -203,6 +204,7 @@ impl Mapping {
     }
 }
 
+/// Resolves a `quantization_config`.
 fn quantization(raw: &RawQuantization) -> Result<QuantizationConfig, MappingError> {
     let scheme = match &raw.scheme {
         Some(name) => Some(parse_scheme(name, "quantization")?),
@@ -220,6 +222,7 @@ fn parse_scheme(name: &str, rule: &str) -> Result<Scheme, MappingError> {
     })
 }
 
+/// Resolves an encoding.
 fn encoding(raw: &RawEncoding, config: &ConfigLookup<'_>) -> Result<Encoding, MappingError> {
     let first = raw.matrix.as_slice().first().cloned().unwrap_or_default();
     let fail = |why: String| MappingError::rule(&first, why);
@@ -270,6 +273,7 @@ fn encoding(raw: &RawEncoding, config: &ConfigLookup<'_>) -> Result<Encoding, Ma
     })
 }
 
+/// Resolves the keys of an encoding that are for writing.
 fn quantize_spec(
     raw: &RawEncoding,
     scheme: Scheme,
@@ -325,6 +329,7 @@ fn resolve_rules(
     same.as_slice().iter().map(one).collect()
 }
 
+/// Resolves one rule; `scope` has the prefixes of its names.
 fn resolve_rule(
     raw: &RawRule,
     scope: Option<&RawScope>,
