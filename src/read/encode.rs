@@ -2,8 +2,8 @@
 //! scales of its blocks.
 //!
 //! The matrix's rows are first decoded to F32, like a tensor of the view, at most one row of scale
-//! blocks at a time. The largest magnitude of each block gives its scale, unless the plan takes the
-//! scales from the original checkpoint; then the rows are encoded with the scales.
+//! blocks at a time. The scale of a block follows from its largest magnitude, or is read from the
+//! original checkpoint if the plan says so. Finally the rows are encoded with these scales.
 
 use crate::tensor::{to_u64, to_usize};
 use std::cell::RefCell;
