@@ -165,8 +165,8 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> ChunkEncoder<'_, F> {
         Ok(())
     }
 
-    /// Computes rows of a member's scale tensor into `buffers.scales` from the largest magnitudes of
-    /// all blocks that they scale. Those blocks may be in several members.
+    /// Computes rows of a member's scale tensor into `buffers.scales` from the largest magnitudes
+    /// of all blocks that they scale. Those blocks may be in several members.
     fn compute_scales(
         &self,
         of: usize,
