@@ -1,8 +1,8 @@
 //! Checks whether FP8 codes and their scales belong together, without the unquantized original.
 //!
 //! Quantizers set the scale of a block to its largest magnitude divided by 448, so that the block
-//! contains the largest code: 0x7E (448) or 0xFE (-448). If the blocks are read on another grid than
-//! the one they were quantized on, many of them do not. `verify` reports the share that does.
+//! contains the largest code: 0x7E (448) or 0xFE (-448). If the blocks are read on another grid
+//! than the one they were quantized on, many of them do not. `verify` reports the share that does.
 
 use crate::tensor::to_usize;
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! Intersects a fragment with a chunk: 2-D copies from a matrix into the chunk.
 //!
-//! A fragment maps an N-d box of a matrix to an N-d box of the view's tensor. A chunk is some rows of
-//! one plane. What the fragment contributes to the chunk is a 2-D box of the matrix, possibly
+//! A fragment maps an N-d box of a matrix to an N-d box of the view's tensor. A chunk is some rows
+//! of one plane. What the fragment contributes to the chunk is a 2-D box of the matrix, possibly
 //! strided, possibly transposed.
 
 use crate::plan::{ChunkBox, Fragment, Matrix};
@@ -15,7 +15,7 @@ pub(super) struct StridedRange {
     pub count: u64,
 }
 
-/// A 2-D box of a matrix, whose rows are all axes but the last, and the box of a chunk to copy it to.
+/// A copy of a 2-D box of a matrix, whose rows are all axes but the last, to a box of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BoxCopy {
     /// Rows of the matrix.

@@ -39,8 +39,8 @@ impl Buffer {
         Buffer { memory: Memory::Heap(bytes), start, len }
     }
 
-    /// A buffer of `len` bytes in huge pages; on the heap, as [`Buffer::new`], if `len` is less than
-    /// a huge page or the mapping fails.
+    /// A buffer of `len` bytes in huge pages; on the heap, as [`Buffer::new`], if `len` is less
+    /// than a huge page or the mapping fails.
     ///
     /// A strip of a matrix touches a few cache lines in each of thousands of 4 KiB pages, more than
     /// the TLB has entries: 2048 rows by 128 columns of FP8 decode in 145 ms/GB from huge pages, in

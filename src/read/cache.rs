@@ -1,9 +1,9 @@
 //! A byte-budgeted LRU cache with single flight: concurrent requests for one key compute it once.
 //!
 //! The engine has two of them: decoded chunks, and rows of source tensors ([`super::source_rows`]).
-//! The budget counts entries that are still being computed. They cannot be evicted; where they alone
-//! exceed the budget, nothing else is kept. With a budget of 0 an entry is evicted as soon as it is
-//! complete, and single flight still works.
+//! The budget counts entries that are still being computed. They cannot be evicted; where they
+//! alone exceed the budget, nothing else is kept. With a budget of 0 an entry is evicted as soon as
+//! it is complete, and single flight still works.
 
 use std::hash::Hash;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -64,7 +64,8 @@ pub(super) struct CacheRequest<K> {
     pub key: K,
     /// Size of the entry, in bytes.
     pub len: usize,
-    /// How much of the entry can be consumed before it is dropped, in the unit of [`Cache::consume`].
+    /// How much of the entry can be consumed before it is dropped, in the unit of
+    /// [`Cache::consume`].
     pub remaining: u64,
 }
 
@@ -111,8 +112,8 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
 
     /// Returns an entry; computes it with `compute` if it is absent.
     ///
-    /// Requests for an entry that is being computed wait for it. They get the error if there is one;
-    /// errors are not cached. If `compute` panics, they get `abandoned`.
+    /// Requests for an entry that is being computed wait for it. They get the error if there is
+    /// one; errors are not cached. If `compute` panics, they get `abandoned`.
     ///
     /// # Errors
     /// The error of `compute`.
@@ -183,8 +184,9 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
 
     /// Notes that `amount` of an entry was consumed; the entry is dropped when nothing remains.
     ///
-    /// A sequential reader behind the kernel's page cache needs every byte once. With this, its chunks
-    /// use a few buffers that stay in a core's cache, instead of first touching a gigabyte of memory.
+    /// A sequential reader behind the kernel's page cache needs every byte once. With this, its
+    /// chunks use a few buffers that stay in a core's cache, instead of first touching a gigabyte
+    /// of memory.
     pub(super) fn consume(&self, key: &K, amount: u64) {
         let mut state = lock(&self.state);
         if let Some(Slot::Ready(_, remaining)) = state.slots.peek_mut(key) {
@@ -256,7 +258,7 @@ impl<K: Hash + Eq + Copy, E> CacheState<K, E> {
         }
     }
 
-    /// Uncounts the bytes of a dropped entry; keeps its buffer for reuse if nobody reads it any more.
+    /// Subtracts the bytes of a dropped entry; keeps its buffer for reuse if it has no reader left.
     fn recycle(&mut self, bytes: SharedBuffer) {
         self.bytes -= size(&bytes);
         if let Ok(buffer) = Arc::try_unwrap(bytes) {

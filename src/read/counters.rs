@@ -40,9 +40,9 @@ pub struct CounterSnapshot {
     /// Bytes that were decoded or encoded: chunks, by readers and by prefetch threads, and rows in
     /// place.
     pub decoded_bytes: u64,
-    /// Bytes that were requested from the source: payloads, scales and verbatim runs, for readers and
-    /// ahead of them. Not counted: shape tensors, and scales that the encoder takes from an original
-    /// checkpoint.
+    /// Bytes that were requested from the source: payloads, scales and verbatim runs, for readers
+    /// and ahead of them. Not counted: shape tensors, and scales that the encoder takes from an
+    /// original checkpoint.
     pub source_bytes: u64,
     /// Reads of tensors that failed.
     pub errors: u64,

@@ -1,4 +1,5 @@
-//! Decodes one chunk of a computed tensor: dequantizes, casts or moves every fragment that overlaps it.
+//! Decodes one chunk of a computed tensor: dequantizes, casts or moves every fragment that overlaps
+//! it.
 //!
 //! ```text
 //! chunk ── fragments of its plane ── BoxCopy (box of a matrix -> box of the chunk)
@@ -53,8 +54,8 @@ impl From<SourceReadError> for DecodeError {
 }
 
 /// The source columns that produce the first 8 MiB of a plane are cached as a panel of their own. A
-/// reader of some experts makes the kernel prefetch up to 8 MiB (two windows of 4 MiB) into the next
-/// expert; only the leading columns of that expert are then read from the source.
+/// reader of some experts makes the kernel prefetch up to 8 MiB (two windows of 4 MiB) into the
+/// next expert; only the leading columns of that expert are then read from the source.
 pub(super) const LEADING_PANEL_BYTES: u64 = 8 << 20;
 
 /// The number of leading columns is a multiple of this: of the scale block of every scheme, and of
@@ -285,8 +286,8 @@ impl ChunkDecoder<'_> {
             && self.source_rows.can_hold(count * whole_rows.row_bytes)
     }
 
-    /// The panel from which to take the strip at byte `at` of the source rows: one that is cached, or
-    /// the one that [`SourceWidth`] says to cache. `None` if the strip is to be read alone.
+    /// The panel from which to take the strip at byte `at` of the source rows: one that is cached,
+    /// or the one that [`SourceWidth`] says to cache. `None` if the strip is to be read alone.
     fn choose_panel(&self, whole_rows: Panel, row: u64, at: u64, lead: u64) -> Option<Panel> {
         let panel = whole_rows.containing(lead, at);
         let cached = |panel: &Panel| self.source_rows.contains(*panel, row);

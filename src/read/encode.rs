@@ -2,8 +2,8 @@
 //! scales of its blocks.
 //!
 //! The matrix's rows are first decoded to F32, like a tensor of the view, at most one row of scale
-//! blocks at a time. The largest magnitude of each block gives its scale, unless the plan takes the
-//! scales from the original checkpoint; then the rows are encoded with the scales.
+//! blocks at a time. The scale of a block follows from its largest magnitude, or is read from the
+//! original checkpoint if the plan says so. Finally the rows are encoded with these scales.
 
 use crate::tensor::{to_u64, to_usize};
 use std::cell::RefCell;
@@ -165,8 +165,8 @@ impl<'m, F: Fn(MatrixId) -> &'m Matrix> ChunkEncoder<'_, F> {
         Ok(())
     }
 
-    /// Computes rows of a member's scale tensor into `buffers.scales` from the largest magnitudes of
-    /// all blocks that they scale. Those blocks may be in several members.
+    /// Computes rows of a member's scale tensor into `buffers.scales` from the largest magnitudes
+    /// of all blocks that they scale. Those blocks may be in several members.
     fn compute_scales(
         &self,
         of: usize,

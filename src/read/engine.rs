@@ -20,8 +20,8 @@ use crate::plan::{Body, Plan, TensorId, TensorPlan};
 use crate::source::Checkpoint;
 
 /// Reads of at least this many bytes are decoded in place. Copying out of a chunk costs 35 ms/GB if
-/// the chunk is in the core's cache and 85 if it is not; decoding a narrower strip of rows costs more
-/// than either.
+/// the chunk is in the core's cache and 85 if it is not; decoding a narrower strip of rows costs
+/// more than either.
 const MIN_IN_PLACE_BYTES: u64 = 512 << 10;
 
 /// A read of at most this many bytes that continues no earlier read is decoded alone, without the
@@ -33,35 +33,35 @@ const MAX_RANDOM_READ_BYTES: u64 = 64 << 10;
 const IN_PLACE_STEP_BYTES: u64 = 1 << 20;
 
 /// With direct I/O and a single reader: how many chunks to decode in advance, so that other cores
-/// help. 0, 1, 2, 4 and 8 chunks give 2.6, 2.5, 2.6, 2.7 and 2.9 GB/s of FP8, and 2.2, 2.9, 2.9, 2.9
-/// and 2.5 of INT4.
+/// help. 0, 1, 2, 4 and 8 chunks give 2.6, 2.5, 2.6, 2.7 and 2.9 GB/s of FP8, and 2.2, 2.9, 2.9,
+/// 2.9 and 2.5 of INT4.
 const PREFETCH_CHUNKS: u64 = 4;
 
 /// Prefetch the source rows of one plane (expert) per this many planes already read in sequence.
 /// Prefetching sooner wastes I/O for expert-parallel ranks, which stop after a few experts: a rank
-/// that reads five experts of a tensor would fetch 1.2 times its share; now it fetches 1.09. A source
-/// in the page cache is as fast without (after 1 and 10 planes: 2.2 and 2.3 GB/s).
+/// that reads five experts of a tensor would fetch 1.2 times its share; now it fetches 1.09. A
+/// source in the page cache is as fast without (after 1 and 10 planes: 2.2 and 2.3 GB/s).
 const SEQUENTIAL_PLANES_PER_PREFETCH: u64 = 10;
 
-/// Most planes whose source rows are prefetched ahead of a reader. From a cold disk with direct I/O,
-/// FP4 reaches 3.4 GB/s with one and 4.1 with two; FP8 and INT4 are alike.
+/// Most planes whose source rows are prefetched ahead of a reader. From a cold disk with direct
+/// I/O, FP4 reaches 3.4 GB/s with one and 4.1 with two; FP8 and INT4 are alike.
 const MAX_PREFETCH_PLANES: u64 = 2;
 
 /// Bytes that a reader must have read in sequence as well before source rows are prefetched: kernel
 /// read-ahead alone can cover many small planes.
 const MIN_RUN_FOR_ROWS_BYTES: u64 = 128 << 20;
 
-/// A sequential run shorter than this may be mmap fault-around, not a sequential reader: do not read
-/// more source columns than requested. The kernel reads 2 MiB around the first page of a mapping that
-/// is touched.
+/// A sequential run shorter than this may be mmap fault-around, not a sequential reader: do not
+/// read more source columns than requested. The kernel reads 2 MiB around the first page of a
+/// mapping that is touched.
 const FAULT_AROUND_BYTES: u64 = 2 << 20;
 
 /// After this many reads in a row without a concurrent one, a reader counts as the only one.
 const READS_UNTIL_SINGLE: u32 = 32;
 
-/// Source rows are kept until the furthest read is this many bytes beyond them, since the threads of
-/// a reader drift apart. Two threads with direct I/O from a cold disk: 2.7 GB/s with 32 and 64 MiB,
-/// 3.0 with 128.
+/// Source rows are kept until the furthest read is this many bytes beyond them, since the threads
+/// of a reader drift apart. Two threads with direct I/O from a cold disk: 2.7 GB/s with 32 and 64
+/// MiB, 3.0 with 128.
 const RELEASE_LAG_BYTES: u64 = 128 << 20;
 
 /// Most planes whose source rows are released at a time. If there are more, their rows were evicted
@@ -73,8 +73,8 @@ const MAX_RELEASE_PLANES: u64 = 64;
 pub struct EngineOptions {
     /// Byte budget of the caches: decoded chunks and source rows, those in flight included.
     pub cache_bytes: u64,
-    /// Whether readers bypass the kernel's page cache. The kernel then neither caches nor prefetches,
-    /// so the engine keeps chunks after they were read and prefetches by itself.
+    /// Whether readers bypass the kernel's page cache. The kernel then neither caches nor
+    /// prefetches, so the engine keeps chunks after they were read and prefetches by itself.
     pub direct_io: bool,
     /// Prefetch threads; they start with the first prefetch. With 0, nothing is prefetched.
     pub threads: usize,
@@ -279,8 +279,8 @@ impl Engine {
             left = &mut left[here..];
         }
 
-        // Decode the next chunks in advance. A reader that decodes in place needs this only if it is
-        // alone and the kernel does not read ahead for it: then the other cores would be idle.
+        // Decode the next chunks in advance. A reader that decodes in place needs this only if it
+        // is alone and the kernel does not read ahead for it: then the other cores would be idle.
         let idle_cores = shared.direct_io && single_reader;
         let room = shared.chunks.budget() >= 4 * PREFETCH_CHUNKS * grid.chunk_rows * grid.row_bytes;
         if run > 0 && room && (!in_place || idle_cores) {

@@ -1,9 +1,9 @@
 //! Detects sequential readers from the ranges that they read.
 //!
 //! FUSE requests do not say which reader they come from. The engine therefore keeps the last
-//! [`MAX_READERS`] positions at which somebody read forward, and assigns each request to the one that
-//! it continues. Requests may arrive a little out of order, and several threads that share the work
-//! count as one reader.
+//! [`MAX_READERS`] positions at which somebody read forward, and assigns each request to the one
+//! that it continues. Requests may arrive a little out of order, and several threads that share the
+//! work count as one reader.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -19,8 +19,8 @@ const MAX_READERS: usize = 16;
 const MAX_READS_AHEAD: u64 = 16;
 
 /// The same behind the furthest position. Threads that take turns with pieces of 8 MiB are one
-/// reader, and drift apart: two of them read with direct I/O at 4.5 GB/s if this is 16, and at 5.1 if
-/// it is 128.
+/// reader, and drift apart: two of them read with direct I/O at 4.5 GB/s if this is 16, and at 5.1
+/// if it is 128.
 const MAX_READS_BEHIND: u64 = 128;
 
 /// A reader that reads forward through a tensor.
@@ -56,8 +56,8 @@ pub(super) struct ReaderHistory(Mutex<Vec<Reader>>);
 
 impl ReaderHistory {
     /// Records a read of bytes `at..end` of a tensor of `size` bytes and returns how many bytes its
-    /// reader had read in sequence before it: 0 for a new reader. Tensors that the reader read whole
-    /// just before this one are included.
+    /// reader had read in sequence before it: 0 for a new reader. Tensors that the reader read
+    /// whole just before this one are included.
     pub(super) fn observe(&self, tensor: TensorId, size: u64, at: u64, end: u64) -> u64 {
         let mut readers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (ahead, behind) = (MAX_READS_AHEAD * (end - at), MAX_READS_BEHIND * (end - at));
@@ -90,8 +90,8 @@ impl ReaderHistory {
         last.is_some_and(|r| (r.start..r.next).contains(&at))
     }
 
-    /// Claims work up to `until` on behalf of the last reader of a tensor. Returns the part that was
-    /// not claimed before, at most the last `most` items of it.
+    /// Claims work up to `until` on behalf of the last reader of a tensor. Returns the part that
+    /// was not claimed before, at most the last `most` items of it.
     pub(super) fn claim(
         &self,
         tensor: TensorId,

@@ -7,8 +7,8 @@ use crate::plan::{ChunkBox, Computed, Matrix, MatrixId};
 use crate::tensor::Shape;
 
 impl ChunkDecoder<'_> {
-    /// Reads the payload rows that a plane's chunks are transposed from into the cache. Their scales
-    /// are read when a chunk is decoded.
+    /// Reads the payload rows that a plane's chunks are transposed from into the cache. Their
+    /// scales are read when a chunk is decoded.
     ///
     /// # Errors
     /// The error of the source.

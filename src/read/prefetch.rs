@@ -14,8 +14,8 @@ const MAX_QUEUED_JOBS: usize = 64;
 
 /// A pool of threads that run jobs in the order in which they were queued.
 ///
-/// The first job starts the threads. Dropping the pool discards queued jobs and waits for those that
-/// are running.
+/// The first job starts the threads. Dropping the pool discards queued jobs and waits for those
+/// that are running.
 pub(super) struct PrefetchPool<J: Send + 'static> {
     queue: Arc<Queue<J>>,
     threads: usize,
@@ -82,7 +82,7 @@ impl<J: Send + 'static> PrefetchPool<J> {
             let (queue, work) = (Arc::clone(&self.queue), Arc::clone(&self.work));
             let run = move || {
                 while let Some(job) = queue.next() {
-                    // A panic here is a bug; the reader of these bytes hits it again and reports it.
+                    // A panic is a bug; the reader of these bytes hits it again and reports it.
                     let _ = panic::catch_unwind(AssertUnwindSafe(|| work(job)));
                 }
             };

@@ -1,7 +1,7 @@
 //! State shared by foreground reads and prefetch threads: the caches, the reader history, counters.
 //!
-//! It copies verbatim runs, and decodes part of a plane (of an expert) either into a cached chunk or
-//! directly into the caller's buffer.
+//! It copies verbatim runs, and decodes part of a plane (of an expert) either into a cached chunk
+//! or directly into the caller's buffer.
 
 use crate::tensor::{to_u64, to_usize};
 use std::cell::RefCell;
@@ -162,8 +162,8 @@ impl Shared {
         Ok(())
     }
 
-    /// The source file and the offset in it where bytes `at..at + bytes` of a tensor that consists of
-    /// `runs` are stored; `None` if they are not in one run.
+    /// The source file and the offset in it where bytes `at..at + bytes` of a tensor that consists
+    /// of `runs` are stored; `None` if they are not in one run.
     pub(super) fn verbatim_location(
         &self,
         runs: &[SourceRange],
@@ -187,8 +187,8 @@ impl Shared {
 
     /// Decodes bytes of a plane into `out`, without the chunk cache; returns how many: `out.len()`.
     ///
-    /// Where `out` begins or ends within a row, the rows are decoded into a buffer of the thread and
-    /// copied from there.
+    /// Where `out` begins or ends within a row, the rows are decoded into a buffer of the thread
+    /// and copied from there.
     ///
     /// # Errors
     /// The error of the source.
@@ -201,8 +201,8 @@ impl Shared {
     ) -> Result<usize, ReadError> {
         let Grid { row_bytes, rows, .. } = computed.grid;
         let end = read.at + to_u64(out.len());
-        // A byte holds two 4-bit codes: in a transposed tensor rows are columns of codes, so that the
-        // first row has to be even.
+        // A byte holds two 4-bit codes: in a transposed tensor rows are columns of codes, so that
+        // the first row has to be even.
         let first = (read.at / row_bytes) & !1;
         let rows = end.div_ceil(row_bytes).min(rows) - first;
         let chunk = ChunkBox { plane: read.plane, row: first, rows };
@@ -226,10 +226,11 @@ impl Shared {
         })
     }
 
-    /// Copies from the chunk that contains the first byte of a read; returns how many bytes it copied.
+    /// Copies from the chunk that contains the first byte of a read; returns how many bytes it
+    /// copied.
     ///
-    /// The chunk is decoded if it is not cached. What was copied counts as consumed, except for small
-    /// reads with direct I/O, which may come again: the kernel keeps no pages of them.
+    /// The chunk is decoded if it is not cached. What was copied counts as consumed, except for
+    /// small reads with direct I/O, which may come again: the kernel keeps no pages of them.
     ///
     /// # Errors
     /// The error of the source.
@@ -366,8 +367,8 @@ impl Shared {
         fragments.iter().try_for_each(|f| self.touch(tensor, f.matrix, transposes(&f.map)))
     }
 
-    /// Does [`Shared::first_touch`] for a matrix unless it was done before. Threads that come at the
-    /// same time may each do it, which is harmless; after an error the next read does it again.
+    /// Does [`Shared::first_touch`] for a matrix unless it was done before. Threads that come at
+    /// the same time may each do it, which is harmless; after an error the next read does it again.
     fn touch(&self, tensor: &TensorPlan, id: MatrixId, transposed: bool) -> Result<(), ReadError> {
         let touched = &self.touched[id.index()];
         if !touched.load(Ordering::Acquire) {
@@ -377,8 +378,9 @@ impl Shared {
         Ok(())
     }
 
-    /// Before a matrix is decoded for the first time: checks its shape tensor, if it has one, against
-    /// its payload, and asks the kernel to read the payload if it will be read in narrow strips.
+    /// Before a matrix is decoded for the first time: checks its shape tensor, if it has one,
+    /// against its payload, and asks the kernel to read the payload if it will be read in narrow
+    /// strips.
     fn first_touch(
         &self,
         tensor: &TensorPlan,

@@ -1,9 +1,9 @@
 //! A cache of source rows, for decoding transposed tensors.
 //!
 //! A chunk of a transposed tensor needs a few columns of every row of the source matrix: a narrow
-//! strip. Read on its own, a strip is 2048 runs of 128 bytes and costs 1 ms and more in system calls
-//! (`cargo test --release --lib cost_of_a_run -- --ignored --nocapture`); the whole 8 MiB are read in
-//! the same time. So wider rows are read once and kept until the reader has passed them.
+//! strip. Read on its own, a strip is 2048 runs of 128 bytes and costs 1 ms and more in system
+//! calls (`cargo test --release --lib cost_of_a_run -- --ignored --nocapture`); the whole 8 MiB are
+//! read in the same time. So wider rows are read once and kept until the reader has passed them.
 //!
 //! ```text
 //!               columns of the source matrix, in bytes
@@ -25,19 +25,20 @@ use crate::source::{Checkpoint, SourceId};
 use crate::tensor::to_usize;
 
 /// Upper limit of the source-row cache, and of the kernel read-ahead that is requested for a matrix
-/// on first use. Gate and up of one expert of the largest models are 32 MiB, and few experts are read
-/// at a time.
+/// on first use. Gate and up of one expert of the largest models are 32 MiB, and few experts are
+/// read at a time.
 pub(super) const MAX_SOURCE_ROW_BYTES: u64 = 256 << 20;
 
 /// Boxes of fewer source bytes than this are read directly, strip by strip: their runs are close
 /// together.
 const MIN_CACHED_BYTES: u64 = 64 << 10;
 
-/// Rows of a segment are a multiple of this if a segment has at least as many, so that a scale block
-/// does not cross two segments.
+/// Rows of a segment are a multiple of this if a segment has at least as many, so that a scale
+/// block does not cross two segments.
 const SEGMENT_ROW_MULTIPLE: u64 = 128;
 
-/// A range of byte columns of a source tensor that is seen as rows: the whole rows or a part of each.
+/// A range of byte columns of a source tensor that is seen as rows: the whole rows or a part of
+/// each.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Panel {
     pub tensor: SourceId,

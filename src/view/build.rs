@@ -31,8 +31,8 @@ pub(super) enum SharedBytes {
     Passthrough(Arc<PassthroughFile>),
 }
 
-/// Builds the tree of `directories`. Every directory and the root get the files `shared`. Shards and
-/// the index are added first, so their names win.
+/// Builds the tree of `directories`. Every directory and the root get the files `shared`. Shards
+/// and the index are added first, so their names win.
 pub(super) fn tree<'a>(
     directories: &[Directory],
     entry_of: impl Fn(TensorId) -> HeaderEntry<'a> + Copy,

@@ -1,7 +1,7 @@
 //! The config.json of the view: the source's, with the quantization and dtype of the view.
 //!
-//! Loaders decide by `quantization_config` whether to dequantize. A view that shows BF16 must not state
-//! the FP8 of its source, wherever in the file it is stated.
+//! Loaders decide by `quantization_config` whether to dequantize. A view that shows BF16 must not
+//! state the FP8 of its source, wherever in the file it is stated.
 
 use serde_json::{Map, Value};
 

@@ -5,8 +5,8 @@
 //!      | N, LE  | {"__metadata__":{"format":"pt"},"a":{…}}···· | data of a | data of b | …
 //!                                             padded with spaces
 //! ```
-//! `data_offsets` count from the first byte of the data. The JSON is compact and its keys are in the
-//! order of the data. The same tensors give the same header in every mount.
+//! `data_offsets` count from the first byte of the data. The JSON is compact and its keys are in
+//! the order of the data. The same tensors give the same header in every mount.
 
 use std::collections::HashMap;
 
@@ -24,9 +24,9 @@ const LENGTH_BYTES: usize = 8;
 pub(super) enum Alignment {
     /// 4096 bytes: no page contains both header and data, and mapped tensors are aligned.
     Page,
-    /// 2 MiB: 1 MiB FUSE requests then start on row boundaries of large tensors, and rows are decoded
-    /// without an intermediate chunk. A reader of the header alone makes the kernel read 4 MiB
-    /// ahead; with the padding, less of that is data that has to be decoded.
+    /// 2 MiB: 1 MiB FUSE requests then start on row boundaries of large tensors, and rows are
+    /// decoded without an intermediate chunk. A reader of the header alone makes the kernel read 4
+    /// MiB ahead; with the padding, less of that is data that has to be decoded.
     Request,
 }
 

@@ -143,8 +143,8 @@ pub struct View {
 }
 
 impl View {
-    /// Builds the inode table: the shards of the engine's plan, and the source's other files. Reads no
-    /// tensor.
+    /// Builds the inode table: the shards of the engine's plan, and the source's other files. Reads
+    /// no tensor.
     ///
     /// # Errors
     /// If a directory name of the plan cannot be used, or a directory exceeds 2^64 bytes.
@@ -203,7 +203,8 @@ impl View {
         Ok(Attr { ino, kind, size, mtime, mode, uid, gid, links })
     }
 
-    /// The `n`th entry of a directory: `.`, `..`, then the others sorted by name. `None` after the last.
+    /// The `n`th entry of a directory: `.`, `..`, then the others sorted by name. `None` after the
+    /// last.
     ///
     /// # Errors
     /// [`ViewError::NotFound`], [`ViewError::NotADirectory`].
@@ -230,8 +231,8 @@ impl View {
     /// Where the bytes of a file come from.
     ///
     /// # Errors
-    /// [`ViewError::NotFound`], [`ViewError::IsADirectory`], or the error of a source file that cannot
-    /// be opened or was replaced.
+    /// [`ViewError::NotFound`], [`ViewError::IsADirectory`], or the error of a source file that
+    /// cannot be opened or was replaced.
     pub(crate) fn content(&self, ino: Ino) -> Result<Content<'_>, ViewError> {
         match self.resolve(ino)? {
             InodeRef::TensorFile(..) => Ok(Content::Computed),
@@ -247,14 +248,15 @@ impl View {
         }
     }
 
-    /// Reads bytes of a file from offset `at` into `out` and returns how many: less than `out.len()`
-    /// only at the end of the file.
+    /// Reads bytes of a file from offset `at` into `out` and returns how many: less than
+    /// `out.len()` only at the end of the file.
     ///
-    /// Any split of a read gives the same bytes, except for status files: each read renders them anew.
+    /// Any split of a read gives the same bytes, except for status files: each read renders them
+    /// anew.
     ///
     /// # Errors
-    /// [`ViewError::NotFound`], [`ViewError::IsADirectory`], or the error of the engine or of a source
-    /// file.
+    /// [`ViewError::NotFound`], [`ViewError::IsADirectory`], or the error of the engine or of a
+    /// source file.
     pub fn read(&self, ino: Ino, at: u64, out: &mut [u8]) -> Result<usize, ViewError> {
         let done = self.read_uncounted(ino, at, out);
         self.counters.count(done.as_ref().ok().map(|&n| to_u64(n)));
@@ -281,8 +283,9 @@ impl View {
     }
 
     /// Serves a read without copying, if its bytes are contiguous and unchanged in a file of the
-    /// source: calls `send(file, offset, bytes)`, which transfers them (by splice) and returns whether it
-    /// did. Returns whether the read was served. `bytes` is `len`, or less at the end of the file.
+    /// source: calls `send(file, offset, bytes)`, which transfers them (by splice) and returns
+    /// whether it did. Returns whether the read was served. `bytes` is `len`, or less at the end of
+    /// the file.
     pub(crate) fn splice_verbatim(
         &self,
         ino: Ino,
@@ -335,8 +338,8 @@ impl View {
         }
     }
 
-    /// Whether more than half of the bytes of its tensors are verbatim, so that most reads are served
-    /// by [`View::splice_verbatim`].
+    /// Whether more than half of the bytes of its tensors are verbatim, so that most reads are
+    /// served by [`View::splice_verbatim`].
     pub(crate) fn is_mostly_verbatim(&self) -> bool {
         let Summary { view, verbatim, .. } = &self.engine.plan().summary;
         verbatim.1 > view.1 / 2

@@ -32,8 +32,8 @@ impl PassthroughFile {
     /// The open file.
     ///
     /// # Errors
-    /// If it cannot be opened, or has another size or time than when the view was built: its new bytes
-    /// would be cut to the old size.
+    /// If it cannot be opened, or has another size or time than when the view was built: its new
+    /// bytes would be cut to the old size.
     pub(super) fn file(&self) -> Result<&File, ViewError> {
         if let Some(file) = self.file.get() {
             return Ok(file);

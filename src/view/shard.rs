@@ -1,9 +1,10 @@
 //! Synthetic shards: which tensors are in which file, and at which offset.
 //!
-//! Pure arithmetic over names and sizes. Tensors fill shards in the order of the plan. Within a shard
-//! they are sorted by the largest power of two that divides their size, in descending order. Without
-//! any gap, each tensor then starts at a multiple of its own power of two, up to the alignment of the
-//! data: elements are aligned, and tensors of whole mebibytes start where FUSE requests start.
+//! Pure arithmetic over names and sizes. Tensors fill shards in the order of the plan. Within a
+//! shard they are sorted by the largest power of two that divides their size, in descending order.
+//! Without any gap, each tensor then starts at a multiple of its own power of two, up to the
+//! alignment of the data: elements are aligned, and tensors of whole mebibytes start where FUSE
+//! requests start.
 
 use safetensors::SafeTensorError;
 
@@ -109,13 +110,15 @@ impl ViewShard {
         self.ends.partition_point(|&end| end <= at)
     }
 
-    /// Offset in the file where tensor `i` starts; for the position after the last, where that ends.
+    /// Offset in the file where tensor `i` starts; for the position after the last, where that
+    /// ends.
     fn start(&self, i: usize) -> u64 {
         if i == 0 { self.data_start } else { self.ends[i - 1] }
     }
 
-    /// The tensor that contains all of the file's bytes `at..at + len`, their offset in the tensor, and
-    /// their number: less than `len` only at the end of the file. `None` if no single tensor does.
+    /// The tensor that contains all of the file's bytes `at..at + len`, their offset in the tensor,
+    /// and their number: less than `len` only at the end of the file. `None` if no single tensor
+    /// does.
     pub(super) fn within(&self, at: u64, len: usize) -> Option<(TensorId, u64, usize)> {
         let i = self.index_at(at);
         let (start, end) = (self.start(i), *self.ends.get(i)?);

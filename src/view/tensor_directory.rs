@@ -1,8 +1,8 @@
 //! Per-tensor directories: one safetensors file for each tensor.
 //!
-//! To keep 200,000 such files cheap, a directory stores only the ids of its tensors and the order of
-//! their names: 8 bytes for each. A file's inode number follows from the position of its tensor, and
-//! its header is built for each request.
+//! To keep 200,000 such files cheap, a directory stores only the ids of its tensors and the order
+//! of their names: 8 bytes for each. A file's inode number follows from the position of its tensor,
+//! and its header is built for each request.
 
 use std::borrow::Cow;
 
@@ -13,8 +13,8 @@ const SUFFIX: &str = ".safetensors";
 /// Longest file name, in bytes: NAME_MAX of Linux.
 const NAME_MAX: usize = 255;
 
-/// File name for a tensor: its name with `%`, `/` and NUL escaped as `%25`, `%2F` and `%00`, and the
-/// suffix.
+/// File name for a tensor: its name with `%`, `/` and NUL escaped as `%25`, `%2F` and `%00`, and
+/// the suffix.
 pub(super) fn file_name(tensor: &str) -> String {
     let mut name = String::with_capacity(tensor.len() + SUFFIX.len());
     for c in tensor.chars() {
@@ -57,8 +57,8 @@ fn tensor_name(file: &str) -> Option<Cow<'_, str>> {
 #[derive(Debug)]
 pub(super) struct TensorDirectory {
     tensors: Box<[TensorId]>,
-    /// Positions in `tensors`, sorted by tensor name. A tensor whose file name would be too long has
-    /// a position but no file.
+    /// Positions in `tensors`, sorted by tensor name. A tensor whose file name would be too long
+    /// has a position but no file.
     sorted: Box<[u32]>,
 }
 

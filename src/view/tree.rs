@@ -1,9 +1,9 @@
 //! The inode table: all directories and files of a view, immutable once built.
 //!
-//! A node's inode number is its position in the table plus 1, in the order in which nodes are added;
-//! 1 is the root. Files of the per-tensor directories have no node: the file at `position` in the
-//! directory with inode number `d` has the number `d * 2^32 + position`. The same plan over the same
-//! files gives the same numbers.
+//! A node's inode number is its position in the table plus 1, in the order in which nodes are
+//! added; 1 is the root. Files of the per-tensor directories have no node: the file at `position`
+//! in the directory with inode number `d` has the number `d * 2^32 + position`. The same plan over
+//! the same files gives the same numbers.
 
 use crate::tensor::to_u64;
 use std::sync::Arc;
@@ -185,7 +185,8 @@ impl Tree {
         }
     }
 
-    /// Name and inode number of the `n`th entry of a directory, sorted by name, without `.` and `..`.
+    /// Name and inode number of the `n`th entry of a directory, sorted by name, without `.` and
+    /// `..`.
     pub(super) fn nth<'a>(
         &self,
         directory: NodeId,
