@@ -102,6 +102,7 @@ pub(super) fn each_run(
 ///
 /// Codes 128 to 255 are the negatives, and so are their results, NaN apart: a look-up flips the
 /// sign bit, and half the registers hold the table.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) fn planes(to: Half, scale: f32, table: &mut Table) {
     let mut results = [0; 128];

@@ -180,6 +180,10 @@ impl Runs {
 
 /// The runs of a row with the whole blocks set apart, for loops that want no division.
 #[derive(Clone)]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "the portable level takes `all`")
+)]
 pub(super) struct Split {
     /// All runs.
     pub all: Runs,

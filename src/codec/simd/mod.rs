@@ -61,13 +61,14 @@ impl Level {
 
     /// Every level of this machine, slowest first. Tests run them all.
     pub fn available() -> Vec<Level> {
-        let mut levels = vec![Level::PORTABLE];
-        #[cfg(target_arch = "x86_64")]
-        {
-            levels.extend(has_avx2().then_some(Level(Kind::Avx2)));
-            levels.extend(has_avx512().then_some(Level(Kind::Avx512)));
-        }
-        levels
+        let levels = [
+            Some(Level::PORTABLE),
+            #[cfg(target_arch = "x86_64")]
+            has_avx2().then_some(Level(Kind::Avx2)),
+            #[cfg(target_arch = "x86_64")]
+            has_avx512().then_some(Level(Kind::Avx512)),
+        ];
+        levels.into_iter().flatten().collect()
     }
 
     /// A name for logs and reports.
