@@ -13,7 +13,7 @@
 //! use mount_ckpt::{Checkpoint, Engine, EngineOptions, Mapping, Plan, PlanOptions};
 //! use std::sync::Arc;
 //!
-//! # let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/mimo-v2-flash/checkpoint");
+//! # let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/minimax-m2/checkpoint");
 //! // Reads config.json, the index and the header of every shard. No tensor is read.
 //! let checkpoint = Arc::new(Checkpoint::open(directory.as_ref())?);
 //! // The mapping for `model_type` of config.json.

@@ -105,6 +105,7 @@ pub(super) fn for_each_run(
 ///
 /// Codes 128 to 255 are the negatives of codes 0 to 127, and so are their results, apart from NaN.
 /// The look-up flips their sign bit itself, so that the table takes half as many registers.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) fn fill_byte_planes(to: Half, scale: f32, table: &mut Fp8Table) {
     let mut results = [0; 128];

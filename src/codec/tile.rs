@@ -186,6 +186,10 @@ impl ScaleRuns {
 /// The runs of a row with the whole blocks separated from the partial ones at both ends, so that
 /// the loop over whole blocks needs no division.
 #[derive(Clone)]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "the portable level takes `all`")
+)]
 pub(super) struct SplitRuns {
     /// All runs.
     pub all: ScaleRuns,

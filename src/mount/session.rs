@@ -230,9 +230,12 @@ pub fn mount_filesystem(
 /// readers are as fast. Readers past the page cache wait for each answer anyway: a quarter slower.
 #[allow(unsafe_code, reason = "no crate among the dependencies has a safe call")]
 fn interrupt_nobody() {
-    let parameters = libc::sched_param { sched_priority: 0 };
+    // The kernel's `struct sched_param`. The C library's is another in musl, whose function of this
+    // name fails always.
+    let priority: libc::c_int = 0;
+    let (call, batch) = (libc::SYS_sched_setscheduler, libc::SCHED_BATCH);
     // SAFETY: 0 is the calling thread, and the parameters live longer than the call.
-    if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } != 0 {
+    if unsafe { libc::syscall(call, 0, batch, &raw const priority) } != 0 {
         tracing::debug!("threads interrupt readers: {}", io::Error::last_os_error());
     }
 }

@@ -64,13 +64,14 @@ impl Level {
 
     /// All levels of this machine, slowest first.
     pub fn available() -> Vec<Level> {
-        let mut levels = vec![Level::PORTABLE];
-        #[cfg(target_arch = "x86_64")]
-        {
-            levels.extend(has_avx2().then_some(Level(InstructionSet::Avx2)));
-            levels.extend(has_avx512().then_some(Level(InstructionSet::Avx512)));
-        }
-        levels
+        let levels = [
+            Some(Level::PORTABLE),
+            #[cfg(target_arch = "x86_64")]
+            has_avx2().then_some(Level(InstructionSet::Avx2)),
+            #[cfg(target_arch = "x86_64")]
+            has_avx512().then_some(Level(InstructionSet::Avx512)),
+        ];
+        levels.into_iter().flatten().collect()
     }
 
     /// A name for logs and reports.
