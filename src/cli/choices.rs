@@ -82,5 +82,5 @@ pub(super) const LOG_LEVELS: &[Choice<Level>] = &[
     ("warn", Level::WARN, "Also warnings, such as files that are left out of the view"),
     ("info", Level::INFO, "Also the mount with its summary, and the unmount"),
     ("debug", Level::DEBUG, "Also what the kernel supports, and every request"),
-    ("trace", Level::TRACE, "Also the details of every request"),
+    ("trace", Level::TRACE, "Everything"),
 ];

@@ -202,8 +202,7 @@ fn prepare_directory(out: &Path, marker: &serde_json::Value) -> anyhow::Result<(
             Ok(())
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let mut entries =
-                out.read_dir().with_context(|| format!("cannot open `{shown}`"))?;
+            let mut entries = out.read_dir().with_context(|| format!("cannot open `{shown}`"))?;
             ensure!(
                 entries.next().is_none(),
                 "`{shown}` is not empty and holds no export: give an empty directory"
@@ -223,7 +222,9 @@ fn missing(out: &Path, files: &[ViewFile]) -> anyhow::Result<Vec<ViewFile>> {
         let path = out.join(&file.path);
         match path.metadata() {
             Ok(meta) if meta.is_file() && meta.len() == file.bytes => {}
-            Ok(meta) if !meta.is_file() => bail!("`{}` is not a file: remove it, or give another directory", path.display()),
+            Ok(meta) if !meta.is_file() => {
+                bail!("`{}` is not a file: remove it, or give another directory", path.display())
+            }
             _ => missing.push(file.clone()),
         }
     }
@@ -366,7 +367,8 @@ mod tests {
     fn what_cannot_fit_is_refused() {
         let out = tempfile::tempdir().unwrap();
         check_free_space(out.path(), &[file("a", 1)]).unwrap();
-        let error = check_free_space(out.path(), &[file("a", u64::MAX / 2)]).unwrap_err().to_string();
+        let error =
+            check_free_space(out.path(), &[file("a", u64::MAX / 2)]).unwrap_err().to_string();
         assert!(error.contains("no room in") && error.contains("needed"), "{error}");
         let full = anyhow::Error::new(io::Error::from(io::ErrorKind::StorageFull)).context("write");
         let error = explain_full_disk(full, out.path(), &[file("a", 1)]).to_string();

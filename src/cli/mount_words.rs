@@ -27,15 +27,15 @@ pub(super) struct MountWords {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum WordError {
     /// It is neither an option of mount(8) nor a long option.
-    #[error("`-o` has no option `{0}`: it takes the options of mount(8) and every long option of --help")]
+    #[error(
+        "`-o` has no option `{0}`: it takes the options of mount(8) and every long option of --help"
+    )]
     Unknown(String),
     /// It is a long option that needs a value, and has none.
     #[error("`-o {0}` needs a value: `-o {0}=…`")]
     NoValue(String),
     /// `rw`.
-    #[error(
-        "`-o rw`: a view is read-only and cannot be written to; leave `rw` out, or use `ro`"
-    )]
+    #[error("`-o rw`: a view is read-only and cannot be written to; leave `rw` out, or use `ro`")]
     Writable,
     /// `remount`.
     #[error("`-o remount`: a mount cannot change its options; unmount it and mount it again")]

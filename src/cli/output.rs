@@ -86,7 +86,9 @@ fn hints(error: &(dyn Error + 'static)) -> Vec<&'static str> {
         Some(MountPointError::AllowOther(_)) => {
             return vec!["or leave out --allow-other, --allow-root and --auto-unmount"];
         }
-        Some(MountPointError::NotEmpty(_)) => return vec!["-o nonempty hides what is in it while it is mounted"],
+        Some(MountPointError::NotEmpty(_)) => {
+            return vec!["-o nonempty hides what is in it while it is mounted"];
+        }
         _ => {}
     }
     if let Some(UnmountError::Busy(_)) = error.downcast_ref() {

@@ -50,8 +50,11 @@ fn list(table: &[MountEntry], json: bool) -> anyhow::Result<()> {
         return output::print_json(&rows);
     }
     let lines = rows.iter().map(|row| {
-        let dead =
-            if row.alive { "" } else { "  (its process died: unmount it with `mount-ckpt umount`)" };
+        let dead = if row.alive {
+            ""
+        } else {
+            "  (its process died: unmount it with `mount-ckpt umount`)"
+        };
         format!("{}  {}{dead}\n", row.mount, row.source)
     });
     output::print(&lines.collect::<String>())
@@ -101,7 +104,9 @@ fn flatten(name: &str, value: &Value, lines: &mut String) {
 
 /// Unmounts, and tries again for half a second while the mount is in use. If another view was mounted
 /// of files in this mount, the process of that view holds them for a moment after it was unmounted.
-fn unmount_with_retry(mut unmount: impl FnMut() -> Result<(), UnmountError>) -> Result<(), UnmountError> {
+fn unmount_with_retry(
+    mut unmount: impl FnMut() -> Result<(), UnmountError>,
+) -> Result<(), UnmountError> {
     const TRIES: u32 = 20;
     const PAUSE: Duration = Duration::from_millis(25);
     for _ in 1..TRIES {

@@ -22,7 +22,9 @@ pub enum MountPointError {
     #[error("mount point `{0}` is not a directory: give an empty directory")]
     NotADirectory(String),
     /// The directory has entries, which the mount would hide.
-    #[error("mount point `{0}` is not empty, and a mount would hide what is in it: give an empty directory")]
+    #[error(
+        "mount point `{0}` is not empty, and a mount would hide what is in it: give an empty directory"
+    )]
     NotEmpty(String),
     /// One of our mounts is there and answers.
     #[error(

@@ -70,7 +70,8 @@ pub enum MountError {
 /// The mount does not come up, `ready` fails, or the session breaks. After [`MountError::NoAnswer`] and
 /// [`MountError::NotReported`] the mount has been detached; if that failed too, the log says so. After
 /// [`MountError::Session`] the mount point may still be in the mount table, without a process behind
-/// it: `mount-ckpt umount` removes it.
+/// it: `mount-ckpt umount` removes it. The same holds after an `Ok` that follows an abort of the
+/// connection through sysfs.
 pub(crate) fn mount_and_wait(
     view: Arc<View>,
     at: &Path,

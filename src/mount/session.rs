@@ -252,10 +252,11 @@ fn use_batch_scheduling() {
 
 /// Whether a session that ended with `error` ended because its mount at `at` was unmounted.
 ///
-/// After an unmount the first thread to read the device gets ENODEV, which fuser takes for success.
-/// A thread that reads after the kernel has closed the queue gets ECONNABORTED instead. An aborted
-/// connection (`/sys/fs/fuse/connections/*/abort`) gives ECONNABORTED too, but leaves the mount in
-/// place. `statfs`, which the kernel never answers from its caches, tells the two apart.
+/// When the connection to the kernel ends, a thread that waits for a request gets ENODEV, which fuser
+/// takes for success, and one that is just receiving a request gets ECONNABORTED. Both happen after an
+/// unmount, and also after the connection was aborted (`/sys/fs/fuse/connections/*/abort`), which leaves
+/// the mount in place. `statfs`, which the kernel never answers from its caches, tells these apart for
+/// ECONNABORTED. With ENODEV an abort looks like an unmount.
 fn was_unmounted(error: &io::Error, at: &Path) -> bool {
     error.raw_os_error() == Some(Errno::ECONNABORTED as i32)
         && !matches!(statfs(at), Err(Errno::ENOTCONN | Errno::ECONNABORTED))

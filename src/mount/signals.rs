@@ -129,7 +129,9 @@ fn unmount_or_detach(mount: &MountId) {
         Ok(()) | Err(UnmountError::NotMounted(_)) => {}
         Err(UnmountError::Busy(_)) => {
             let seconds = GRACE_PERIOD.as_secs();
-            tracing::warn!("`{at}` is in use: detached; open files are served for {seconds} s more");
+            tracing::warn!(
+                "`{at}` is in use: detached; open files are served for {seconds} s more"
+            );
             if let Err(error) = unmount(&mount.at, Unmount::Lazy) {
                 tracing::error!("{error}");
             }

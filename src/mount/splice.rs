@@ -59,13 +59,7 @@ impl Device {
     /// Answers request `unique` with `bytes` bytes of `file` from `offset` on, and returns whether it
     /// did. If not, nothing was sent and the request still needs an answer: the reply is below
     /// [`MIN_SPLICED_BYTES`], the file is too short or cannot be spliced, or the pipe is too small.
-    pub(super) fn splice_reply(
-        &self,
-        unique: u64,
-        file: &File,
-        offset: u64,
-        bytes: usize,
-    ) -> bool {
+    pub(super) fn splice_reply(&self, unique: u64, file: &File, offset: u64, bytes: usize) -> bool {
         let Some(device) = self.0.get().filter(|_| bytes >= MIN_SPLICED_BYTES) else {
             return false;
         };
