@@ -127,8 +127,18 @@ fn errno(result: std::io::Result<impl Sized>) -> Option<i32> {
     result.err().and_then(|error| error.raw_os_error())
 }
 
-/// Name, then size, inode number, times, mode and bytes, of every file but the status files.
-fn tree(root: &Path) -> BTreeMap<PathBuf, (u64, u64, [i64; 3], u32, Vec<u8>)> {
+/// What two mounts have to agree on for one file.
+#[derive(PartialEq)]
+struct FileFacts {
+    size: u64,
+    inode: u64,
+    times: [i64; 3],
+    mode: u32,
+    bytes: Vec<u8>,
+}
+
+/// Every file below a directory, except the status files.
+fn tree(root: &Path) -> BTreeMap<PathBuf, FileFacts> {
     let mut files = BTreeMap::new();
     let mut directories = vec![root.to_owned()];
     while let Some(directory) = directories.pop() {
@@ -138,8 +148,13 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, (u64, u64, [i64; 3], u32, Vec<u8>)> {
             if meta.is_dir() {
                 directories.push(path);
             } else if meta.len() > 0 {
-                let times = [meta.mtime(), meta.mtime_nsec(), meta.ctime()];
-                let facts = (meta.len(), meta.ino(), times, meta.mode(), fs::read(&path).unwrap());
+                let facts = FileFacts {
+                    size: meta.len(),
+                    inode: meta.ino(),
+                    times: [meta.mtime(), meta.mtime_nsec(), meta.ctime()],
+                    mode: meta.mode(),
+                    bytes: fs::read(&path).unwrap(),
+                };
                 files.insert(path.strip_prefix(root).unwrap().to_owned(), facts);
             }
         }

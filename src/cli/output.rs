@@ -38,7 +38,7 @@ pub(super) fn print(text: &str) -> anyhow::Result<()> {
 /// Prints a value as indented JSON.
 ///
 /// # Errors
-/// The same as [`print`].
+/// The same as [`print()`].
 pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     print(&(serde_json::to_string_pretty(value)? + "\n"))
 }

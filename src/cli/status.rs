@@ -121,7 +121,7 @@ fn unmount_with_retry(
 /// Unmounts every mount point that is given, also those after one that fails.
 ///
 /// # Errors
-/// Some of them could not be unmounted; one line for each.
+/// Some of them could not be unmounted; the error names each.
 pub(super) fn unmount_all(args: &UmountArgs) -> anyhow::Result<()> {
     let how = if args.lazy { Unmount::Lazy } else { Unmount::Now };
     let mut failures = Vec::new();
@@ -132,7 +132,7 @@ pub(super) fn unmount_all(args: &UmountArgs) -> anyhow::Result<()> {
             Ok(()) => {}
         }
     }
-    anyhow::ensure!(failures.is_empty(), "{}", failures.join("\n"));
+    anyhow::ensure!(failures.is_empty(), "{}", failures.join("; "));
     Ok(())
 }
 

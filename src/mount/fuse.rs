@@ -247,7 +247,7 @@ impl Mountable for Filesystem {
 
 impl fuser::Filesystem for Filesystem {
     /// Negotiates with the kernel. `max_readahead` stays as the kernel offers it, because the reply
-    /// can only lower it (see [`super::session`] for how it is raised).
+    /// can only lower it (`session.rs` raises it).
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = [
             InitFlags::FUSE_ASYNC_READ,
