@@ -1,6 +1,6 @@
 //! The FUSE callbacks: answers the kernel's requests from a [`View`] and maps errors to errno.
 //!
-//! A view is immutable, so the kernel may cache everything it is told: names (absent ones too) and
+//! A view is immutable, so the kernel may cache every answer: names (absent ones too) and
 //! attributes for an hour, pages from one open to the next. Every request that would write fails
 //! with EROFS. The exception are the status files of `.mount-ckpt`: each open renders a text of its
 //! own, and reads of it bypass the page cache because its size is not known in advance.

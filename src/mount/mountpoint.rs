@@ -86,7 +86,7 @@ pub enum MountPointError {
          `fuse3`, or mount as root"
     )]
     NoFusermount,
-    /// The mount shall be accessible to other users, and root does not allow that to this user.
+    /// The options let other users access the mount, which root has not allowed to this user.
     #[error(
         "a mount that other users can access needs the line `user_allow_other` in `{0}`: ask root to \
          add it"
