@@ -1,4 +1,6 @@
-//! What a person may type, as typed. [`super::resolve`] turns it into values that are checked.
+//! The command line as clap parses it: commands, options, and their help texts. The doc comments of fields
+//! are what `-h` (first line) and `--help` (all of it) print. [`super::resolve`] turns the parsed arguments
+//! into requests.
 
 use super::choices::{
     DTYPES, KV_SCALES, LAYOUTS, LOG_FORMATS, LOG_LEVELS, QUANTIZE, SCALE_DTYPES, UNMAPPED, one_of,
@@ -16,11 +18,11 @@ use tracing::Level;
 
 /// Mount a Hugging Face checkpoint in another layout
 ///
-/// Shows a checkpoint directory as another one: safetensors files that do not exist, computed as
-/// they are read. Nothing is written, nothing is downloaded, and the source is left as it is.
+/// The mount shows safetensors files that do not exist on disk: their bytes are computed from the
+/// checkpoint when they are read. Nothing is written or downloaded, and the checkpoint is not changed.
 ///
-/// Without a subcommand, mounts SRC at MNT. The command comes back once the mount answers, prints
-/// one line, and goes on in the background until `mount-ckpt umount MNT`.
+/// Without a subcommand, mounts SRC at MNT. The command returns once the mount answers, prints
+/// one line, and serves the mount in the background until `mount-ckpt umount MNT`.
 #[derive(Debug, Parser)]
 #[command(
     name = "mount-ckpt",
@@ -31,14 +33,14 @@ use tracing::Level;
     args_override_self = true,
     max_term_width = 100,
     override_usage = "mount-ckpt [OPTIONS] <SRC> <MNT>\n       mount-ckpt <COMMAND>",
-    after_help = "Sizes: 512MiB, 5GB, plain bytes. Exit codes: 0; 2 for a usage error; 1 for \
-                  anything refused or failed."
+    after_help = "Sizes: 512MiB, 5GB, or a number of bytes. Exit codes: 0 for success, 2 for a usage \
+                  error, 1 for anything else that is refused or fails."
 )]
 pub(super) struct Cli {
-    /// Something other than mounting.
+    /// A command other than mounting.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// The default command.
+    /// The arguments of a mount, the default command.
     #[command(flatten)]
     pub mount: MountArgs,
 }
@@ -61,24 +63,23 @@ fn long_version() -> String {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Show what is there, what the view would be and what it costs; mounts nothing
+    /// Show a checkpoint's tensors and how a view would be computed, without mounting
     Inspect(InspectArgs),
-    /// Make every check that a mount makes, then read and check the data
+    /// Make every check that a mount makes, then read all data
     ///
-    /// Exits with 1 where anything fails. Reads the whole view once, through the same engine as a
-    /// mount.
+    /// Reads the whole view once, through the same engine as a mount, and exits with 1 if anything fails.
     Verify(VerifyArgs),
-    /// Write the view to a directory: the same engine, no FUSE
+    /// Write the view to a directory, without FUSE
     ///
-    /// Needs room for the whole view. Interrupted, it takes up where it left when started again
-    /// with the same options: a file is `NAME.partial` until it is complete, and complete files
+    /// Needs free space for the whole view. An interrupted export continues when it is started again
+    /// with the same options: a file is called `NAME.partial` until it is complete, and complete files
     /// are kept.
     Export(ExportArgs),
-    /// List the mounts that are up, or show the live counters of one
+    /// List all mounts, or show the counters of one
     Status(StatusArgs),
-    /// Unmount
+    /// Unmount views
     Umount(UmountArgs),
-    /// List the mappings and the model_type that each is for
+    /// List the built-in mappings and the model_type values that select them
     Models(ModelsArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
@@ -86,38 +87,39 @@ pub(super) enum Command {
     Man(ManArgs),
 }
 
-/// Options of the default command.
+/// Arguments of a mount, the default command.
 #[derive(Debug, Args)]
 pub(super) struct MountArgs {
     /// Checkpoint: a directory, a hub cache entry or snapshot, or org/name in the local hub cache
     ///
-    /// `org/name` is looked up in HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub. Nothing is
-    /// downloaded.
+    /// `org/name` is looked up in $HF_HUB_CACHE, in $HF_HOME/hub if that is not set, and else in
+    /// ~/.cache/huggingface/hub. Nothing is downloaded.
     #[arg(value_name = "SRC", required = true)]
     pub src: Option<PathBuf>,
-    /// Mount point: an empty directory
+    /// Mount point: an empty directory outside the checkpoint
     #[arg(value_name = "MNT", required = true)]
     pub at: Option<PathBuf>,
-    /// mount(8) options, comma separated
+    /// Options as in mount(8) and fstab, separated by commas
     ///
     /// Every long option works here too, with dashes or underscores: `-o model=mimo-v2-flash,to=hf`.
-    /// So do ro, nosuid, nodev, noexec, noatime, allow_other, nonempty, fsname=NAME and the words
-    /// of fstab such as _netdev, nofail, noauto, x-systemd.automount. A comma in a value is written
-    /// `\,`. On the command line, a long option beats the same one in -o.
+    /// Others are ro, nosuid, nodev, noexec, noatime, nonempty (hide what is in the mount point),
+    /// fsname=NAME (source in the mount table), and those of fstab such as _netdev, nofail, noauto and
+    /// x-systemd.automount. Write a comma in a value as `\,`. An option given both ways has the value of
+    /// the long option.
     #[arg(short = 'o', value_name = "OPTS")]
     pub options: Vec<String>,
     /// Stay in the foreground and log to stderr
     ///
-    /// Ctrl-C or SIGTERM unmounts. With systemd, use this and `Type=notify`.
+    /// Ctrl-C or SIGTERM unmounts. For a systemd service, use this with `Type=notify`.
     #[arg(short = 'f', long)]
     pub foreground: bool,
-    /// What the view is.
+    /// What the view shows.
     #[command(flatten)]
     pub view: ViewArgs,
-    /// How it is computed.
+    /// Memory and threads.
     #[command(flatten)]
     pub engine: EngineArgs,
-    /// How the kernel sees it.
+    /// How it is mounted.
     #[command(flatten)]
     pub kernel: KernelArgs,
     /// What is logged.
@@ -125,157 +127,179 @@ pub(super) struct MountArgs {
     pub log: LogArgs,
 }
 
-/// Options that say what the view is.
+/// Options for what the view shows.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "View")]
 pub(super) struct ViewArgs {
-    /// Mapping to use, as `mount-ckpt models` lists them; `auto` reads config.json
+    /// Mapping to use
+    ///
+    /// `mount-ckpt models` lists the names. `auto` selects the mapping for the model_type in
+    /// config.json.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub model: String,
-    /// A mapping of your own (TOML)
+    /// File with a mapping of your own, in TOML
     ///
-    /// For a model that no built-in mapping knows. Used in place of --model.
+    /// For a model that has no built-in mapping.
     #[arg(long, value_name = "FILE", conflicts_with = "model")]
     pub mapping: Option<PathBuf>,
-    /// Layout of the view [default: native from an hf checkpoint, hf from a native one]
+    /// Layout of the view [default: native for a checkpoint in layout hf, hf for any other]
+    ///
+    /// The layout decides the names of the tensors, and whether the experts of a layer are separate
+    /// tensors or grouped in one.
     #[arg(long, value_name = "LAYOUT", value_parser = one_of(LAYOUTS))]
     pub to: Option<LayoutName>,
-    /// What quantized and grouped tensors become
+    /// Dtype of tensors that are dequantized or grouped
     ///
-    /// Tensors that are neither keep their dtype: router gates, for one, are F32.
+    /// All other tensors keep the dtype that they have in the checkpoint, for instance router gates in
+    /// F32.
     #[arg(long, value_name = "T", value_parser = one_of(DTYPES), default_value = "bf16")]
     pub dtype: Float,
-    /// With --to hf: what the weights are stored as
+    /// With --to hf: quantize the weights
     ///
-    /// `checkpoint` is the model's own scheme (FP8, FP4, INT4 with their scales), for the tensors
-    /// that the model's published checkpoints hold in it.
+    /// `checkpoint` quantizes the tensors that the model's published checkpoints hold quantized, with
+    /// the same scheme (FP8, FP4 or INT4, with scales). The scales are computed from the largest
+    /// magnitude of each block, or taken from --scales-from.
     #[arg(long, value_name = "Q", value_parser = one_of(QUANTIZE), default_value = "none",
         action = ArgAction::Set)]
     pub quantize: bool,
     /// With --quantize checkpoint: take the scales from this checkpoint
     ///
-    /// A weight that did not change then gets the very bytes back that it has there.
+    /// Give the published checkpoint that the weights come from. Weights that were not changed since
+    /// then get their published bytes back.
     #[arg(long, value_name = "DIR")]
     pub scales_from: Option<PathBuf>,
-    /// With --quantize checkpoint: dtype of INT4 scales
+    /// With --quantize checkpoint: dtype of the scales of INT4 weights
     #[arg(long, value_name = "T", value_parser = one_of(SCALE_DTYPES), default_value = "bf16")]
     pub scale_dtype: Float,
-    /// MiMo: which scale rows serve which rows of K and V
+    /// For MiMo: which rows of scales belong to which rows of K and V
     ///
-    /// `fused` is how the checkpoint was quantized. `automodel` is how NeMo Automodel 0.7.0 reads
-    /// it, for comparing with a run that did.
+    /// `fused` is how the checkpoint was quantized. `automodel` reproduces how NeMo Automodel 0.7.0
+    /// reads it, to compare with a run that used it.
     #[arg(long, value_name = "R", value_parser = one_of(KV_SCALES), default_value = "fused")]
     pub kv_scales: ScaleReading,
-    /// Expert-parallel ranks: one directory for each
+    /// Number of expert-parallel ranks: adds a directory for each
     ///
-    /// Directories ep-0000-of-000N and so on hold the experts of one rank and all other tensors.
+    /// Each directory ep-RANK-of-SIZE is a whole checkpoint with the experts of one rank and all other
+    /// tensors.
     #[arg(long, value_name = "N", value_parser = ranks())]
     pub ep_size: Option<u64>,
-    /// With --ep-size: this rank's view alone, at the root
+    /// With --ep-size: show only the checkpoint of this rank, counted from 0, in the root
     #[arg(long, value_name = "R", requires = "ep_size")]
     pub ep_rank: Option<u64>,
-    /// Ranks that share axis 1 of the grouped tensors; has to divide it
+    /// Number of ranks that divide axis 1 of the grouped tensors among them
+    ///
+    /// The axis must be a multiple of it.
     #[arg(long, value_name = "N", value_parser = ranks(), requires = "ep_shard_rank")]
     pub ep_shard_size: Option<u64>,
-    /// With --ep-shard-size: the rank whose part of axis 1 is shown
+    /// With --ep-shard-size: the rank, counted from 0, whose part of axis 1 is shown
     #[arg(long, value_name = "R", requires = "ep_shard_size")]
     pub ep_shard_rank: Option<u64>,
-    /// Keep only tensors whose name in the view matches; repeatable
+    /// Show only tensors whose name in the view matches; can be repeated
     ///
-    /// A regular expression, matched from the start of the name.
+    /// A regular expression. It must match from the start of the name, not up to its end.
     #[arg(long, value_name = "RE", value_parser = parse_pattern)]
     pub include: Vec<Regex>,
-    /// Leave out tensors whose name in the view matches; repeatable, beats --include
+    /// Leave out tensors whose name in the view matches, even if --include matches; can be repeated
     ///
-    /// A regular expression, matched from the start of the name.
+    /// A regular expression. It must match from the start of the name, not up to its end.
     #[arg(long, value_name = "RE", value_parser = parse_pattern)]
     pub exclude: Vec<Regex>,
-    /// Source tensors that no rule names
+    /// What to do with tensors of the checkpoint that no rule of the mapping matches
     #[arg(long, value_name = "A", value_parser = one_of(UNMAPPED), default_value = "refuse")]
     pub unmapped: Unmapped,
-    /// Tensors and layers that the model needs and that may be missing; repeatable
+    /// Accept that tensors or layers of these names are missing; can be repeated
     ///
-    /// A regular expression, matched from the start of the name. The mount's summary names what is
-    /// missing.
+    /// A checkpoint that lacks a tensor or a layer of its model is refused otherwise. A regular
+    /// expression for the published names. It must match from the start of the name, not up to its end.
+    /// The line that a mount prints names what is missing.
     #[arg(long, value_name = "RE", value_parser = parse_pattern)]
     pub allow_missing: Vec<Regex>,
-    /// Largest synthetic shard; a larger tensor has one of its own
+    /// Most bytes of tensors in a safetensors file of the view
+    ///
+    /// A tensor that is larger gets a file of its own.
     #[arg(long, value_name = "SIZE", default_value_t = Size(5_000_000_000), value_parser = parse_shard_size)]
     pub shard_size: Size,
 }
 
-/// Options that say how the view is computed.
+/// Options for the memory and the threads that compute the view.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Resources")]
 pub(super) struct EngineArgs {
-    /// Memory for decoded chunks, those in flight included [default: 1GiB, or a quarter of memory]
+    /// Most memory for decoded chunks [default: 1GiB, or a quarter of the memory if that is less]
     ///
-    /// Serves requests smaller than a chunk and readers that bypass the page cache; what has been
-    /// served is kept by the kernel's page cache, which this does not count. A quarter of it, at most
-    /// 256 MiB, holds stored rows of matrices that are being transposed. The default is at most
-    /// a quarter of the memory that the process may use (its control group's limit, or the
-    /// machine's memory).
+    /// Bounds chunks that are being decoded and an LRU cache of decoded ones. The cache serves requests
+    /// that are smaller than a chunk, and readers that bypass the page cache. A quarter of it, at most
+    /// 256MiB, holds source rows of matrices that are being transposed. Bytes that were served stay in
+    /// the kernel's page cache, which is not counted. For the default, the memory is the limit of the
+    /// process's control group or, if that is less, the memory of the machine.
     #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<Size>,
-    /// Threads that answer requests [default: the cores this process may use]
+    /// Number of threads that answer requests [default: the cores that this process may use]
     ///
-    /// As many more read and decode ahead of readers that go forward.
+    /// The same number of further threads prefetch for sequential readers.
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
 }
 
-/// Options that say how the kernel sees the mount.
+/// Options for how the view is mounted.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Mount")]
 pub(super) struct KernelArgs {
-    /// Kernel read-ahead of the mount; needs root, else it is 128KiB
+    /// Kernel read-ahead of the mount; only root can change it from 128KiB
     ///
-    /// Bytes that the kernel asks for ahead of a sequential reader, and the largest request of a
-    /// memory map. More is faster for one reader of large files.
+    /// How far the kernel reads ahead of a sequential reader. It also bounds the size of one request for
+    /// a memory-mapped file. A larger value is faster for a single reader of large files. 0 keeps the
+    /// kernel's default.
     #[arg(long, value_name = "SIZE", default_value_t = Size(4 << 20))]
     pub read_ahead: Size,
-    /// Answer large reads past the page cache
+    /// Let reads of safetensors files bypass the page cache
     ///
-    /// For readers with several threads that take each byte once, in large pieces and into memory that
-    /// starts at a page; slow for small reads, and every reader computes anew.
+    /// Faster for a program that reads each byte once, with several threads, in large reads and into
+    /// page-aligned buffers. Slower for small reads, and a second reader does not find the bytes in the
+    /// page cache: they are computed again.
     #[arg(long)]
     pub direct_io: bool,
-    /// Let other users see the mount; without root, needs user_allow_other in /etc/fuse.conf
+    /// Let all users access the mount
+    ///
+    /// Unless root mounts, /etc/fuse.conf must have the line `user_allow_other`.
     #[arg(long)]
     pub allow_other: bool,
-    /// Let root see a mount that another user made; needs the same as --allow-other
+    /// Let root access the mount of another user
+    ///
+    /// Unless root mounts, /etc/fuse.conf must have the line `user_allow_other`.
     #[arg(long)]
     pub allow_root: bool,
-    /// Have fusermount3 unmount when the process dies, however it dies
+    /// Unmount also if the process is killed
     ///
-    /// Implies --allow-root unless --allow-other is given, since fusermount3 asks for one of them.
+    /// fusermount3 watches the process and unmounts when it ends. It requires that other users can access
+    /// the mount, so this implies --allow-root unless --allow-other is given.
     #[arg(long)]
     pub auto_unmount: bool,
-    /// Owner of the files [default: who mounts]
+    /// Numeric user id of the owner of all files [default: the user who mounts]
     #[arg(long, value_name = "UID")]
     pub uid: Option<u32>,
-    /// Group of the files [default: that of who mounts]
+    /// Numeric group id of all files [default: the group of the user who mounts]
     #[arg(long, value_name = "GID")]
     pub gid: Option<u32>,
-    /// Permission bits of the files, octal
+    /// Permission bits of files, in octal
     #[arg(long, value_name = "MODE", value_parser = parse_mode, default_value = "0444")]
     pub file_mode: u16,
-    /// Permission bits of the directories, octal
+    /// Permission bits of directories, in octal
     #[arg(long, value_name = "MODE", value_parser = parse_mode, default_value = "0555")]
     pub dir_mode: u16,
 }
 
-/// Options that say what is logged.
+/// Options of the log.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Log")]
 pub(super) struct LogArgs {
-    /// Least weight of a line in the log [default: info for a mount, else warn]
+    /// Least severe level that is logged [default: info for a mount, warn for other commands]
     #[arg(long, value_name = "LEVEL", value_parser = one_of(LOG_LEVELS))]
     pub log_level: Option<Level>,
-    /// Append the log to this file [default: stderr in the foreground, else the journal]
+    /// Append the log to this file [default: stderr, or the system log for a background mount]
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
-    /// Form of a line in the log
+    /// Form of the lines of the log
     #[arg(long, value_name = "FORMAT", value_parser = one_of(LOG_FORMATS), default_value = "text",
         action = ArgAction::Set)]
     pub log_format: bool,
@@ -288,10 +312,10 @@ pub(super) struct InspectArgs {
     /// Checkpoint: a directory, a hub cache entry or snapshot, or org/name in the local hub cache
     #[arg(value_name = "SRC")]
     pub src: PathBuf,
-    /// Machine-readable: the plan, as .mount-ckpt/plan.json has it
+    /// Print the plan as JSON, as in .mount-ckpt/plan.json
     #[arg(long)]
     pub json: bool,
-    /// What the view is.
+    /// What the view shows.
     #[command(flatten)]
     pub view: ViewArgs,
     /// What is logged.
@@ -306,13 +330,13 @@ pub(super) struct VerifyArgs {
     /// Checkpoint: a directory, a hub cache entry or snapshot, or org/name in the local hub cache
     #[arg(value_name = "SRC")]
     pub src: PathBuf,
-    /// Machine-readable result
+    /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
-    /// What the view is.
+    /// What the view shows.
     #[command(flatten)]
     pub view: ViewArgs,
-    /// How it is computed.
+    /// Memory and threads.
     #[command(flatten)]
     pub engine: EngineArgs,
     /// What is logged.
@@ -327,13 +351,13 @@ pub(super) struct ExportArgs {
     /// Checkpoint: a directory, a hub cache entry or snapshot, or org/name in the local hub cache
     #[arg(value_name = "SRC")]
     pub src: PathBuf,
-    /// Directory to write: absent, empty, or left by an export with the same options
+    /// Directory to write to: new, empty, or that of an interrupted export with the same options
     #[arg(value_name = "OUT")]
     pub out: PathBuf,
-    /// What the view is.
+    /// What the view shows.
     #[command(flatten)]
     pub view: ViewArgs,
-    /// How it is computed.
+    /// Memory and threads.
     #[command(flatten)]
     pub engine: EngineArgs,
     /// What is logged.
@@ -344,10 +368,10 @@ pub(super) struct ExportArgs {
 /// Options of `status`.
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
-    /// Mount point; without it, every mount is listed
+    /// Mount point; without it, all mounts are listed
     #[arg(value_name = "MNT")]
     pub at: Option<PathBuf>,
-    /// Machine-readable
+    /// Print JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -358,10 +382,10 @@ pub(super) struct UmountArgs {
     /// Mount points
     #[arg(value_name = "MNT", required = true)]
     pub at: Vec<PathBuf>,
-    /// Detach at once, even while in use; the process ends when the last file is closed
+    /// Detach mounts that are in use: their files stay readable until they are closed
     #[arg(short = 'l', long)]
     pub lazy: bool,
-    /// Say nothing, and exit with 0, where nothing is mounted
+    /// Succeed silently if nothing is mounted there
     #[arg(short = 'q', long)]
     pub quiet: bool,
 }
@@ -369,7 +393,7 @@ pub(super) struct UmountArgs {
 /// Options of `models`.
 #[derive(Debug, Args)]
 pub(super) struct ModelsArgs {
-    /// Machine-readable
+    /// Print JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -377,7 +401,7 @@ pub(super) struct ModelsArgs {
 /// Options of `completions`.
 #[derive(Debug, Args)]
 pub(super) struct CompletionsArgs {
-    /// Shell to write for
+    /// Shell to print the script for
     #[arg(value_name = "SHELL")]
     pub shell: clap_complete::Shell,
 }
@@ -385,12 +409,12 @@ pub(super) struct CompletionsArgs {
 /// Options of `man`.
 #[derive(Debug, Args)]
 pub(super) struct ManArgs {
-    /// Write a page for each command into this directory instead
+    /// Write a page for each command into this directory instead of printing one
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
 }
 
-/// A number of ranks.
+/// Parser of a number of ranks: at least 1.
 fn ranks() -> impl clap::builder::TypedValueParser<Value = u64> {
     value_parser!(u64).range(1..=u64::from(u32::MAX))
 }
@@ -402,7 +426,7 @@ fn parse_shard_size(text: &str) -> Result<Size, String> {
     }
 }
 
-/// A regular expression; what is wrong with it in one line.
+/// Parses a regular expression. Of the multi-line error of `regex`, keeps the line with the reason.
 fn parse_pattern(text: &str) -> Result<Regex, String> {
     Regex::new(text).map_err(|error| {
         let why = error.to_string();

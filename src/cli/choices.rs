@@ -1,4 +1,4 @@
-//! The words that options take, each with the value that it stands for.
+//! The values of options that take one of a few words: each word, its value in code, and its help text.
 
 use crate::mapping::LayoutName;
 use crate::plan::{ScaleReading, Unmapped};
@@ -6,10 +6,10 @@ use crate::tensor::Float;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use tracing::Level;
 
-/// A word, its value, and a line of help.
+/// A word of the command line, its value, and its line of help.
 type Choice<T> = (&'static str, T, &'static str);
 
-/// A parser that takes one of `choices`.
+/// A clap parser that accepts the words of `choices`.
 pub(super) fn one_of<T>(choices: &'static [Choice<T>]) -> impl TypedValueParser<Value = T>
 where
     T: Copy + Send + Sync + 'static,
@@ -21,22 +21,22 @@ where
     })
 }
 
-/// `--to`: names and grouping of the view's tensors.
+/// `--to`: the layout, that is names and grouping, of the view's tensors.
 pub(super) const LAYOUTS: &[Choice<LayoutName>] = &[
-    ("native", LayoutName::Native, "NeMo Automodel's: grouped experts, [in, out]"),
+    ("native", LayoutName::Native, "As in NeMo Automodel: grouped experts, each matrix [in, out]"),
     (
         "transformers",
         LayoutName::Transformers,
-        "transformers v5's in memory: grouped experts, [out, in]",
+        "As in transformers 5 in memory: grouped experts, each matrix [out, in]",
     ),
-    ("hf", LayoutName::Hf, "As published, most often one tensor for each expert and projection"),
+    ("hf", LayoutName::Hf, "As published: usually one tensor per expert and projection"),
 ];
 
 /// `--dtype`: dtype of quantized and grouped tensors.
 pub(super) const DTYPES: &[Choice<Float>] = &[
-    ("bf16", Float::BF16, "Brain float, 16 bits"),
-    ("f16", Float::F16, "IEEE half, 16 bits; values above 65504 become infinite"),
-    ("f32", Float::F32, "IEEE single, 32 bits: exact, twice the size"),
+    ("bf16", Float::BF16, "bfloat16: the range of F32, 8 bits of precision"),
+    ("f16", Float::F16, "IEEE half precision; values above 65504 become infinite"),
+    ("f32", Float::F32, "IEEE single precision: exact, twice the size"),
 ];
 
 /// `--scale-dtype`: dtype of the scales of INT4 weights.
@@ -45,42 +45,42 @@ pub(super) const SCALE_DTYPES: &[Choice<Float>] = &[
     ("f16", Float::F16, "As NeMo Automodel writes them"),
 ];
 
-/// `--quantize`: whether the weights of an hf view are quantized.
+/// `--quantize`: whether the weights of a view in layout `hf` are quantized.
 pub(super) const QUANTIZE: &[Choice<bool>] = &[
-    ("none", false, "Plain floats"),
-    ("checkpoint", true, "The model's own scheme: FP8, FP4 or INT4, with scales"),
+    ("none", false, "Not quantized"),
+    ("checkpoint", true, "The scheme of the published model: FP8, FP4 or INT4, with scales"),
 ];
 
-/// `--kv-scales`: which scale rows serve the K and V rows of MiMo.
+/// `--kv-scales`: which rows of scales belong to which rows of K and V in MiMo.
 pub(super) const KV_SCALES: &[Choice<ScaleReading>] = &[
     (
         "fused",
         ScaleReading::Fused,
-        "K and V rows of a shard share one block grid, as they were quantized",
+        "K and V rows of a tensor-parallel shard share one grid of blocks: how they were quantized",
     ),
     (
         "automodel",
         ScaleReading::Automodel,
-        "A plain grid, as NeMo Automodel 0.7.0 reads split K and V",
+        "K and V have separate grids: how NeMo Automodel 0.7.0 reads them",
     ),
 ];
 
-/// `--unmapped`: what happens to source tensors that no rule names.
+/// `--unmapped`: what happens to source tensors that no rule of the mapping matches.
 pub(super) const UNMAPPED: &[Choice<Unmapped>] = &[
-    ("refuse", Unmapped::Refuse, "An error that names them"),
-    ("keep", Unmapped::Keep, "Shown under their own names, byte for byte"),
-    ("drop", Unmapped::Drop, "Left out of the view"),
+    ("refuse", Unmapped::Refuse, "Fail, and name them"),
+    ("keep", Unmapped::Keep, "Show them under their own names, unchanged"),
+    ("drop", Unmapped::Drop, "Leave them out of the view"),
 ];
 
-/// `--log-format`: whether a line is a JSON object.
+/// `--log-format`: whether lines are JSON objects.
 pub(super) const LOG_FORMATS: &[Choice<bool>] =
-    &[("text", false, "One line for people"), ("json", true, "One JSON object a line")];
+    &[("text", false, "Plain text"), ("json", true, "One JSON object per line")];
 
-/// `--log-level`: the least severe events that are logged.
+/// `--log-level`: the least severe lines that are logged.
 pub(super) const LOG_LEVELS: &[Choice<Level>] = &[
-    ("error", Level::ERROR, "Failures"),
-    ("warn", Level::WARN, "And what looks wrong"),
-    ("info", Level::INFO, "And mount, summary, unmount"),
-    ("debug", Level::DEBUG, "And what the kernel and the planner agreed on"),
-    ("trace", Level::TRACE, "And every request"),
+    ("error", Level::ERROR, "Errors, such as a read that failed"),
+    ("warn", Level::WARN, "Also warnings, such as files that are left out of the view"),
+    ("info", Level::INFO, "Also the mount with its summary, and the unmount"),
+    ("debug", Level::DEBUG, "Also what the kernel supports, and every request"),
+    ("trace", Level::TRACE, "Everything"),
 ];

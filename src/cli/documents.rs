@@ -1,4 +1,4 @@
-//! `models`, `completions` and `man`: what the program says about itself.
+//! `models`, `completions` and `man`: prints documents about the program itself.
 
 use super::args::{Cli, CompletionsArgs, ManArgs, ModelsArgs};
 use super::output;
@@ -6,10 +6,10 @@ use crate::mapping;
 use anyhow::Context as _;
 use clap::CommandFactory;
 
-/// Lists the mappings.
+/// Lists the built-in mappings.
 ///
 /// # Errors
-/// Where stdout cannot be written.
+/// Stdout cannot be written.
 pub(super) fn models(args: &ModelsArgs) -> anyhow::Result<()> {
     let models = mapping::shipped();
     if args.json {
@@ -23,20 +23,20 @@ pub(super) fn models(args: &ModelsArgs) -> anyhow::Result<()> {
     output::print(&lines.collect::<String>())
 }
 
-/// Prints a completion script.
+/// Prints a completion script for a shell.
 ///
 /// # Errors
-/// Where stdout cannot be written.
+/// Stdout cannot be written.
 pub(super) fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "mount-ckpt", &mut script);
     output::print(&String::from_utf8_lossy(&script))
 }
 
-/// Prints the manual page, or writes one for each command.
+/// Prints the manual page, or writes a page for each command into a directory.
 ///
 /// # Errors
-/// Where it cannot be written.
+/// Stdout or the directory cannot be written.
 pub(super) fn man(args: &ManArgs) -> anyhow::Result<()> {
     // The page is the same from every build and on every machine, which the long version is not.
     let command = Cli::command().long_version(None);

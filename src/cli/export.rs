@@ -1,8 +1,9 @@
-//! `export`: the files of a view written to a directory, without FUSE.
+//! `export`: writes the files of a view to a directory, without FUSE.
 //!
-//! A file is written as `NAME.partial` and renamed when it is complete, the index last of all: what
-//! a loader finds is whole. [`MARKER`] says what the directory holds, so that an export that was
-//! interrupted goes on only as the same one.
+//! Each file is written as `NAME.partial` and renamed when it is complete, the index last, so that a
+//! loader never finds a partial checkpoint. An interrupted export continues when it is started again:
+//! complete files are kept. The file [`MARKER`] records which checkpoint, plan and files the directory
+//! is for, and an export of anything else into it is refused.
 
 use super::args::ExportArgs;
 use super::open;
@@ -24,10 +25,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// File in the directory that says which view it holds. Hidden, so that no loader takes it up.
+/// Name of the file that identifies the export. Its leading dot keeps it out of loaders' globs.
 const MARKER: &str = ".mount-ckpt-export.json";
 
-/// A file of a view, to be copied.
+/// A file of the view that is to be written.
 #[derive(Clone, Debug)]
 struct ViewFile {
     /// Path below the root of the view.
@@ -36,11 +37,11 @@ struct ViewFile {
     bytes: u64,
 }
 
-/// Writes a view to a directory.
+/// Writes a view to a directory and prints what was written.
 ///
 /// # Errors
-/// Where there is no such view, the directory cannot be had, is inside the checkpoint, holds
-/// something else or has too little room, or a byte cannot be read or written.
+/// The view is not possible; the directory cannot be created, is inside the checkpoint, has other
+/// contents or too little free space; or a file cannot be read or written.
 pub(super) fn run(
     args: &ExportArgs,
     view: &ViewRequest,
@@ -59,14 +60,14 @@ pub(super) fn run(
     let view = View::new(engine, &view.files)?;
     let files = in_writing_order(files(&view)?);
     let marker = marker(&source, &plan.to_json(), &files)?;
-    claim(&out, &marker)?;
+    prepare_directory(&out, &marker)?;
     let missing = missing(&out, &files)?;
     let progress = bar("export", missing.iter().map(|file| file.bytes).sum());
     let pool = ThreadPoolBuilder::new().num_threads(options.threads).build()?;
-    check_room(&out, &missing)?;
+    check_free_space(&out, &missing)?;
     for file in &missing {
         write(&view, file, &out, &pool, &progress)
-            .map_err(|error| explain(error, &out, &missing))?;
+            .map_err(|error| explain_full_disk(error, &out, &missing))?;
     }
     let written = ByteSize(progress.position());
     let rate = rate(progress.position(), progress.elapsed());
@@ -81,20 +82,20 @@ pub(super) fn run(
     ))
 }
 
-/// The path without symlinks, of a directory that need not be there yet.
+/// The absolute path, without symlinks, of a directory that need not exist yet.
 fn absolute(out: &Path) -> anyhow::Result<PathBuf> {
-    let shown = || format!("cannot look at `{}`", out.display());
+    let shown = || format!("cannot open `{}`", out.display());
     let out = std::path::absolute(out).with_context(shown)?;
     let there = out.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let rest = out.strip_prefix(there).expect("an ancestor is a prefix");
-    // Joined one by one, since joining nothing would add a slash.
+    // Joined name by name, since joining an empty path adds a slash.
     Ok(rest.iter().fold(there.canonicalize().with_context(shown)?, |path, name| path.join(name)))
 }
 
-/// Directory of what is about the mount and not of the checkpoint.
+/// Directory of the status files, which belong to the mount and not to the checkpoint.
 const STATUS_DIRECTORY: &str = ".mount-ckpt";
 
-/// Every file of a view but those about the mount itself, directory after directory.
+/// All files of a view except the status files.
 fn files(view: &View) -> anyhow::Result<Vec<ViewFile>> {
     let mut files = Vec::new();
     let mut directories = vec![(PathBuf::new(), Ino::ROOT)];
@@ -118,19 +119,19 @@ fn files(view: &View) -> anyhow::Result<Vec<ViewFile>> {
     Ok(files)
 }
 
-/// Fills `out` with the bytes of a file from `at` on.
+/// Fills `out` with the bytes of a file from offset `at` on.
 fn read_file(view: &View, file: &ViewFile, mut at: u64, mut out: &mut [u8]) -> anyhow::Result<()> {
     while !out.is_empty() {
         let shown = || format!("`{}` of the view", file.path.display());
         let read = view.read(file.ino, at, out).with_context(shown)?;
-        anyhow::ensure!(read > 0, "{}: expected {} more bytes, got none", shown(), out.len());
+        ensure!(read > 0, "{}: expected {} more bytes, got none", shown(), out.len());
         out = &mut out[read..];
         at += u64::try_from(read).expect("a read is below 2^64 bytes");
     }
     Ok(())
 }
 
-/// Shards first, then what is small, the index at the very end.
+/// Sorts files into the order in which they are written: shards, other files, indexes.
 fn in_writing_order(mut files: Vec<ViewFile>) -> Vec<ViewFile> {
     let rank = |file: &ViewFile| {
         let name = file.path.to_string_lossy();
@@ -144,17 +145,18 @@ fn in_writing_order(mut files: Vec<ViewFile>) -> Vec<ViewFile> {
     files
 }
 
-/// What identifies the content of an export: the checkpoint, the plan and the files.
+/// The content of [`MARKER`]: the checkpoint's directory and a fingerprint of the source files, the plan
+/// and the files of the view.
 fn marker(
     source: &Path,
     plan: &serde_json::Value,
     files: &[ViewFile],
 ) -> anyhow::Result<serde_json::Value> {
-    let newest = |path: &Path| -> io::Result<Vec<String>> {
+    let listing = |path: &Path| -> io::Result<Vec<String>> {
         let mut seen = Vec::new();
         for entry in fs::read_dir(path)? {
             let entry = entry?;
-            // Through symlinks: a hub snapshot is made of them.
+            // Follows symlinks: a snapshot of the hub consists of them.
             let meta = fs::metadata(entry.path())?;
             if meta.is_file() {
                 let name = entry.file_name();
@@ -164,7 +166,7 @@ fn marker(
         seen.sort();
         Ok(seen)
     };
-    let sources = newest(source).with_context(|| format!("cannot list `{}`", source.display()))?;
+    let sources = listing(source).with_context(|| format!("cannot list `{}`", source.display()))?;
     let sizes: Vec<String> =
         files.iter().map(|file| format!("{:?} {}", file.path, file.bytes)).collect();
     let text = format!("{plan}\n{}\n{}", sources.join("\n"), sizes.join("\n"));
@@ -174,17 +176,20 @@ fn marker(
     }))
 }
 
-/// FNV-1a, 64 bits: tells one export from another; nobody is out to fool it.
+/// The 64-bit FNV-1a hash. It tells exports apart; it need not resist an attacker.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })
 }
 
-/// Makes the directory ours: it is absent or empty, or an export with the same marker is in it.
-fn claim(out: &Path, marker: &serde_json::Value) -> anyhow::Result<()> {
+/// Creates the directory and its marker, or accepts one that has the same marker.
+///
+/// # Errors
+/// The directory has other contents or another marker, or cannot be read or written.
+fn prepare_directory(out: &Path, marker: &serde_json::Value) -> anyhow::Result<()> {
     let shown = out.display();
-    fs::create_dir_all(out).with_context(|| format!("cannot make `{shown}`"))?;
+    fs::create_dir_all(out).with_context(|| format!("cannot create `{shown}`"))?;
     let file = out.join(MARKER);
     match fs::read(&file) {
         Ok(text) => {
@@ -197,8 +202,7 @@ fn claim(out: &Path, marker: &serde_json::Value) -> anyhow::Result<()> {
             Ok(())
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let mut entries =
-                out.read_dir().with_context(|| format!("cannot look at `{shown}`"))?;
+            let mut entries = out.read_dir().with_context(|| format!("cannot open `{shown}`"))?;
             ensure!(
                 entries.next().is_none(),
                 "`{shown}` is not empty and holds no export: give an empty directory"
@@ -210,25 +214,28 @@ fn claim(out: &Path, marker: &serde_json::Value) -> anyhow::Result<()> {
     }
 }
 
-/// The files that are not complete yet. A name in place is complete: it was renamed to.
+/// The files that are still to be written. One that has its final name and size is complete, since files
+/// are renamed only when they are.
 fn missing(out: &Path, files: &[ViewFile]) -> anyhow::Result<Vec<ViewFile>> {
     let mut missing = Vec::new();
     for file in files {
         let path = out.join(&file.path);
         match path.metadata() {
             Ok(meta) if meta.is_file() && meta.len() == file.bytes => {}
-            Ok(meta) if !meta.is_file() => bail!("`{}` is in the way", path.display()),
+            Ok(meta) if !meta.is_file() => {
+                bail!("`{}` is not a file: remove it, or give another directory", path.display())
+            }
             _ => missing.push(file.clone()),
         }
     }
     Ok(missing)
 }
 
-/// Refuses before the first byte what cannot fit at the end.
-fn check_room(out: &Path, missing: &[ViewFile]) -> anyhow::Result<()> {
+/// Refuses an export that does not fit on the disk before anything is written.
+fn check_free_space(out: &Path, missing: &[ViewFile]) -> anyhow::Result<()> {
     let needed: u64 = missing.iter().map(|file| file.bytes).sum();
     let Some(free) = free(out) else { return Ok(()) };
-    // What an interrupted export left is overwritten.
+    // Partial files of an interrupted export are overwritten, so their space counts as free.
     let left: u64 = missing
         .iter()
         .filter_map(|file| Some(partial(&out.join(&file.path)).metadata().ok()?.len()))
@@ -239,21 +246,21 @@ fn check_room(out: &Path, missing: &[ViewFile]) -> anyhow::Result<()> {
 
 fn no_room(out: &Path, needed: u64, free: u64) -> String {
     format!(
-        "no room in `{}`: {} needed, {} free; make room and start again, complete files are kept",
+        "no room in `{}`: {} needed, {} free; free some space and start again: complete files are kept",
         out.display(),
         ByteSize(needed),
         ByteSize(free)
     )
 }
 
-/// Bytes that may still be written below `out`.
+/// Free bytes of the file system of `out`; `None` if the system does not tell.
 fn free(out: &Path) -> Option<u64> {
     let stat = nix::sys::statvfs::statvfs(out).ok()?;
     stat.blocks_available().checked_mul(stat.fragment_size())
 }
 
-/// A full disk, in words that say what to do.
-fn explain(error: anyhow::Error, out: &Path, missing: &[ViewFile]) -> anyhow::Error {
+/// Replaces the error of a full disk by one that says how much space is missing.
+fn explain_full_disk(error: anyhow::Error, out: &Path, missing: &[ViewFile]) -> anyhow::Error {
     let full = |cause: &(dyn std::error::Error + 'static)| {
         let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
         matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
@@ -293,7 +300,7 @@ fn write(
         progress.inc(to_u64(piece.len()));
         Ok(())
     })?;
-    // On disk before it has its name: a name means complete, also after a power failure.
+    // Synced before it is renamed, so that the final name means complete also after a power failure.
     target.sync_all().with_context(writing)?;
     fs::rename(&partial, &path).with_context(writing)
 }
@@ -348,22 +355,23 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let out = root.path().join("deep/out");
         let (mine, other) = (serde_json::json!({"a": 1}), serde_json::json!({"a": 2}));
-        claim(&out, &mine).unwrap();
-        claim(&out, &mine).unwrap();
-        let error = claim(&out, &other).unwrap_err().to_string();
+        prepare_directory(&out, &mine).unwrap();
+        prepare_directory(&out, &mine).unwrap();
+        let error = prepare_directory(&out, &other).unwrap_err().to_string();
         assert!(error.contains("another checkpoint or with other options"), "{error}");
-        let error = claim(root.path(), &mine).unwrap_err().to_string();
+        let error = prepare_directory(root.path(), &mine).unwrap_err().to_string();
         assert!(error.contains("is not empty and holds no export"), "{error}");
     }
 
     #[test]
     fn what_cannot_fit_is_refused() {
         let out = tempfile::tempdir().unwrap();
-        check_room(out.path(), &[file("a", 1)]).unwrap();
-        let error = check_room(out.path(), &[file("a", u64::MAX / 2)]).unwrap_err().to_string();
+        check_free_space(out.path(), &[file("a", 1)]).unwrap();
+        let error =
+            check_free_space(out.path(), &[file("a", u64::MAX / 2)]).unwrap_err().to_string();
         assert!(error.contains("no room in") && error.contains("needed"), "{error}");
         let full = anyhow::Error::new(io::Error::from(io::ErrorKind::StorageFull)).context("write");
-        let error = explain(full, out.path(), &[file("a", 1)]).to_string();
+        let error = explain_full_disk(full, out.path(), &[file("a", 1)]).to_string();
         assert!(error.contains("no room in") && error.contains("complete files are kept"));
     }
 

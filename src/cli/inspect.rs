@@ -1,14 +1,14 @@
-//! `inspect`: the plan, printed.
+//! `inspect`: prints the plan of a view.
 
 use super::args::InspectArgs;
 use super::open;
 use super::output;
 use super::request::ViewRequest;
 
-/// Prints the plan of a view; mounts nothing and reads no data.
+/// Prints the plan of a view. Mounts nothing and reads only headers.
 ///
 /// # Errors
-/// Where there is no checkpoint or no such view of it.
+/// The checkpoint is missing or damaged, the view is not possible, or stdout cannot be written.
 pub(super) fn run(args: &InspectArgs, view: &ViewRequest) -> anyhow::Result<()> {
     let (_, plan) = open::plan(view)?;
     if args.json {

@@ -1,13 +1,14 @@
-//! How much memory this process may use: the machine's, or its control group's where that is less.
+//! How much memory this process may use: the smaller of the machine's memory and the limits of its
+//! control groups. The default size of the cache depends on it.
 
 use std::path::Path;
 
-/// Bytes this process may use, `None` where the system does not say.
+/// Bytes of memory that this process may use; `None` if the system does not tell.
 pub(super) fn limit() -> Option<u64> {
     limit_below(Path::new("/"))
 }
 
-/// As [`limit`], with `proc` and `sys/fs/cgroup` looked up below `root`.
+/// [`limit`] with `proc` and `sys/fs/cgroup` below `root` instead of `/`.
 fn limit_below(root: &Path) -> Option<u64> {
     let groups = std::fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     let group = groups.lines().filter_map(|line| group_limit(root, line)).min();
@@ -19,8 +20,8 @@ fn limit_below(root: &Path) -> Option<u64> {
     }
 }
 
-/// The smallest limit on the way from the group of one line of `/proc/self/cgroup`
-/// (`hierarchy:controllers:path`) up to the root of its hierarchy.
+/// The smallest limit in bytes of a control group and its ancestors. `line` is a line of
+/// `/proc/self/cgroup`: `hierarchy:controllers:path`.
 fn group_limit(root: &Path, line: &str) -> Option<u64> {
     let mut fields = line.splitn(3, ':');
     let (hierarchy, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
@@ -31,8 +32,8 @@ fn group_limit(root: &Path, line: &str) -> Option<u64> {
         }
         _ => return None,
     };
-    // Version 2 writes `max` and version 1 a huge number where there is no limit; a group that a
-    // container cannot see has no file. All three leave the other limits standing.
+    // Without a limit, version 2 has `max` and version 1 a huge number; a group that a container
+    // cannot see has no file. The first and the last are skipped, and the second is never the minimum.
     Path::new(path.trim_start_matches('/'))
         .ancestors()
         .filter_map(|group| {

@@ -1,8 +1,4 @@
-//! The command line: what a person types, and what he is told.
-//!
-//! Raw arguments ([`args`]) become checked values ([`request`], by [`resolve`]); then each command has its file.
-//! [`open`] is the one place that meets the rooms which do the work. Exit codes: 0; 2 for a usage
-//! error; 1 for anything refused or failed, with one message on stderr.
+#![doc = include_str!("README.md")]
 
 mod args;
 mod choices;
@@ -32,49 +28,49 @@ use std::path::Path;
 use std::process::ExitCode;
 use tracing::Level;
 
-/// Why a command ends without having done what it was asked for.
-enum Failure {
-    /// It was asked wrongly, or for help.
+/// Why a command ends early.
+enum CommandError {
+    /// A usage error. Also a request for help or the version, which clap reports the same way.
     Usage(clap::Error),
-    /// It was refused, or failed.
+    /// The command was refused or failed.
     Failed(anyhow::Error),
 }
 
-impl From<clap::Error> for Failure {
-    fn from(error: clap::Error) -> Failure {
-        Failure::Usage(error)
+impl From<clap::Error> for CommandError {
+    fn from(error: clap::Error) -> CommandError {
+        CommandError::Usage(error)
     }
 }
 
-impl From<UsageError> for Failure {
-    fn from(error: UsageError) -> Failure {
-        Failure::Usage(Cli::command().error(ErrorKind::ArgumentConflict, error))
+impl From<UsageError> for CommandError {
+    fn from(error: UsageError) -> CommandError {
+        CommandError::Usage(Cli::command().error(ErrorKind::ArgumentConflict, error))
     }
 }
 
-impl From<anyhow::Error> for Failure {
-    fn from(error: anyhow::Error) -> Failure {
-        Failure::Failed(error)
+impl From<anyhow::Error> for CommandError {
+    fn from(error: anyhow::Error) -> CommandError {
+        CommandError::Failed(error)
     }
 }
 
-/// Runs the command line `argv`, program name first.
+/// Runs the command line `argv`, whose first item is the program's name, and returns the exit code.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
     match run(&argv.into_iter().collect::<Vec<_>>()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(Failure::Usage(error)) => {
-            // Where stderr is closed there is nobody to tell; the exit code tells.
+        Err(CommandError::Usage(error)) => {
+            // If stderr is closed, the exit code has to do.
             let _ = error.print();
             ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
         }
-        Err(Failure::Failed(error)) => {
-            output::complain(&error);
+        Err(CommandError::Failed(error)) => {
+            output::print_error(&error);
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(argv: &[OsString]) -> Result<(), Failure> {
+fn run(argv: &[OsString]) -> Result<(), CommandError> {
     let cli = Cli::from_arg_matches(&Cli::command().try_get_matches_from(argv)?)?;
     let Some(command) = cli.command else {
         refuse_late_subcommand(&cli.mount)?;
@@ -106,7 +102,9 @@ fn run(argv: &[OsString]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `mount-ckpt --to hf inspect SRC` reads as a mount of `inspect` at `SRC`, and is not meant so.
+/// Refuses a subcommand that comes after options: clap takes `mount-ckpt --to hf inspect SRC` for a
+/// mount of the checkpoint `inspect` at `SRC`. A directory of that name in the working directory is
+/// taken for a checkpoint.
 fn refuse_late_subcommand(args: &args::MountArgs) -> Result<(), clap::Error> {
     let mut command = Cli::command();
     let src = args.src.as_deref().unwrap_or(Path::new(""));
@@ -118,7 +116,7 @@ fn refuse_late_subcommand(args: &args::MountArgs) -> Result<(), clap::Error> {
     Err(command.error(ErrorKind::InvalidSubcommand, message))
 }
 
-/// Commands that end soon log what looks wrong, and to stderr.
+/// Sets up the log of a command other than mounting: to stderr, warnings and errors by default.
 fn start_log(args: &args::LogArgs) -> anyhow::Result<()> {
     Ok(log::init(&resolve::log(args, Level::WARN), false)?)
 }

@@ -1,57 +1,61 @@
-//! `-o`: the words of mount(8), and every long option written as one.
+//! Parses `-o`: the options of mount(8), and every long option of the command.
+//!
+//! `-o ro,model=mimo-v2-flash,allow_other` is how mount(8) and fstab pass options. An item of the list is
+//! called a word here, since "option" already means too much. A word is one of
+//! - an option of mount(8): it goes to the kernel, has no meaning for a read-only view and is ignored, or
+//!   is refused because it asks for writing;
+//! - the name of a long option, with dashes or underscores: it becomes that option.
 
 use super::args::Cli;
 use clap::CommandFactory;
 use fuser::MountOption;
 
-/// What the words of all `-o` come to.
+/// The parsed words of all `-o`.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct MountWords {
-    /// Long options, as `--name` or `--name=value`.
+    /// Words that are long options, as `--name` or `--name=value`.
     pub long: Vec<String>,
-    /// What goes to the kernel.
+    /// Words that are passed to the kernel.
     pub kernel: Vec<MountOption>,
-    /// `fsname=`: what the mount table shows as the source.
+    /// `fsname=NAME`: the source column of the mount table.
     pub fs_name: Option<String>,
-    /// `nonempty`: the mount point may hold files, which the mount hides.
+    /// `nonempty`: accept a mount point that is not empty; the mount hides its entries.
     pub nonempty: bool,
 }
 
-/// A word that cannot be honoured. Prints as a usage error.
+/// Why a word is refused. Printed as a usage error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum WordError {
-    /// Not a word of mount(8) and not a long option.
+    /// It is neither an option of mount(8) nor a long option.
     #[error(
-        "`-o` has no option `{0}`: it takes the words of mount(8) and every long option of --help"
+        "`-o` has no option `{0}`: it takes the options of mount(8) and every long option of --help"
     )]
     Unknown(String),
-    /// A long option that takes a value, without one.
+    /// It is a long option that needs a value, and has none.
     #[error("`-o {0}` needs a value: `-o {0}=…`")]
     NoValue(String),
     /// `rw`.
-    #[error(
-        "`-o rw`: a view is read-only, there is no way to write through it; leave `rw` out or say `ro`"
-    )]
+    #[error("`-o rw`: a view is read-only and cannot be written to; leave `rw` out, or use `ro`")]
     Writable,
     /// `remount`.
-    #[error("`-o remount`: a view is fixed while it is mounted; unmount it and mount it again")]
+    #[error("`-o remount`: a mount cannot change its options; unmount it and mount it again")]
     Remount,
 }
 
 impl MountWords {
-    /// Reads the values of all `-o`, in order.
+    /// Parses the values of all `-o`, in their order.
     ///
     /// # Errors
-    /// At the first word that is unknown, or known and refused.
+    /// The first word that is refused.
     pub(super) fn parse(options: &[String]) -> Result<MountWords, WordError> {
         let command = Cli::command();
         let named = |name: &str| command.get_arguments().find(|a| a.get_long() == Some(name));
         let mut words = MountWords::default();
         for list in options {
             let list = split(list);
-            let helper = called_by_mount(&list);
+            let from_mount = made_by_mount(&list);
             for word in list.iter().filter(|word| !word.is_empty()) {
-                if word == "rw" && !helper {
+                if word == "rw" && !from_mount {
                     return Err(WordError::Writable);
                 }
                 if !words.take_mount_word(word)? {
@@ -63,7 +67,7 @@ impl MountWords {
                     let Some(option) = named(&name) else {
                         return Err(WordError::Unknown(word.clone()));
                     };
-                    // Without one, the option would take the next argument for its value.
+                    // Without a value, clap would take the next argument for it.
                     if value.is_none() && option.get_action().takes_values() {
                         return Err(WordError::NoValue(word.clone()));
                     }
@@ -77,16 +81,16 @@ impl MountWords {
         Ok(words)
     }
 
-    /// Takes a word of mount(8); false where it is none.
+    /// Handles an option of mount(8). Returns false for any other word.
     fn take_mount_word(&mut self, word: &str) -> Result<bool, WordError> {
         let (name, value) = word.split_once('=').unwrap_or((word, ""));
         match name {
-            // A view is read-only and has neither devices nor set-user-id files, whatever is asked.
+            // Ignored: a view is read-only and has no devices or set-user-id files in any case.
             "ro" | "rw" | "nodev" | "dev" | "nosuid" | "suid" | "exec" | "atime" => {}
-            // Nothing is written, so nothing is written late and no time of access changes.
+            // Ignored: nothing is written, so there are no delayed writes and no access times.
             "async" | "sync" | "dirsync" | "relatime" | "norelatime" | "strictatime"
             | "nostrictatime" | "lazytime" | "nolazytime" | "diratime" | "nodiratime" => {}
-            // For mount(8) itself, for systemd and for the reader of fstab.
+            // Ignored: they are for mount(8), for systemd or for the reader of fstab.
             "defaults" | "auto" | "noauto" | "user" | "nouser" | "users" | "owner" | "group"
             | "nofail" | "_netdev" | "comment" | "subtype" | "silent" | "loud" => {}
             _ if name.starts_with("x-") || name.starts_with("X-") => {}
@@ -94,7 +98,7 @@ impl MountWords {
             "noatime" => self.kernel.push(MountOption::NoAtime),
             "default_permissions" => self.kernel.push(MountOption::DefaultPermissions),
             "max_read" | "context" | "fscontext" | "defcontext" | "rootcontext" => {
-                // The kernel splits at commas too, and takes the quotes as mount(8) does.
+                // The kernel splits at commas too, and understands the same quotes as mount(8).
                 let quoted = || format!("{name}=\"{value}\"");
                 let word = if value.contains(',') { quoted() } else { word.to_owned() };
                 self.kernel.push(MountOption::CUSTOM(word));
@@ -108,15 +112,16 @@ impl MountWords {
     }
 }
 
-/// Whether mount(8) made this list. It puts `rw` first unless told `ro`, and mount.fuse3 sees to it
-/// that a list says something about devices and about set-user-id. So this `rw` is nobody's wish.
-fn called_by_mount(words: &[String]) -> bool {
+/// Whether mount(8) and its helper mount.fuse3 made this list, in which case `rw` is not the user's wish:
+/// mount(8) puts `rw` first unless the user says `ro`, and mount.fuse3 always adds `dev` or `nodev` and
+/// `suid` or `nosuid`.
+fn made_by_mount(words: &[String]) -> bool {
     let has = |a: &str, b: &str| words.iter().any(|word| word == a || word == b);
     words.first().is_some_and(|word| word == "rw") && has("dev", "nodev") && has("suid", "nosuid")
 }
 
-/// Splits at commas that are neither escaped (`\,`, as libfuse has it) nor in double quotes (as
-/// mount(8) has it). Other backslashes stand: they belong to regular expressions.
+/// Splits at commas, except those that are escaped (`\,`, as in libfuse) or in double quotes (as in
+/// mount(8)). Other backslashes are kept, since regular expressions contain them.
 fn split(list: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut quoted = false;

@@ -1,4 +1,4 @@
-//! From the name of a checkpoint to the plan of its view.
+//! Opens the checkpoint that a request names and plans its view.
 
 use super::request::{MappingChoice, ViewRequest};
 use crate::mapping::Mapping;
@@ -8,23 +8,25 @@ use anyhow::Context as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The checkpoint directory that `src` names, absolute and without symlinks in it.
+/// The absolute path, without symlinks, of the checkpoint directory that `src` names. `src` is a path
+/// or a name in the local hub cache.
 ///
 /// # Errors
-/// Where there is none.
+/// There is no such directory.
 pub(super) fn locate(src: &Path) -> anyhow::Result<PathBuf> {
-    // A name of the hub is UTF-8; a path need not be.
+    // Only a path can be other than UTF-8; names of the hub cannot.
     let found = match src.to_str() {
         Some(name) => source::resolve(name)?,
         None => src.to_owned(),
     };
-    found.canonicalize().with_context(|| format!("cannot look at `{}`", found.display()))
+    found.canonicalize().with_context(|| format!("cannot open `{}`", found.display()))
 }
 
-/// Opens the checkpoint of a request and plans its view: every check that a mount makes of it.
+/// Opens the checkpoint of a request and plans its view. This makes every check of the checkpoint that
+/// a mount makes.
 ///
 /// # Errors
-/// Where there is no checkpoint, it is damaged, or no such view of it can be.
+/// The checkpoint is missing or damaged, or the requested view of it is not possible.
 pub(super) fn plan(request: &ViewRequest) -> anyhow::Result<(Arc<Checkpoint>, Arc<Plan>)> {
     let checkpoint = Checkpoint::open(&locate(&request.src)?)?;
     let mapping = match &request.mapping {

@@ -1,17 +1,18 @@
-//! Long byte ranges cut into pieces that threads work on in order.
+//! Cuts a long byte range into pieces for a pool of threads, as `verify` and `export` need it.
 
 use crate::tensor::to_usize;
 use rayon::ThreadPool;
 use rayon::iter::{ParallelBridge, ParallelIterator};
 
-/// Bytes of a piece: several chunks, so that each thread reads sequentially for a while.
+/// Bytes of a piece. It spans several chunks of the engine, so that each thread reads sequentially for
+/// a while.
 pub(super) const PIECE: u64 = 8 << 20;
 
-/// Calls `work(at, buffer)` for every piece of `bytes` bytes on the threads of `pool`. The buffer has
-/// the length of the piece. Pieces are started in the order of their offsets.
+/// Cuts `bytes` bytes into pieces and calls `work(offset, buffer)` for each on the threads of `pool`. The
+/// buffer is as long as the piece. Pieces start in the order of their offsets.
 ///
 /// # Errors
-/// The first error of `work`; no piece is started after it.
+/// The first error of `work`. No piece is started after it.
 pub(super) fn for_each_piece(
     pool: &ThreadPool,
     bytes: u64,

@@ -1,11 +1,11 @@
-//! A progress bar on stderr for long commands, if stderr is a terminal.
+//! The progress bar of long commands, on stderr if that is a terminal.
 
 use crate::tensor::ByteSize;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressState, ProgressStyle};
 use std::fmt::Write;
 use std::time::Duration;
 
-/// A bar for `total` bytes that says `what` is being done. It clears its line when it is dropped.
+/// A bar for `total` bytes, labelled `what`. It clears its line when it is dropped.
 pub(super) fn bar(what: &'static str, total: u64) -> ProgressBar {
     let template = "{msg}: {done} of {total} ({percent} %), {rate}, {eta_precise} left";
     let style = ProgressStyle::with_template(template)
@@ -24,7 +24,7 @@ pub(super) fn bar(what: &'static str, total: u64) -> ProgressBar {
     bar.with_style(style).with_message(what).with_finish(ProgressFinish::AndClear)
 }
 
-/// The mean rate of `bytes` in `time`, as text: `512.0 MiB/s`.
+/// The mean rate of `bytes` bytes in `time`, for instance `512.0 MiB/s`.
 pub(super) fn rate(bytes: u64, time: Duration) -> String {
     let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1);
     let rate = u128::from(bytes) * 1000 / u128::from(millis);

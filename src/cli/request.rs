@@ -1,4 +1,5 @@
-//! A command as it will be carried out. [`super::resolve`] makes it from the parsed arguments.
+//! Requests: the checked form of a command line, which the commands carry out. [`super::resolve`] builds
+//! them from the parsed arguments.
 
 use crate::mount::MountOptions;
 use crate::mount::log::LogOptions;
@@ -7,48 +8,48 @@ use crate::read::EngineOptions;
 use crate::view::ViewOptions;
 use std::path::PathBuf;
 
-/// A view of a checkpoint.
+/// A view of a checkpoint, as requested.
 #[derive(Clone, Debug)]
 pub(super) struct ViewRequest {
-    /// The checkpoint, as it was named.
+    /// The checkpoint as given: a path, or a name in the local hub cache.
     pub src: PathBuf,
     /// Where the mapping comes from.
     pub mapping: MappingChoice,
-    /// Which tensors it has, and in which form. [`super::open`] opens the checkpoint of `scales_from`
-    /// and puts it into `plan.quantize`.
+    /// Which tensors the view has, and in which form. `quantize.original` is still `None`:
+    /// [`super::open`] opens the checkpoint of `scales_from` and puts it there.
     pub plan: PlanOptions,
-    /// Checkpoint whose scales are taken, as it was named.
+    /// Checkpoint whose scales are used, as given.
     pub scales_from: Option<PathBuf>,
-    /// How its files look.
+    /// Shard size, owner and modes of the view's files.
     pub files: ViewOptions,
 }
 
-/// `--model` and `--mapping`.
+/// Which mapping to use: the values of `--model` and `--mapping`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum MappingChoice {
     /// The built-in mapping for the checkpoint's `model_type`.
     Auto,
-    /// A built-in mapping.
+    /// The built-in mapping of this name.
     Named(String),
-    /// A mapping file.
+    /// A mapping in a file.
     File(PathBuf),
 }
 
-/// A mount.
+/// A mount of a view, as requested.
 #[derive(Clone, Debug)]
 pub(super) struct MountRequest {
-    /// The mount point, as it was named.
+    /// The mount point as given.
     pub at: PathBuf,
-    /// Whether the mount point may hold files.
+    /// Accept a mount point that is not empty.
     pub nonempty: bool,
     /// Stay in the foreground.
     pub foreground: bool,
     /// What is mounted.
     pub view: ViewRequest,
-    /// How it is computed.
+    /// Cache, threads and direct I/O of the engine.
     pub engine: EngineOptions,
-    /// How the kernel shows it.
+    /// How the kernel mounts it.
     pub mount: MountOptions,
-    /// What is logged.
+    /// What is logged, where and how.
     pub log: LogOptions,
 }

@@ -1,5 +1,5 @@
-//! Turns parsed arguments into a [`super::request`]: fills in defaults, and refuses options that do
-//! not go together where clap does not do it already.
+//! Turns parsed arguments into requests ([`super::request`]): merges `-o` into the long options, fills in
+//! defaults that depend on the machine, and refuses combinations of options that clap cannot check.
 
 use super::args::{Cli, EngineArgs, KernelArgs, LogArgs, MountArgs, ViewArgs};
 use super::memory;
@@ -17,18 +17,18 @@ use std::ffi::OsString;
 use std::path::Path;
 use tracing::Level;
 
-/// Options that do not go together. Exit code 2.
+/// A combination of options that is refused, with exit code 2.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UsageError {
-    /// An option that means nothing without another.
+    /// An option that has no meaning without another.
     #[error("`{option}` needs `{needs}`")]
     Needs {
         /// The option that was given.
         option: &'static str,
-        /// What it needs beside it.
+        /// The option that it needs.
         needs: &'static str,
     },
-    /// A rank that is not below its size.
+    /// A rank that is not below the number of ranks.
     #[error("`{option}` has to be below {size}, got {rank}")]
     Rank {
         /// The option that was given.
@@ -40,12 +40,13 @@ pub(super) enum UsageError {
     },
 }
 
-/// Parses a command line of the default command again, with the long options of its `-o` in it.
+/// Parses the command line of a mount again, with the long options of its `-o` inserted.
 ///
-/// They go first, so that the same option on the command line comes later and wins.
+/// They are inserted before all other arguments. Of an option that is given twice the last one counts,
+/// so a long option on the command line wins over the same one in `-o`.
 ///
 /// # Errors
-/// Where a word of `-o` is unknown, or clap refuses what it is worth.
+/// `-o` has an unknown option, or clap refuses the value of one.
 pub(super) fn with_mount_words(
     argv: &[OsString],
     args: MountArgs,
@@ -65,13 +66,13 @@ pub(super) fn with_mount_words(
     Ok((cli.mount, words))
 }
 
-/// The default command.
+/// The request of a mount.
 ///
 /// # Errors
-/// Where options do not go together.
+/// Options that cannot be combined.
 pub(super) fn mount(args: MountArgs, words: MountWords) -> Result<MountRequest, UsageError> {
     let kernel = &args.kernel;
-    // clap requires both.
+    // clap requires both, so the defaults are never used.
     let (src, at) = (args.src.unwrap_or_default(), args.at.unwrap_or_default());
     let mut view = view(&src, &args.view)?;
     view.files.uid = kernel.uid.unwrap_or(view.files.uid);
@@ -90,10 +91,10 @@ pub(super) fn mount(args: MountArgs, words: MountWords) -> Result<MountRequest, 
     })
 }
 
-/// A view of the checkpoint that `src` names.
+/// The request of a view of the checkpoint `src`.
 ///
 /// # Errors
-/// Where options do not go together.
+/// Options that cannot be combined.
 pub(super) fn view(src: &Path, args: &ViewArgs) -> Result<ViewRequest, UsageError> {
     let mapping = match (&args.mapping, args.model.as_str()) {
         (Some(file), _) => MappingChoice::File(file.clone()),
@@ -137,7 +138,7 @@ pub(super) fn view(src: &Path, args: &ViewArgs) -> Result<ViewRequest, UsageErro
     })
 }
 
-/// How the view is computed.
+/// The options of the engine. The cache is the default one, or smaller where memory is short.
 pub(super) fn engine(args: &EngineArgs) -> EngineOptions {
     let default = EngineOptions::default();
     let cache_bytes = args.cache_size.map(|size| size.0);
@@ -148,7 +149,7 @@ pub(super) fn engine(args: &EngineArgs) -> EngineOptions {
     }
 }
 
-/// The default cache, or a quarter of the memory where that is less.
+/// Size of the cache in bytes by default: that of `default`, or a quarter of `memory` if that is less.
 fn cache_within(memory: Option<u64>, default: &EngineOptions) -> u64 {
     memory.map_or(default.cache_bytes, |memory| default.cache_bytes.min(memory / 4))
 }
@@ -173,7 +174,7 @@ fn mount_options(args: &KernelArgs, words: MountWords, threads: usize) -> MountO
     }
 }
 
-/// What is logged: at `default` and above, unless `--log-level` says otherwise.
+/// The options of the log. `default` is the level without `--log-level`.
 pub(super) fn log(args: &LogArgs, default: Level) -> LogOptions {
     let level = args.log_level.unwrap_or(default);
     LogOptions { level, file: args.log_file.clone(), json: args.log_format }

@@ -1,28 +1,28 @@
-//! Sizes as people write them: `512MiB`, `5GB`, plain bytes.
+//! Sizes on the command line: `512MiB`, `5GB`, or plain bytes.
 
 use std::fmt;
 use std::str::FromStr;
 
 /// A number of bytes.
 ///
-/// Parsed from a number and an optional unit in either case: `B`; `KiB`, `MiB`, `GiB`, `TiB` and,
-/// as `ls` and `mount` have it, `K`, `M`, `G`, `T` are powers of 1024; `KB`, `MB`, `GB`, `TB` are
-/// powers of 1000. Printed so that it parses back to the same number.
+/// Parsed from a number and an optional unit, in upper or lower case. `KiB`, `MiB`, `GiB` and `TiB` are
+/// powers of 1024, and so are `K`, `M`, `G` and `T`, as for `ls` and `mount`. `KB`, `MB`, `GB` and `TB` are
+/// powers of 1000. The printed form parses back to the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Size(pub u64);
 
-/// A text that is no size.
+/// Why a text is not a size.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum SizeError {
-    /// No number in front, or more than a number.
+    /// It does not start with a decimal number.
     #[error("expected a number and a unit such as `512MiB` or `5GB`, got `{0}`")]
     Number(String),
-    /// A unit that is not in the list.
+    /// Its unit is unknown.
     #[error(
         "expected one of the units B, KiB, MiB, GiB, TiB, KB, MB, GB, TB, K, M, G, T, got `{0}`"
     )]
     Unit(String),
-    /// More than 2^64 - 1 bytes.
+    /// It is above 2^64 - 1 bytes.
     #[error("`{0}` is more bytes than a file can have")]
     Large(String),
 }
@@ -42,7 +42,7 @@ impl FromStr for Size {
         let unit = multiplier(unit.trim_start())?;
         let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
         let digits = |s: &str| s.parse::<u128>().map_err(|_| SizeError::Number(text.to_owned()));
-        // Nineteen digits behind the point are finer than one byte of any unit.
+        // More digits would overflow below. Nineteen resolve single bytes of every unit.
         if fraction.len() > 19 {
             return Err(SizeError::Number(text.to_owned()));
         }

@@ -1,4 +1,4 @@
-//! `verify`: every check that a mount makes, then all the data, read through the engine.
+//! `verify`: makes every check that a mount makes, then reads all tensors through the engine.
 
 use super::args::VerifyArgs;
 use super::open;
@@ -14,10 +14,10 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::Serialize;
 use std::sync::Arc;
 
-/// How many failures are told one by one.
-const TOLD: usize = 5;
+/// Number of failures that are shown in full.
+const SHOWN_FAILURES: usize = 5;
 
-/// What was checked, and what failed.
+/// The result of a check.
 #[derive(Debug, Serialize)]
 struct Verdict {
     ok: bool,
@@ -29,10 +29,10 @@ struct Verdict {
     first_failures: Vec<String>,
 }
 
-/// Checks a checkpoint and a view of it.
+/// Checks a checkpoint and a view of it, and prints the result.
 ///
 /// # Errors
-/// Where there is no checkpoint, no such view of it, or its data cannot be read.
+/// The checkpoint is missing or damaged, the view is not possible, or a tensor cannot be read.
 pub(super) fn run(
     args: &VerifyArgs,
     view: &ViewRequest,
@@ -50,11 +50,11 @@ pub(super) fn run(
     if args.json {
         output::print_json(&verdict)?;
     } else {
-        output::print(&format!("checked `{source}`: {summary}\n{}", told(&verdict)))?;
+        output::print(&format!("checked `{source}`: {summary}\n{}", report(&verdict)))?;
     }
     anyhow::ensure!(
         verdict.ok,
-        "`{source}` does not hold: {} of {} tensors failed: {}",
+        "cannot read `{source}`: {} of {} tensors failed: {}",
         verdict.failures,
         verdict.tensors,
         verdict.first_failures.join("; ")
@@ -62,7 +62,7 @@ pub(super) fn run(
     Ok(())
 }
 
-fn told(verdict: &Verdict) -> String {
+fn report(verdict: &Verdict) -> String {
     let passed = verdict.tensors - verdict.failures;
     let size = ByteSize(verdict.bytes);
     let rate = rate(verdict.bytes, std::time::Duration::from_secs_f64(verdict.seconds));
@@ -79,7 +79,7 @@ fn told(verdict: &Verdict) -> String {
     )
 }
 
-/// Reads every tensor to its end, those after a failure too.
+/// Reads every tensor, also those after one that fails.
 fn read_all(engine: &Engine, pool: &ThreadPool) -> Verdict {
     let tensors = &engine.plan().tensors;
     let progress = bar("verify", tensors.iter().map(TensorPlan::bytes).sum());
@@ -92,7 +92,7 @@ fn read_all(engine: &Engine, pool: &ThreadPool) -> Verdict {
             Ok(())
         });
         if let Err(error) = read {
-            failures.push(output::in_words(&error));
+            failures.push(output::one_line(&error));
         }
     }
     Verdict {
@@ -102,6 +102,6 @@ fn read_all(engine: &Engine, pool: &ThreadPool) -> Verdict {
         seconds: progress.elapsed().as_secs_f64(),
         fp8_blocks: None,
         failures: failures.len(),
-        first_failures: failures.into_iter().take(TOLD).collect(),
+        first_failures: failures.into_iter().take(SHOWN_FAILURES).collect(),
     }
 }

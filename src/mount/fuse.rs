@@ -1,8 +1,11 @@
-//! The view as the kernel asks for it: FUSE requests and errno, nothing of tensors.
+//! The FUSE callbacks: answers the kernel's requests from a [`View`] and maps errors to errno.
 //!
-//! Everything is read-only and never changes, so the kernel may keep what it was told: names,
-//! attributes and pages. What writes is refused with EROFS. Only live files are made anew: each
-//! open file has a text of its own, read past the page cache because its size is not known before.
+//! A view is immutable, so the kernel may cache every answer: names (absent ones too) and
+//! attributes for an hour, pages from one open to the next. Every request that would write fails
+//! with EROFS. The exception are the status files of `.mount-ckpt`: each open renders a text of its
+//! own, and reads of it bypass the page cache because its size is not known in advance.
+//!
+//! Nothing in this file knows what a tensor is; that is the view's part.
 
 #[cfg(test)]
 mod tests;
@@ -35,34 +38,38 @@ use crate::view::{Attr, Content, Ino, Kind, View, ViewError};
 use super::Mountable;
 use super::splice::{self, Device};
 
-/// How long the kernel may keep names and attributes, absent names included.
+/// How long the kernel may cache names, absent names and attributes. They never change; with a TTL of
+/// 0 a `stat` takes 12 us instead of 0.8.
 const TTL: Duration = Duration::from_secs(3600);
 
-/// `st_blksize`: what `cat`, `cp` and Python's buffered reads ask for at once. In direct mode
-/// 4 KiB reads are 30 times slower.
-const BLOCK_SIZE: u32 = 1 << 20;
+/// `st_blksize` in bytes: the read size of `cat`, `cp` and Python's buffered files. With direct I/O,
+/// reads of 4 KiB are 30 times slower.
+const BLOCK_SIZE_BYTES: u32 = 1 << 20;
 
-/// Requests that the kernel may have under way for read-ahead.
+/// Most requests that the kernel may have in flight for read-ahead.
 const MAX_BACKGROUND: u16 = 64;
 
-/// Of those, from how many on the kernel holds back new ones.
+/// Number of read-ahead requests in flight from which on the kernel holds back further ones.
 const CONGESTION_THRESHOLD: u16 = 48;
 
-/// The largest request that kernels send unless they are told otherwise, in bytes.
-const LARGEST_REQUEST: usize = 1 << 20;
+/// Largest read request of the kernel by default, in bytes.
+const DEFAULT_REQUEST_BYTES: usize = 1 << 20;
 
-/// The largest of a view that is mostly the source's bytes, where replies of 1 MiB cannot be spliced.
-/// Such a view is read at 4.6 GB/s instead of 3.5; one that is decoded at 2.5 instead of 2.9.
-const SMALLER_REQUEST: u32 = 512 << 10;
+/// Largest read request for a mostly verbatim view where this process cannot splice replies of
+/// [`DEFAULT_REQUEST_BYTES`] (see [`splice::can_splice`]). Replies of this size can be spliced, and
+/// such a view is then read at 4.6 GB/s instead of 3.5. A view that is mostly decoded keeps the
+/// default, because smaller requests slow it down from 2.9 to 2.5 GB/s.
+const SPLICEABLE_REQUEST_BYTES: u32 = 512 << 10;
 
-/// Numbers are never given to another file.
+/// Inode numbers are never reused for another file.
 const GENERATION: Generation = Generation(0);
 
-/// The handle of files that need none.
+/// The handle of every open file that has no state of its own: all but the status files.
 const NO_HANDLE: FileHandle = FileHandle(0);
 
 thread_local! {
-    /// What a request thread reads into, as large as its largest read: a read allocates nothing.
+    /// The buffer that a request thread reads into. It grows to the largest read of the thread and
+    /// is reused, so that a read allocates nothing.
     static BUFFER: RefCell<Buffer> = RefCell::default();
 }
 
@@ -72,16 +79,17 @@ pub struct Filesystem {
     direct_io: bool,
     passthrough: bool,
     device: Device,
-    /// Files of the source that the kernel reads itself, or was found not to. Kept for the life
-    /// of the mount: one inode must not be open in both ways.
+    /// For each passed-through file that was opened: the id under which the kernel reads the source
+    /// file itself, or `None` if it does not. The decision holds for the life of the mount, since the
+    /// kernel refuses an inode that is open in both ways.
     backing: Mutex<HashMap<Ino, Option<BackingId>>>,
-    /// Texts of the live files that are open.
+    /// The text of each status file that is open, rendered when it was opened.
     live: Mutex<HashMap<FileHandle, Arc<[u8]>>>,
     next_handle: AtomicU64,
 }
 
 impl Filesystem {
-    /// A file system over `view`; with `direct_io`, shards are read past the page cache.
+    /// A file system that shows `view`. With `direct_io`, reads of shards bypass the page cache.
     pub fn new(view: Arc<View>, direct_io: bool) -> Filesystem {
         Filesystem {
             view,
@@ -94,7 +102,9 @@ impl Filesystem {
         }
     }
 
-    /// Opens a file of the source: for the kernel to read itself where it may, else as any file.
+    /// Opens a file that is passed through from the source. If the kernel and our privileges allow
+    /// it, the kernel reads the source file itself (FUSE passthrough); otherwise the file is served
+    /// like any other.
     fn open_host(&self, ino: Ino, file: &File, reply: ReplyOpen) {
         let mut backing = lock(&self.backing);
         let id = backing.entry(ino).or_insert_with(|| {
@@ -124,15 +134,15 @@ impl Filesystem {
     }
 }
 
-/// The errno of a failure, after what is not the caller's fault has been logged.
-fn failed(error: &ViewError) -> Errno {
+/// The errno for an error. Errors that are not the caller's fault (EIO) are logged with their causes.
+fn log_and_errno(error: &ViewError) -> Errno {
     let errno = errno(error);
     if errno == Errno::EIO {
         let mut line = error.to_string();
         let mut cause = error.source();
         while let Some(e) = cause {
             let text = e.to_string();
-            // Some messages end in that of their cause already.
+            // Some messages already end with the message of their cause.
             if !line.ends_with(&text) {
                 line = format!("{line}: {text}");
             }
@@ -143,25 +153,24 @@ fn failed(error: &ViewError) -> Errno {
     errno
 }
 
-/// The result of what runs the code of other rooms, or the errno of its failure. A panic there is a
-/// bug, but must not take the thread with it: a mount without threads hangs its readers.
+/// Runs code of the view and turns its error into an errno. A panic in there is a bug, but it must
+/// not end the request thread: a mount without threads hangs its readers. It becomes EIO.
 fn guarded<T>(answer: impl FnOnce() -> Result<T, ViewError>) -> Result<T, Errno> {
-    // Whoever shares state across threads there already copes with a thread that dies.
+    // Unwind safe: the state that the view shares between threads tolerates a panicking thread.
     match panic::catch_unwind(AssertUnwindSafe(answer)) {
-        Ok(result) => result.map_err(|e| failed(&e)),
+        Ok(result) => result.map_err(|e| log_and_errno(&e)),
         Err(_) => {
-            tracing::error!("a request was given up: the code that answers it panicked");
+            tracing::error!("a request failed: the code that answers it panicked");
             Err(Errno::EIO)
         }
     }
 }
 
-/// What fuser says of a setting: the nearest that the kernel takes.
-fn bounded(nearest: impl Display) -> io::Error {
-    io::Error::other(format!("the nearest limit is {nearest}"))
+/// The error for a setting that fuser rejects; fuser gives the nearest value that it would accept.
+fn rejected_setting(nearest: impl Display) -> io::Error {
+    io::Error::other(format!("the nearest setting that FUSE accepts is {nearest}"))
 }
 
-/// What the caller is told.
 fn errno(error: &ViewError) -> Errno {
     match error {
         ViewError::NotFound => Errno::ENOENT,
@@ -177,15 +186,17 @@ fn errno(error: &ViewError) -> Errno {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each map is whole between two calls, so a panic elsewhere leaves nothing half done.
+    // A poisoned lock is fine: each use of these maps is a single call, so none is left half done.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Pages stay from one open to the next: without it, every open fetches them again.
+/// Flags for files that the page cache holds. `FOPEN_KEEP_CACHE` keeps the pages from one open to the
+/// next; without it, every open drops them and reads them again.
 fn cached() -> FopenFlags {
     FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
 }
 
+/// Flags for files whose reads bypass the page cache.
 fn direct() -> FopenFlags {
     FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH
 }
@@ -212,12 +223,12 @@ fn file_attr(attr: &Attr) -> FileAttr {
         uid: attr.uid,
         gid: attr.gid,
         rdev: 0,
-        blksize: BLOCK_SIZE,
+        blksize: BLOCK_SIZE_BYTES,
         flags: 0,
     }
 }
 
-/// Callbacks that write: all answer EROFS.
+/// Defines callbacks of requests that write. All of them answer EROFS.
 macro_rules! read_only {
     ($($callback:ident($($argument:ty),*) -> $reply:ty;)*) => {
         $(fn $callback(&self, _: &Request, $(_: $argument,)* reply: $reply) {
@@ -237,19 +248,21 @@ impl Mountable for Filesystem {
 }
 
 impl fuser::Filesystem for Filesystem {
-    /// `max_readahead` stays as offered: it can only be lowered here (see [`super::session`]).
+    /// Negotiates with the kernel. `max_readahead` stays as the kernel offers it, because the reply
+    /// can only lower it (`session.rs` raises it).
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = [
             InitFlags::FUSE_ASYNC_READ,
-            // Reads with O_DIRECT: all requests at once, not one after the other.
+            // Send all requests of an O_DIRECT read at once, not one after the other.
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
-            // Numbers never change, so file handles of an NFS server outlive the kernel's cache.
+            // File handles for NFS export. They stay valid after the kernel has dropped the inode,
+            // since inode numbers never change.
             InitFlags::FUSE_EXPORT_SUPPORT,
             InitFlags::FUSE_EXPLICIT_INVAL_DATA,
-            // Else shared mappings of direct files fail with ENODEV.
+            // Without it, shared mappings of files with direct I/O fail with ENODEV.
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
         ];
         for flag in wanted {
@@ -257,16 +270,16 @@ impl fuser::Filesystem for Filesystem {
                 tracing::debug!("the kernel lacks {missing:?}");
             }
         }
-        // Depth 1 leaves room for an overlay on top of the mount; a source that itself lies on an
-        // overlay is then served, not passed through.
+        // Passthrough needs CAP_SYS_ADMIN. A stacking depth of 1 leaves room for an overlay on top of
+        // the mount; files of a source that lies on an overlay are then served by this process.
         self.passthrough = nix::unistd::geteuid().is_root()
             && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(1).is_ok();
-        if self.view.is_mostly_verbatim() && !splice::can_send(LARGEST_REQUEST) {
-            config.set_max_write(SMALLER_REQUEST).map_err(bounded)?;
+        if self.view.is_mostly_verbatim() && !splice::can_splice(DEFAULT_REQUEST_BYTES) {
+            config.set_max_write(SPLICEABLE_REQUEST_BYTES).map_err(rejected_setting)?;
         }
-        config.set_max_background(MAX_BACKGROUND).map_err(bounded)?;
-        config.set_congestion_threshold(CONGESTION_THRESHOLD).map_err(bounded)?;
+        config.set_max_background(MAX_BACKGROUND).map_err(rejected_setting)?;
+        config.set_congestion_threshold(CONGESTION_THRESHOLD).map_err(rejected_setting)?;
         Ok(())
     }
 
@@ -274,8 +287,8 @@ impl fuser::Filesystem for Filesystem {
         match self.view.lookup(Ino(parent.0), name) {
             Ok(attr) => reply.entry(&TTL, &file_attr(&attr), GENERATION),
             Err(ViewError::NotFound) => {
-                // Number 0 with a TTL: the kernel remembers that there is no such name.
-                let none = Attr {
+                // Inode 0 with a TTL: the kernel caches that there is no such name.
+                let absent = Attr {
                     ino: Ino(0),
                     kind: Kind::File,
                     size: 0,
@@ -285,16 +298,16 @@ impl fuser::Filesystem for Filesystem {
                     gid: 0,
                     links: 0,
                 };
-                reply.entry(&TTL, &file_attr(&none), GENERATION);
+                reply.entry(&TTL, &file_attr(&absent), GENERATION);
             }
-            Err(e) => reply.error(failed(&e)),
+            Err(e) => reply.error(log_and_errno(&e)),
         }
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         match self.view.attr(Ino(ino.0)) {
             Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
-            Err(e) => reply.error(failed(&e)),
+            Err(e) => reply.error(log_and_errno(&e)),
         }
     }
 
@@ -308,7 +321,7 @@ impl fuser::Filesystem for Filesystem {
             Ok(Content::Computed | Content::Memory) => reply.opened(NO_HANDLE, cached()),
             Ok(Content::Passthrough(file)) => self.open_host(ino, file, reply),
             Ok(Content::Status) => self.open_live(ino, reply),
-            Err(e) => reply.error(failed(&e)),
+            Err(e) => reply.error(log_and_errno(&e)),
         }
     }
 
@@ -330,9 +343,10 @@ impl fuser::Filesystem for Filesystem {
             let end = start.saturating_add(size).min(text.len());
             return reply.data(&text[start..end]);
         }
-        let send = |file: &File, at, n| self.device.send(request.unique().0, file, at, n);
+        let send = |file: &File, at, n| self.device.splice_reply(request.unique().0, file, at, n);
         if self.view.splice_verbatim(Ino(ino.0), offset, size, send) {
-            // Dropped, it would answer again. What it shares with its session lives on.
+            // The reply is sent. Dropping `reply` would send another one, so leak it; it owns only a
+            // reference to the session's channel.
             return mem::forget(reply);
         }
         BUFFER.with_borrow_mut(|buffer| {
@@ -380,7 +394,7 @@ impl fuser::Filesystem for Filesystem {
                     }
                 }
                 Ok(None) => break,
-                Err(e) => return reply.error(failed(&e)),
+                Err(e) => return reply.error(log_and_errno(&e)),
             }
         }
         reply.ok();
@@ -404,7 +418,7 @@ impl fuser::Filesystem for Filesystem {
                     }
                 }
                 Ok(None) => break,
-                Err(e) => return reply.error(failed(&e)),
+                Err(e) => return reply.error(log_and_errno(&e)),
             }
         }
         reply.ok();
@@ -417,7 +431,7 @@ impl fuser::Filesystem for Filesystem {
         reply.statfs(blocks, 0, 0, self.view.files(), 0, UNIT, NAME_MAX, UNIT);
     }
 
-    /// ENOSYS: the kernel says ENOTSUP from then on and asks no more.
+    /// After ENOSYS the kernel answers ENOTSUP itself and sends no more of these requests.
     fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
         reply.error(Errno::ENOSYS);
     }
@@ -426,7 +440,7 @@ impl fuser::Filesystem for Filesystem {
         if size == 0 { reply.size(0) } else { reply.data(&[]) }
     }
 
-    /// Kernels before 5.16 do not know that there is nothing to flush.
+    /// Kernels before 5.16 do not know `FOPEN_NOFLUSH` and send this at every close.
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         reply.ok();
     }
@@ -439,12 +453,13 @@ impl fuser::Filesystem for Filesystem {
         reply.ok();
     }
 
-    /// ENOSYS: the kernel takes files for one extent without holes and asks no more.
+    /// After ENOSYS the kernel treats every file as data without holes and sends no more of these
+    /// requests.
     fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
         reply.error(Errno::ENOSYS);
     }
 
-    /// Python asks of every text file that it opens whether it is a terminal.
+    /// ENOTTY: no file is a terminal. Python asks that about every text file that it opens.
     fn ioctl(
         &self,
         _: &Request,

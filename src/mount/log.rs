@@ -1,8 +1,13 @@
-//! Where the log goes, and in what form.
+//! The log of the process: where its lines go, and their form.
 //!
-//! In the foreground to stderr: with the time for a person, with the journal's `<6>` weights where
-//! stderr is the journal. In the background to the system's log socket, which the journal and
-//! syslog both serve. `--log-file` goes before either.
+//! | process | destination | form |
+//! |---|---|---|
+//! | foreground | stderr | time, level, message |
+//! | foreground, stderr connected to the journal | stderr | `<6>` severity prefix, message |
+//! | background | `/dev/log`, which the journal and syslog daemons serve | RFC 3164 |
+//! | with a log file | that file, instead | time, level, message |
+//!
+//! With `json` set, each line is a JSON object instead.
 
 use crate::source::printable;
 use std::env;
@@ -18,18 +23,18 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// What is logged and where.
+/// What is logged, where and how.
 #[derive(Clone, Debug)]
 pub(crate) struct LogOptions {
-    /// Least weight of a line.
+    /// Least severe level that is logged.
     pub level: Level,
-    /// File to append to; `None` is what suits the process.
+    /// File to append to. `None`: stderr or the system's log, as the module's table says.
     pub file: Option<PathBuf>,
-    /// One JSON object a line, in place of text.
+    /// Write each line as a JSON object.
     pub json: bool,
 }
 
-/// A log file that cannot be opened.
+/// The log file cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot open log file `{}`: {why}", .file.display())]
 pub(crate) struct LogError {
@@ -37,10 +42,10 @@ pub(crate) struct LogError {
     why: io::Error,
 }
 
-/// Sends the log of this process where it belongs. A second call does nothing.
+/// Sets up the log of this process. A second call does nothing.
 ///
 /// # Errors
-/// Where the log file cannot be opened.
+/// The log file cannot be opened.
 pub(crate) fn init(options: &LogOptions, background: bool) -> Result<(), LogError> {
     let sink = match &options.file {
         Some(file) => {
@@ -51,10 +56,10 @@ pub(crate) fn init(options: &LogOptions, background: bool) -> Result<(), LogErro
         None if stderr_is_journal() => Sink::Journal,
         None => Sink::Stderr,
     };
-    // fuser tells of each mount and unmount at info, which our own lines do already.
+    // fuser logs each mount and unmount at info, as our own lines do.
     let verbose = options.level > Level::INFO;
     let library = if verbose { options.level } else { Level::WARN.min(options.level) };
-    // At error, it has a line for each reader that did not wait for its answer.
+    // fuser logs an error for each reader that was interrupted before it got its reply.
     let reply = if verbose { LevelFilter::from_level(library) } else { LevelFilter::OFF };
     let filter = Targets::new()
         .with_default(options.level)
@@ -71,12 +76,12 @@ pub(crate) fn init(options: &LogOptions, background: bool) -> Result<(), LogErro
     Ok(())
 }
 
-/// Makes it the log of the process, unless there is one.
+/// Makes `subscriber` the log of the process, unless it has one already.
 fn start(subscriber: impl Subscriber + Send + Sync + 'static) {
     let _ = subscriber.try_init();
 }
 
-/// Whether systemd connected stderr with the journal (systemd.exec(5), `$JOURNAL_STREAM`).
+/// Whether systemd connected stderr to the journal (systemd.exec(5), `$JOURNAL_STREAM`).
 fn stderr_is_journal() -> bool {
     let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
     let stderr = File::open("/proc/self/fd/2").and_then(|file| file.metadata());
@@ -84,13 +89,13 @@ fn stderr_is_journal() -> bool {
     stderr.is_ok_and(|meta| stream == format!("{}:{}", meta.dev(), meta.ino()))
 }
 
-/// Where lines go.
+/// Where log lines are written.
 #[derive(Clone, Debug)]
 enum Sink {
     Stderr,
-    /// stderr, with a weight in front of each line (sd-daemon(3)).
+    /// stderr, each line prefixed with its severity (sd-daemon(3)).
     Journal,
-    /// The log socket, with weight and name in front (RFC 3164).
+    /// The system's log socket, each line prefixed with priority, program and process id (RFC 3164).
     System(Arc<UnixDatagram>),
     File(Arc<File>),
     Nowhere,
@@ -100,7 +105,7 @@ impl Sink {
     fn system() -> Sink {
         let connected = UnixDatagram::unbound().and_then(|socket| {
             socket.connect("/dev/log")?;
-            // A log that nobody drains must not hold up a mount.
+            // A log daemon that does not read must not block the mount.
             socket.set_nonblocking(true)?;
             Ok(socket)
         });
@@ -112,16 +117,16 @@ impl<'a> MakeWriter<'a> for Sink {
     type Writer = Line;
 
     fn make_writer(&'a self) -> Line {
-        Line { sink: self.clone(), weight: weight(Level::INFO) }
+        Line { sink: self.clone(), severity: severity(Level::INFO) }
     }
 
     fn make_writer_for(&'a self, meta: &Metadata<'_>) -> Line {
-        Line { sink: self.clone(), weight: weight(*meta.level()) }
+        Line { sink: self.clone(), severity: severity(*meta.level()) }
     }
 }
 
-/// Weights of syslog(3).
-fn weight(level: Level) -> u8 {
+/// The severity of a level, as syslog(3) numbers them.
+fn severity(level: Level) -> u8 {
     match level {
         Level::ERROR => 3,
         Level::WARN => 4,
@@ -130,17 +135,17 @@ fn weight(level: Level) -> u8 {
     }
 }
 
-/// One line on its way; tracing hands over each in one piece.
+/// Writer of one line. `tracing_subscriber` passes each line in one call.
 #[derive(Debug)]
 struct Line {
     sink: Sink,
-    weight: u8,
+    severity: u8,
 }
 
 impl Write for Line {
-    fn write(&mut self, given: &[u8]) -> io::Result<usize> {
-        // What a checkpoint calls its tensors neither ends a line nor moves a cursor.
-        let text = String::from_utf8_lossy(given);
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Tensor names come from the checkpoint. Escape what would end a line or control a terminal.
+        let text = String::from_utf8_lossy(bytes);
         let line = text.strip_suffix('\n').unwrap_or(&text);
         let text = format!("{}\n", printable(line));
         let text = text.as_bytes();
@@ -153,7 +158,7 @@ impl Write for Line {
             Sink::File(file) => (&**file).write_all(text)?,
             Sink::Nowhere => {}
         }
-        Ok(given.len())
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -163,13 +168,13 @@ impl Write for Line {
 
 impl Line {
     fn prefix(&self) -> String {
-        // Facility 3 of syslog(3): a daemon without one of its own.
+        // The facility of system daemons (syslog(3)).
         const DAEMON: u8 = 3 << 3;
         match &self.sink {
             Sink::System(_) => {
-                format!("<{}>mount-ckpt[{}]: ", DAEMON | self.weight, std::process::id())
+                format!("<{}>mount-ckpt[{}]: ", DAEMON | self.severity, std::process::id())
             }
-            Sink::Journal => format!("<{}>", self.weight),
+            Sink::Journal => format!("<{}>", self.severity),
             Sink::Stderr | Sink::File(_) | Sink::Nowhere => String::new(),
         }
     }
@@ -183,15 +188,15 @@ mod tests {
     fn each_line_of_the_system_log_carries_weight_and_name() {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         let sink = Sink::System(Arc::new(ours));
-        // Facility `daemon` is 24 in syslog(3), to which its weights are added.
-        for (level, weight) in
+        // Facility `daemon` is 24 in syslog(3), to which its severities are added.
+        for (level, priority) in
             [(Level::ERROR, 27), (Level::WARN, 28), (Level::INFO, 30), (Level::DEBUG, 31)]
         {
-            let mut line = Line { sink: sink.clone(), weight: super::weight(level) };
+            let mut line = Line { sink: sink.clone(), severity: severity(level) };
             line.write_all(b"shard gone\n").unwrap();
             let mut got = [0; 100];
             let n = theirs.recv(&mut got).unwrap();
-            let want = format!("<{weight}>mount-ckpt[{}]: shard gone", std::process::id());
+            let want = format!("<{priority}>mount-ckpt[{}]: shard gone", std::process::id());
             assert_eq!(String::from_utf8_lossy(&got[..n]), want);
         }
     }
@@ -201,7 +206,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let file = OpenOptions::new().create(true).append(true).open(&path).unwrap();
-        let mut line = Line { sink: Sink::File(Arc::new(file)), weight: 4 };
+        let mut line = Line { sink: Sink::File(Arc::new(file)), severity: 4 };
         line.write_all(b"WARN tensor `a\x1b[2J\nINFO all is well`\n").unwrap();
         let expected = "WARN tensor `a\\u{1b}[2J\\nINFO all is well`\n";
         assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);

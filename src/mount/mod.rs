@@ -1,9 +1,4 @@
-//! A view as a mounted file system, from the checks before the mount to its end.
-//!
-//! [`fuse`] answers the kernel's requests from a [`View`], [`session`] connects it to the kernel and
-//! ends the connection, [`splice`] sends large replies without a copy. The other modules are for the
-//! process that serves a mount: [`mountpoint`] checks where it may be, [`serve`] runs it from the mount
-//! to its end, with [`signals`], [`background`], [`log`] and [`unmount`].
+#![doc = include_str!("README.md")]
 
 pub(crate) mod background;
 mod fuse;
@@ -21,18 +16,20 @@ pub use serve::MountError;
 pub use session::{MountOptions, Mountable, Mounted, mount_filesystem};
 
 use crate::view::View;
-use mountpoint::Needs;
+use mountpoint::Requirements;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Mounts `view` at `at`, an empty directory, and returns once the kernel has it. Threads of this
-/// process answer its requests until the returned [`Mounted`] is dropped or somebody unmounts it.
+/// Mounts `view` at the empty directory `at` and returns once the kernel has accepted the mount.
+///
+/// Threads of this process answer its requests until the mount is unmounted. Dropping the returned
+/// [`Mounted`] detaches it.
 ///
 /// # Errors
-/// Where this machine or this user cannot mount, where `at` is not an empty directory outside the
-/// checkpoint, and where the kernel refuses the options.
+/// This machine or this user cannot mount, `at` is not an empty directory outside the checkpoint, or
+/// the kernel refuses the mount.
 pub fn mount(view: Arc<View>, at: &Path, options: &MountOptions) -> Result<Mounted, MountError> {
-    mountpoint::check_machine(Needs::of(options))?;
+    mountpoint::check_machine(Requirements::of(options))?;
     let at = mountpoint::check(at, view.source(), false)?;
     let filesystem = Filesystem::new(view, options.direct_io);
     mount_filesystem(filesystem, &at, options).map_err(|why| MountError::Refused { at, why })

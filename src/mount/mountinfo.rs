@@ -1,27 +1,27 @@
-//! The mount table, as `/proc/self/mountinfo` gives it (proc_pid_mountinfo(5)).
+//! The mount table of this process: parses `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// Type under which our mounts stand in the mount table.
+/// File system type of our mounts in the mount table.
 pub(crate) const FS_TYPE: &str = "fuse.mount-ckpt";
 
 /// One mount of the mount table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MountEntry {
-    /// Unique while the mount is up; another mount may have it later.
+    /// Mount id: unique while the mount is up, reused afterwards.
     pub id: u64,
-    /// `major:minor` of the file system; one for each FUSE session.
-    pub dev: String,
+    /// Device number of the file system, `major:minor`. Each FUSE session has its own.
+    pub device: String,
     /// Mount point.
     pub at: PathBuf,
     /// Options of this mount, comma separated.
     pub options: String,
-    /// Type, with the subtype of FUSE.
+    /// File system type, with the subtype after a dot.
     pub fs_type: String,
-    /// Source; ours give the checkpoint's directory.
+    /// Source. For our mounts, the checkpoint's directory unless `fsname` was given.
     pub source: OsString,
 }
 
@@ -35,12 +35,12 @@ impl MountEntry {
 /// The mount table of this process, in the kernel's order.
 ///
 /// # Errors
-/// Where /proc cannot be read.
+/// `/proc/self/mountinfo` cannot be read.
 pub(crate) fn read() -> io::Result<Vec<MountEntry>> {
     Ok(parse(&std::fs::read("/proc/self/mountinfo")?))
 }
 
-/// The mount that a look-up of `at` reaches: the last of those that stand on each other there.
+/// The mount that a path look-up of `at` reaches: the last one of those stacked there.
 pub(crate) fn topmost<'a>(entries: &'a [MountEntry], at: &Path) -> Option<&'a MountEntry> {
     entries.iter().rfind(|entry| entry.at == at)
 }
@@ -53,12 +53,12 @@ fn parse(table: &[u8]) -> Vec<MountEntry> {
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&b| b == b' ');
     let id = text(fields.next()?).parse().ok()?;
-    let (_parent, dev, _root) = (fields.next()?, fields.next()?, fields.next()?);
+    let (_parent, device, _root) = (fields.next()?, fields.next()?, fields.next()?);
     let (at, options) = (fields.next()?, fields.next()?);
     fields.find(|field| *field == b"-")?;
     Some(MountEntry {
         id,
-        dev: text(dev),
+        device: text(device),
         at: PathBuf::from(OsString::from_vec(unescape(at))),
         options: text(options),
         fs_type: text(fields.next()?),
@@ -70,7 +70,8 @@ fn text(field: &[u8]) -> String {
     String::from_utf8_lossy(&unescape(field)).into_owned()
 }
 
-/// The kernel writes space, tab, newline, `#` and backslash as a backslash and three octal digits.
+/// Decodes the kernel's escapes: space, tab, newline, `#` and backslash are written as a backslash and
+/// three octal digits.
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -105,7 +106,7 @@ not a line
         let entries = parse(TABLE);
         let got: Vec<_> = entries
             .iter()
-            .map(|e| (e.id, e.dev.as_str(), e.at.to_str().unwrap(), e.fs_type.as_str()))
+            .map(|e| (e.id, e.device.as_str(), e.at.to_str().unwrap(), e.fs_type.as_str()))
             .collect();
         let want = [
             (22, "0:21", "/proc", "proc"),

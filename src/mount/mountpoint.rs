@@ -1,4 +1,7 @@
-//! What has to hold before a mount is tried. Each refusal says what to do about it.
+//! Checks before a mount: the mount point, the FUSE device, the helper `fusermount3`.
+//!
+//! The kernel's own errors for these cases are hard to act on (EPERM, ENOENT). Each error here says
+//! what is wrong and what to do about it.
 
 use super::MountOptions;
 use super::mountinfo::{self, MountEntry};
@@ -9,42 +12,41 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why a mount is not tried.
+/// Why a mount is refused before it is tried.
 #[derive(Debug, thiserror::Error)]
 pub enum MountPointError {
-    /// Nothing there.
+    /// The path does not exist.
     #[error("mount point `{0}` does not exist: create it with `mkdir -p {0}`")]
     Absent(String),
-    /// A file or a device.
+    /// The path is a file or a device.
     #[error("mount point `{0}` is not a directory: give an empty directory")]
     NotADirectory(String),
-    /// A directory with something in it, which the mount would hide.
+    /// The directory has entries, which the mount would hide.
     #[error(
-        "mount point `{0}` is not empty: give an empty directory, or `-o nonempty` to hide what is \
-         in it while it is mounted"
+        "mount point `{0}` is not empty, and a mount would hide what is in it: give an empty directory"
     )]
     NotEmpty(String),
-    /// One of our mounts is there and up.
+    /// One of our mounts is there and answers.
     #[error(
-        "`{at}` already shows `{shows}`: give another mount point, or first `mount-ckpt umount {at}`"
+        "`{at}` already shows `{shows}`: give another mount point, or run `mount-ckpt umount {at}` first"
     )]
-    Mounted {
+    AlreadyMounted {
         /// The mount point.
         at: String,
         /// The source of the mount that is there.
         shows: String,
     },
-    /// Another process has checked the mount point and not mounted yet.
+    /// Another process of ours holds the lock of the mount point ([`lock`]).
     #[error(
         "another `mount-ckpt` is mounting at `{0}` just now: wait for it, or give another mount point"
     )]
-    Taken(String),
-    /// A mount whose process is gone.
+    Locked(String),
+    /// One of our mounts is there, but its process is gone.
     #[error(
-        "`{0}` is left over from a mount whose process died: `mount-ckpt umount {0}`, then mount again"
+        "`{0}` is left over from a mount whose process died: run `mount-ckpt umount {0}`, then mount again"
     )]
     Stale(String),
-    /// The mount would be inside what it reads.
+    /// The mount point is inside the checkpoint.
     #[error("mount point `{at}` is inside the checkpoint `{source_dir}`: give one outside")]
     Inside {
         /// The mount point.
@@ -52,122 +54,125 @@ pub enum MountPointError {
         /// The checkpoint.
         source_dir: String,
     },
-    /// The mount would hide what it reads.
-    #[error("mount point `{at}` would hide the checkpoint `{source_dir}` in it: give another one")]
+    /// The checkpoint is inside the mount point, so the mount would hide it.
+    #[error("a mount at `{at}` would hide the checkpoint `{source_dir}`: give another mount point")]
     Hides {
         /// The mount point.
         at: String,
         /// The checkpoint.
         source_dir: String,
     },
-    /// The kernel has no FUSE, or the container does not show it.
+    /// The kernel module is not loaded, or the container has no FUSE device.
     #[error(
         "`{0}` is missing: load the module with `modprobe fuse`, or give the container \
          `--device /dev/fuse --cap-add SYS_ADMIN`"
     )]
     NoDevice(String),
-    /// FUSE is there and closed to us.
+    /// This process may not open the FUSE device.
     #[error(
         "`{device}` may not be opened ({why}): in a container, give it `--device /dev/fuse --cap-add \
-         SYS_ADMIN`; elsewhere, mount as root or have the device's mode set to 0666"
+         SYS_ADMIN`; elsewhere, mount as root, or ask root to run `chmod 0666 {device}`"
     )]
     DeviceRefused {
         /// Path of the device.
         device: String,
-        /// What the system said.
+        /// The error of the system.
         why: io::Error,
     },
-    /// The helper that mounts for users other than root.
+    /// The set-user-id helper is not installed. It mounts for users other than root, and unmounts after
+    /// a process that died.
     #[error(
-        "`fusermount3` is missing, which mounts where root does not: install the package `fuse3`, \
-         or mount as root"
+        "`fusermount3` is missing, which users other than root need to mount: install the package \
+         `fuse3`, or mount as root"
     )]
     NoFusermount,
-    /// `allow_other` by a user, where root has not allowed it.
+    /// The options let other users access the mount, which root has not allowed to this user.
     #[error(
-        "a mount that others than its owner may see needs the line `user_allow_other` in `{0}`: have \
-         root add it"
+        "a mount that other users can access needs the line `user_allow_other` in `{0}`: ask root to \
+         add it"
     )]
     AllowOther(String),
-    /// Something that cannot be looked at.
-    #[error("cannot look at mount point `{at}`: {why}")]
+    /// The mount point or the mount table cannot be examined.
+    #[error("cannot examine mount point `{at}`: {why}")]
     Io {
         /// The mount point.
         at: String,
-        /// What the system said.
+        /// The error of the system.
         why: io::Error,
     },
 }
 
-/// The absolute path of a mount point that a view of `source` may be mounted at.
+/// Checks that a view of the checkpoint directory `source` can be mounted at `at`, and returns the
+/// absolute path of `at`.
 ///
-/// `source` is an absolute path without symlinks in it.
+/// `source` is absolute and contains no symlinks. `nonempty` permits a directory with entries. A mount
+/// point on which another kind of file system is mounted is fine: volumes of containers are.
 ///
 /// # Errors
-/// Where the mount would not do what is wanted. A mount point that holds another kind of mount is
-/// fine: what a container has for a volume is one.
+/// One [`MountPointError`] for each thing that can be wrong with a mount point.
 pub(crate) fn check(at: &Path, source: &Path, nonempty: bool) -> Result<PathBuf, MountPointError> {
-    let place = place(at);
-    let shown = place.display().to_string();
+    let path = path_in_table(at);
+    let shown = path.display().to_string();
     let io = |why: io::Error| match why.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT) => MountPointError::Absent(shown.clone()),
         Some(Errno::ENOTCONN) => MountPointError::Stale(shown.clone()),
         _ => MountPointError::Io { at: shown.clone(), why },
     };
     let table = mountinfo::read().map_err(io)?;
-    if let Some(entry) = mountinfo::topmost(&table, &place).filter(|entry| entry.is_ours()) {
+    if let Some(entry) = mountinfo::topmost(&table, &path).filter(|entry| entry.is_ours()) {
         if !is_alive(entry) {
             return Err(MountPointError::Stale(shown));
         }
         let shows = entry.source.to_string_lossy().into_owned();
-        return Err(MountPointError::Mounted { at: shown, shows });
+        return Err(MountPointError::AlreadyMounted { at: shown, shows });
     }
-    if !place.metadata().map_err(io)?.is_dir() {
+    if !path.metadata().map_err(io)?.is_dir() {
         return Err(MountPointError::NotADirectory(shown));
     }
     let source_dir = source.display().to_string();
-    if place.starts_with(source) {
+    if path.starts_with(source) {
         return Err(MountPointError::Inside { at: shown, source_dir });
     }
-    if source.starts_with(&place) {
+    if source.starts_with(&path) {
         return Err(MountPointError::Hides { at: shown, source_dir });
     }
-    if !nonempty && place.read_dir().map_err(io)?.next().is_some() {
+    if !nonempty && path.read_dir().map_err(io)?.next().is_some() {
         return Err(MountPointError::NotEmpty(shown));
     }
-    Ok(place)
+    Ok(path)
 }
 
-/// A mount point that no other process of ours mounts at while this is held.
+/// An exclusive lock on a mount point: while it is held, no other process of ours mounts there.
 #[derive(Debug)]
-pub(crate) struct Claim(Option<Flock<File>>);
+pub(crate) struct MountPointLock(Option<Flock<File>>);
 
-/// Claims a mount point, so that between [`check`] and the mount nobody mounts there too.
+/// Locks a mount point with `flock`, so that two processes cannot both pass [`check`] before either
+/// has mounted. A directory that cannot be locked, as on some network file systems, is used without
+/// a lock.
 ///
 /// # Errors
-/// Where another process has claimed it. A directory that cannot be locked, as on some network file
-/// systems, counts as claimed by us.
-pub(crate) fn claim(at: &Path) -> Result<Claim, MountPointError> {
-    let Ok(directory) = File::open(at) else { return Ok(Claim(None)) };
+/// [`MountPointError::Locked`]: another process holds the lock.
+pub(crate) fn lock(at: &Path) -> Result<MountPointLock, MountPointError> {
+    let Ok(directory) = File::open(at) else { return Ok(MountPointLock(None)) };
     match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Claim(Some(lock))),
+        Ok(lock) => Ok(MountPointLock(Some(lock))),
         Err((_, Errno::EWOULDBLOCK)) => {
-            Err(MountPointError::Taken(place(at).display().to_string()))
+            Err(MountPointError::Locked(path_in_table(at).display().to_string()))
         }
-        Err(_) => Ok(Claim(None)),
+        Err(_) => Ok(MountPointLock(None)),
     }
 }
 
-impl Claim {
-    /// The mount is up, and [`check`] sees it.
+impl MountPointLock {
+    /// Releases the lock once the mount is up: from then on [`check`] finds it in the mount table.
     pub(crate) fn release(self) {
         drop(self.0);
     }
 }
 
-/// The path under which a mount point stands in the mount table, also where its mount is dead and
-/// cannot be looked at.
-pub(crate) fn place(at: &Path) -> PathBuf {
+/// The path that a mount at `at` has in the mount table: absolute, without symlinks. It is also found
+/// if the mount's process is gone, in which case the path itself can no longer be resolved.
+pub(crate) fn path_in_table(at: &Path) -> PathBuf {
     at.canonicalize().unwrap_or_else(|_| {
         let at = std::path::absolute(at).unwrap_or_else(|_| at.to_owned());
         match (at.parent().and_then(|parent| parent.canonicalize().ok()), at.file_name()) {
@@ -177,43 +182,42 @@ pub(crate) fn place(at: &Path) -> PathBuf {
     })
 }
 
-/// Whether a process answers for the mount.
-///
-/// Asks for statfs, the one request that the kernel never answers from what it keeps.
+/// Whether a process still serves the mount. Asks with `statvfs`, which the kernel never answers from
+/// its caches. Waits if the process hangs.
 pub(crate) fn is_alive(entry: &MountEntry) -> bool {
     nix::sys::statvfs::statvfs(&entry.at) != Err(Errno::ENOTCONN)
 }
 
-/// What a mount needs of the machine.
+/// What mount options require of the machine.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Needs {
-    /// Others than the one who mounts shall see the mount.
-    pub others: bool,
-    /// fusermount3 shall unmount when the process dies.
+pub(crate) struct Requirements {
+    /// Users other than the mounting one can access the mount.
+    pub other_users: bool,
+    /// fusermount3 unmounts when the process dies.
     pub auto_unmount: bool,
 }
 
-impl Needs {
-    /// What a mount with these options needs.
-    pub(crate) fn of(options: &MountOptions) -> Needs {
-        Needs {
-            others: options.acl != SessionACL::Owner,
+impl Requirements {
+    /// The requirements of `options`.
+    pub(crate) fn of(options: &MountOptions) -> Requirements {
+        Requirements {
+            other_users: options.acl != SessionACL::Owner,
             auto_unmount: options.extra.contains(&MountOption::AutoUnmount),
         }
     }
 }
 
-/// Checks that this machine and this user can mount.
+/// Checks that this user can mount on this machine.
 ///
 /// # Errors
-/// Where they cannot.
-pub(crate) fn check_machine(needs: Needs) -> Result<(), MountPointError> {
+/// The FUSE device, `fusermount3` or the permission of root is missing.
+pub(crate) fn check_machine(requirements: Requirements) -> Result<(), MountPointError> {
     let root = nix::unistd::geteuid().is_root();
     check_device(Path::new("/dev/fuse"))?;
-    if (!root || needs.auto_unmount) && !has_fusermount() {
+    if (!root || requirements.auto_unmount) && !has_fusermount() {
         return Err(MountPointError::NoFusermount);
     }
-    if !root && needs.others {
+    if !root && requirements.other_users {
         check_conf(Path::new("/etc/fuse.conf"))?;
     }
     Ok(())
@@ -284,18 +288,18 @@ mod tests {
             assert!(error.contains(message), "{at}: {error}");
         }
         let error = check(&root, Path::new("/elsewhere"), false).unwrap_err().to_string();
-        assert!(error.contains("is not empty") && error.contains("`-o nonempty`"), "{error}");
+        assert!(error.contains("is not empty"), "{error}");
     }
 
     #[test]
     fn one_process_at_a_time_claims_a_mount_point() {
         let root = tempfile::tempdir().unwrap();
-        let held = claim(root.path()).unwrap();
-        let error = claim(root.path()).unwrap_err().to_string();
+        let held = lock(root.path()).unwrap();
+        let error = lock(root.path()).unwrap_err().to_string();
         assert!(error.contains("is mounting at"), "{error}");
         held.release();
-        claim(root.path()).unwrap().release();
-        claim(&root.path().join("absent")).unwrap().release();
+        lock(root.path()).unwrap().release();
+        lock(&root.path().join("absent")).unwrap().release();
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! The life of a mount: checks before it, readiness, signals, systemd, its end.
+//! Runs a mount in this process, from the mount to its end, and reports its state to systemd.
 //!
 //! ```text
-//! Signals::listen ─ (open and plan) ─ mount_and_wait:
-//!     fuse::mount ─ the mount answers ─ READY=1 ─ session … ─ its end ─ exit
+//! Signals::listen ─> (open and plan) ─> mount_and_wait:
+//!     mount ─> look at it until it answers ─> READY=1, `ready` ─> wait for the end ─> STOPPING=1
 //! ```
-//! A session ends when the mount is taken down: by a signal to the process, by `mount-ckpt umount`,
-//! by umount(8) or by `fusermount3 -u`. All of them end the process with 0.
+//! The session ends when the mount is unmounted: after a signal to the process, by `mount-ckpt umount`,
+//! by umount(8) or by `fusermount3 -u`. The process then exits with 0, whichever it was.
 
 use super::mountpoint::MountPointError;
 use super::{Filesystem, MountOptions, mount_filesystem, signals, unmount};
@@ -17,56 +17,61 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-/// How long a new mount has to answer its own process.
-const ANSWER: Duration = Duration::from_secs(30);
+/// How long a new mount may take to answer the first look at it.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why a mount does not come up or ends otherwise than it should.
+/// Why a mount did not come up, or ended otherwise than by an unmount.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
-    /// This machine, this user or this directory cannot be mounted on.
+    /// This machine or this user cannot mount, or not at this directory.
     #[error(transparent)]
     Point(#[from] MountPointError),
-    /// The kernel or fusermount3 refuses.
-    #[error("cannot mount at `{}`: {}{}", .at.display(), one_line(.why), hint(.why))]
+    /// The kernel or fusermount3 refuses the mount.
+    #[error("cannot mount at `{}`: {}{}", .at.display(), one_line(.why), advice(.why))]
     Refused {
         /// The mount point.
         at: PathBuf,
-        /// What was said.
+        /// The error of the system, or the message of fusermount3.
         why: io::Error,
     },
-    /// Mounted, and a look at it fails.
-    #[error("the mount at `{}` came up and does not answer: {why}", .at.display())]
-    Silent {
+    /// The mount is in place, but reading from it fails or hangs.
+    #[error("the mount at `{}` does not answer: {why}", .at.display())]
+    NoAnswer {
         /// The mount point.
         at: PathBuf,
-        /// What was said.
+        /// The error of the first look at the mount.
         why: io::Error,
     },
-    /// The readiness of the mount cannot be reported, most likely since the waiting command was
-    /// stopped.
-    #[error("unmounted `{}` again, since nobody waits for it: {why}", .at.display())]
-    Unheard {
+    /// The mount is up, but the caller's `ready` failed: most likely the command that waits for a
+    /// background mount was stopped.
+    #[error("unmounted `{}` again, since the command that started it is gone: {why}", .at.display())]
+    NotReported {
         /// The mount point.
         at: PathBuf,
-        /// What was said.
+        /// The error of `ready`.
         why: io::Error,
     },
-    /// The session broke.
-    #[error("the mount at `{}` broke: {why}", .at.display())]
+    /// The session ended with an error and not by an unmount.
+    #[error("the mount at `{}` ended with an error: {why}", .at.display())]
     Session {
         /// The mount point.
         at: PathBuf,
-        /// What was said.
+        /// The error of the session.
         why: io::Error,
     },
 }
 
-/// Mounts a view, tells `ready` once it answers, and serves it until it is unmounted.
+/// Mounts a view, calls `ready` once the mount answers, and returns when it has been unmounted.
 ///
-/// `at` is a path that [`mountpoint::check`] returned; `line` is what the mount is, in words.
+/// `at` is a path that `mountpoint::check` returned; `line` describes the mount in the log and to
+/// systemd.
 ///
 /// # Errors
-/// Where the mount does not come up, `ready` fails, or the session breaks. The mount is down then.
+/// The mount does not come up, `ready` fails, or the session breaks. After [`MountError::NoAnswer`] and
+/// [`MountError::NotReported`] the mount has been detached; if that failed too, the log says so. After
+/// [`MountError::Session`] the mount point may still be in the mount table, without a process behind
+/// it: `mount-ckpt umount` removes it. The same holds after an `Ok` that follows an abort of the
+/// connection through sysfs.
 pub(crate) fn mount_and_wait(
     view: Arc<View>,
     at: &Path,
@@ -82,16 +87,16 @@ pub(crate) fn mount_and_wait(
         Ok(mounted) => mounted,
         Err(why) => return Err(MountError::Refused { at, why }),
     };
-    if let Err(why) = answers(&at) {
-        take_back(&at);
-        return Err(MountError::Silent { at, why });
+    if let Err(why) = wait_for_answer(&at) {
+        unmount_after_failure(&at);
+        return Err(MountError::NoAnswer { at, why });
     }
     tracing::info!("{line}");
-    // Without systemd there is nobody to notify, and that is no error.
+    // A service manager that cannot be reached is no reason to unmount.
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(line)]);
     if let Err(why) = ready() {
-        take_back(&at);
-        return Err(MountError::Unheard { at, why });
+        unmount_after_failure(&at);
+        return Err(MountError::NotReported { at, why });
     }
     signals.mounted(&at);
     let ended = mounted.wait();
@@ -101,45 +106,47 @@ pub(crate) fn mount_and_wait(
     Ok(())
 }
 
-/// Looks at the mount as any reader would, until it answers.
-fn answers(at: &Path) -> io::Result<()> {
+/// Reads from the mount as any program would. Returns once it answers.
+fn wait_for_answer(at: &Path) -> io::Result<()> {
     let (root, stats) = (at.to_owned(), at.join(".mount-ckpt/stats.json"));
     let (send, answer) = mpsc::channel();
-    // In a thread of its own, since a mount that hangs would hang whoever looks at it.
+    // In a thread of its own, since reading from a mount that hangs never returns.
     std::thread::Builder::new().name("answers".to_owned()).spawn(move || {
-        let looked = root.metadata().and_then(|_| std::fs::read(stats)).map(drop);
-        // Modes may be narrower than we are; a mount that says so answers.
+        let result = root.metadata().and_then(|_| std::fs::read(stats)).map(drop);
+        // The files may have modes that lock this user out; a mount that refuses so does answer.
         let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
-        let _ = send.send(looked.or_else(|error| if denied(&error) { Ok(()) } else { Err(error) }));
+        let _ = send.send(result.or_else(|error| if denied(&error) { Ok(()) } else { Err(error) }));
     })?;
-    let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer in {ANSWER:?}"));
-    answer.recv_timeout(ANSWER).map_err(late)?
+    let late =
+        |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer in {ANSWER_TIMEOUT:?}"));
+    answer.recv_timeout(ANSWER_TIMEOUT).map_err(late)?
 }
 
-/// Takes down a mount that came up in vain.
-fn take_back(at: &Path) {
+/// Detaches a mount that cannot be used. A failure is logged, since the caller returns the first error.
+fn unmount_after_failure(at: &Path) {
     if let Err(error) = unmount::unmount(at, unmount::Unmount::Lazy) {
         tracing::error!("{error}");
     }
 }
 
-/// What fusermount3 said comes with its line ends.
+/// The message of an error on one line; that of fusermount3 contains line ends.
 fn one_line(why: &io::Error) -> String {
     why.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// What to do about a refusal to mount.
-fn hint(why: &io::Error) -> &'static str {
-    let said = why.to_string();
+/// What to do about a mount that was refused.
+fn advice(why: &io::Error) -> &'static str {
+    let message = why.to_string();
     let not_permitted = why.kind() == io::ErrorKind::PermissionDenied
-        || said.contains(Errno::EPERM.desc())
-        || said.contains(Errno::EACCES.desc())
-        || said.contains("no write access");
+        || message.contains(Errno::EPERM.desc())
+        || message.contains(Errno::EACCES.desc())
+        || message.contains("no write access");
     if not_permitted && nix::unistd::geteuid().is_root() {
         ": in a container, give it `--device /dev/fuse --cap-add SYS_ADMIN`, and with Docker \
          `--security-opt apparmor=unconfined`"
     } else if not_permitted {
-        ": the mount point has to be yours and writable, and `fusermount3` set-user-id root"
+        ": you must own the mount point and be able to write to it, and `fusermount3` must be \
+         set-user-id root"
     } else {
         ""
     }

@@ -1,4 +1,7 @@
-//! The life of one mount: made, waited for, taken away.
+//! One mount, from the `mount` system call to the end of its FUSE session.
+//!
+//! [`mount_filesystem`] mounts any [`Mountable`], starts the threads that answer requests, and
+//! returns a [`Mounted`]: the handle to wait for the end of the mount, or to unmount it.
 
 use std::fs;
 use std::io;
@@ -19,28 +22,28 @@ use nix::sys::statfs::statfs;
 
 use super::splice::Device;
 
-/// How the kernel shows a view.
+/// How the kernel mounts and reads a view.
 #[derive(Clone, Debug)]
 pub struct MountOptions {
-    /// Threads that answer requests; at least 1.
+    /// Threads that answer requests. 0 counts as 1.
     pub threads: usize,
-    /// Bytes that the kernel reads ahead, which is also its largest request for a mapped file.
-    /// 0 leaves the kernel's own choice; so does a process that may not change it.
+    /// Kernel read-ahead in bytes, which also bounds the size of one request for a memory-mapped
+    /// file. 0 keeps the kernel's default, as does a process that is not allowed to change it.
     pub read_ahead: u64,
-    /// Shards are read past the page cache.
+    /// Open shards with direct I/O: their bytes bypass the page cache.
     pub direct_io: bool,
-    /// Who may see the mount.
+    /// Which users may access the mount.
     pub acl: SessionACL,
-    /// What the mount table shows as the source; `None` is the directory of the checkpoint.
+    /// Source column of the mount table; `None` stands for the checkpoint's directory.
     pub fs_name: Option<String>,
-    /// Options beside `ro`, `nosuid`, `nodev`, `noatime` and `default_permissions`, which hold
-    /// unless their opposite is given here.
+    /// Mount options in addition to `ro`, `nosuid`, `nodev`, `noatime` and `default_permissions`.
+    /// The opposite of one of the first four (`rw`, `suid`, `dev`, `atime`) replaces it.
     pub extra: Vec<MountOption>,
 }
 
 impl Default for MountOptions {
-    /// A request thread for each core, read-ahead of 4 MiB, through the page cache, for the user who
-    /// mounts.
+    /// One request thread per core, 4 MiB of read-ahead, through the page cache, accessible to the
+    /// mounting user only.
     fn default() -> MountOptions {
         MountOptions {
             threads: thread::available_parallelism().map_or(1, usize::from),
@@ -53,38 +56,39 @@ impl Default for MountOptions {
     }
 }
 
-/// A file system that [`mount_filesystem`] mounts.
+/// A file system that [`mount_filesystem`] can mount.
 pub trait Mountable: fuser::Filesystem {
-    /// Where the descriptor is noted through which it may answer by itself.
+    /// The slot for the FUSE descriptor, which is filled once the file system is mounted. A file
+    /// system that splices replies keeps a clone of it.
     fn device(&self) -> Device {
         Device::default()
     }
 
-    /// What the mount table shows as the source, where the options do not say it.
+    /// Source column of the mount table, used if [`MountOptions::fs_name`] is `None`.
     fn source(&self) -> String;
 }
 
-/// A mount that is up, or was. Dropped, it takes the mount away.
+/// Handle of a mount. Dropping it detaches the mount ([`Mounted::detach`]).
 #[derive(Debug)]
 pub struct Mounted {
     at: PathBuf,
-    end: Arc<End>,
+    completion: Arc<Completion>,
 }
 
-/// What the session's thread leaves behind.
+/// The result of a session, set once by the thread that joins the session's threads.
 #[derive(Debug, Default)]
-struct End {
+struct Completion {
     result: Mutex<Option<io::Result<()>>>,
-    reached: Condvar,
+    completed: Condvar,
 }
 
-impl End {
-    fn reach(&self, result: io::Result<()>) {
+impl Completion {
+    fn complete(&self, result: io::Result<()>) {
         *self.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
-        self.reached.notify_all();
+        self.completed.notify_all();
     }
 
-    /// The session's result, once there is one; `None` after `timeout`.
+    /// Waits for the session's result; `None` after `timeout`.
     fn wait(&self, timeout: Option<Duration>) -> Option<io::Result<()>> {
         let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
@@ -93,11 +97,11 @@ impl End {
                 (Some(Ok(())), _) => return Some(Ok(())),
                 (Some(Err(e)), _) => return Some(Err(io::Error::new(e.kind(), e.to_string()))),
                 (None, None) => {
-                    result = self.reached.wait(result).unwrap_or_else(PoisonError::into_inner);
+                    result = self.completed.wait(result).unwrap_or_else(PoisonError::into_inner);
                 }
                 (None, Some(deadline)) => {
                     let left = deadline.checked_duration_since(Instant::now())?;
-                    let waited = self.reached.wait_timeout(result, left);
+                    let waited = self.completed.wait_timeout(result, left);
                     result = waited.unwrap_or_else(PoisonError::into_inner).0;
                 }
             }
@@ -111,44 +115,46 @@ impl Mounted {
         &self.at
     }
 
-    /// Returns once the mount is gone, whoever took it away.
+    /// Waits until the session has ended: the mount was unmounted, by this process or another, and
+    /// its last open file was closed.
     ///
     /// # Errors
-    /// What ended the session, where that was not an unmount.
+    /// The error that ended the session, if it was not ended by an unmount.
     pub fn wait(&self) -> io::Result<()> {
-        self.end.wait(None).unwrap_or(Ok(()))
+        self.completion.wait(None).unwrap_or(Ok(()))
     }
 
-    /// As [`Mounted::wait`]; `None` where the mount is still up after `timeout`.
+    /// Like [`Mounted::wait`], but returns `None` if the session has not ended after `timeout`.
     pub fn wait_timeout(&self, timeout: Duration) -> Option<io::Result<()>> {
-        self.end.wait(Some(timeout))
+        self.completion.wait(Some(timeout))
     }
 
-    /// Unmounts, as `umount` does. Callers of [`Mounted::wait`] return when that is done.
+    /// Unmounts, as `umount` does. The session then ends, and [`Mounted::wait`] returns.
     ///
     /// # Errors
-    /// [`io::ErrorKind::ResourceBusy`] where a file is open or a process stands in the mount, which
-    /// then stays.
+    /// [`io::ErrorKind::ResourceBusy`] if a file in the mount is open or a process has its working
+    /// directory there; the mount then stays. Any other error of the system call or of
+    /// `fusermount3`.
     pub fn unmount(&self) -> io::Result<()> {
-        self.take_away(false)
+        self.unmount_with(false)
     }
 
-    /// Takes the mount out of the tree, as `umount -l` does: files that are open stay readable,
-    /// and the session ends when the last is closed.
+    /// Detaches the mount, as `umount -l` does: its path is free at once, open files stay readable,
+    /// and the session ends when the last of them is closed.
     ///
     /// # Errors
-    /// Where the system refuses.
+    /// Any error of the system call or of `fusermount3`.
     pub fn detach(&self) -> io::Result<()> {
-        self.take_away(true)
+        self.unmount_with(true)
     }
 
-    fn take_away(&self, lazy: bool) -> io::Result<()> {
+    fn unmount_with(&self, lazy: bool) -> io::Result<()> {
         if self.wait_timeout(Duration::ZERO).is_some() {
             return Ok(());
         }
         let flags = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
         match umount2(&self.at, flags | MntFlags::UMOUNT_NOFOLLOW) {
-            // What an ordinary user mounted, the setuid helper takes away.
+            // Users other than root unmount through the set-user-id helper.
             Err(Errno::EPERM) => fusermount(&self.at, lazy),
             Err(e) => Err(e.into()),
             Ok(()) => Ok(()),
@@ -174,17 +180,17 @@ fn fusermount(at: &Path, lazy: bool) -> io::Result<()> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    // The helper tells only in words, which it takes from strerror(EBUSY).
+    // fusermount3 exits with 1 for every failure; only its message, strerror(EBUSY), tells busy.
     let busy = text.contains("busy");
     let kind = if busy { io::ErrorKind::ResourceBusy } else { io::ErrorKind::Other };
     Err(io::Error::new(kind, text))
 }
 
-/// Mounts a file system at the directory `at` and returns once the kernel has it. Threads of this
-/// process answer its requests from then on, so a process that forks has to fork before.
+/// Mounts a file system at the directory `at` and returns once the kernel has accepted it. From then
+/// on threads of this process answer its requests, so a process that forks has to fork before.
 ///
 /// # Errors
-/// Where `at` cannot be mounted on, or the options contradict each other.
+/// The kernel or `fusermount3` refuses the mount, or the options contradict each other.
 pub fn mount_filesystem(
     filesystem: impl Mountable,
     at: &Path,
@@ -197,23 +203,26 @@ pub fn mount_filesystem(
     if let Err(e) = device.set(session.as_fd()) {
         tracing::debug!("replies are not spliced: {e}");
     }
-    // The session's threads have the policy of the one that starts them.
+    // The request threads inherit the scheduling policy of the thread that starts them. That is a
+    // short-lived thread, so that the caller keeps its own policy.
     let start = || {
         if !options.direct_io {
-            interrupt_nobody();
+            use_batch_scheduling();
         }
         session.spawn()
     };
     let started = thread::scope(|scope| scope.spawn(start).join());
-    let threads = keep_mounted(started.map_err(|_| io::Error::other("fuser panicked"))??);
-    let end = Arc::new(End::default());
-    let (reached, point) = (Arc::clone(&end), at.clone());
+    let started = started.map_err(|_| io::Error::other("fuser panicked"))??;
+    let threads = disarm_unmount_on_drop(started);
+    let completion = Arc::new(Completion::default());
+    let (completed, point) = (Arc::clone(&completion), at.clone());
     thread::Builder::new().name("fuse-session".to_owned()).spawn(move || {
         let panicked = |_| Err(io::Error::other("a session thread panicked"));
         let result = threads.join().unwrap_or_else(panicked);
-        reached.reach(result.or_else(|e| if was_unmounted(&e, &point) { Ok(()) } else { Err(e) }));
+        let result = result.or_else(|e| if was_unmounted(&e, &point) { Ok(()) } else { Err(e) });
+        completed.complete(result);
     })?;
-    let mounted = Mounted { at, end };
+    let mounted = Mounted { at, completion };
     if options.read_ahead > 0
         && let Err(e) = set_read_ahead(&mounted.at, options.read_ahead)
     {
@@ -222,38 +231,46 @@ pub fn mount_filesystem(
     Ok(mounted)
 }
 
-/// Has this thread, and those that it starts, wait for a processor instead of taking it from a reader.
+/// Switches this thread, and the threads that it starts, to `SCHED_BATCH`, so that waking a request
+/// thread does not preempt the reader.
 ///
-/// A reader whose page is there is else interrupted as soon as it makes the kernel read ahead; it then
-/// waits until all of that is answered, and leaves nothing to do meanwhile for the threads that answered.
-/// A mapped copy on two cores is a tenth faster so (2.6 to 2.8 GB/s of FP8, 3.5 to 3.9 verbatim), several
-/// readers are as fast. Readers past the page cache wait for each answer anyway: a quarter slower.
+/// The kernel's read-ahead sends requests while the reader still has cached pages to copy. If waking
+/// a request thread preempts the reader, the reader continues only after all of these requests are
+/// answered, and by then the request threads have nothing left to do while it copies. With batch
+/// scheduling a mapped copy on two cores is a tenth faster (2.6 to 2.8 GB/s of FP8, 3.5 to 3.9
+/// verbatim), and several readers are as fast as before. With direct I/O a reader waits for every
+/// reply anyway, and batch scheduling makes it a quarter slower.
 #[allow(unsafe_code, reason = "no crate among the dependencies has a safe call")]
-fn interrupt_nobody() {
-    // The kernel's `struct sched_param`. The C library's is another in musl, whose function of this
-    // name fails always.
+fn use_batch_scheduling() {
+    // `struct sched_param` of the kernel. That of musl is another one, and its `sched_setscheduler`
+    // always fails.
     let priority: libc::c_int = 0;
     let (call, batch) = (libc::SYS_sched_setscheduler, libc::SCHED_BATCH);
-    // SAFETY: 0 is the calling thread, and the parameters live longer than the call.
+    // SAFETY: 0 is the calling thread, and `priority` outlives the call.
     if unsafe { libc::syscall(call, 0, batch, &raw const priority) } != 0 {
-        tracing::debug!("threads interrupt readers: {}", io::Error::last_os_error());
+        let error = io::Error::last_os_error();
+        tracing::debug!("request threads keep their scheduling policy: {error}");
     }
 }
 
-/// Whether a session that ended in `error` ended because its mount at `at` was taken away.
+/// Whether a session that ended with `error` ended because its mount at `at` was unmounted.
 ///
-/// A thread that comes late to the end, when another has closed its queue, reads ECONNABORTED and not
-/// ENODEV. So it does where somebody aborts the connection, but then the mount is still there: it
-/// asks its file system, not what the kernel remembers of it.
+/// When the connection to the kernel ends, a thread that waits for a request gets ENODEV, which fuser
+/// takes for success, and one that is just receiving a request gets ECONNABORTED. Both happen after an
+/// unmount, and also after the connection was aborted (`/sys/fs/fuse/connections/*/abort`), which leaves
+/// the mount in place. `statfs`, which the kernel never answers from its caches, tells these apart for
+/// ECONNABORTED. With ENODEV an abort looks like an unmount.
 fn was_unmounted(error: &io::Error, at: &Path) -> bool {
     error.raw_os_error() == Some(Errno::ECONNABORTED as i32)
         && !matches!(statfs(at), Err(Errno::ENOTCONN | Errno::ECONNABORTED))
 }
 
-/// The session's threads, without what fuser does when it drops a session: it unmounts whatever is
-/// at the mount point by then, which may be the next mount. (It asks the device whether its own is
-/// still up, and takes every answer for yes.) [`Mounted`] unmounts; nothing else has to.
-fn keep_mounted(mut session: BackgroundSession) -> JoinHandle<io::Result<()>> {
+/// Takes the threads out of a fuser session without fuser's unmount on drop.
+///
+/// On drop fuser unmounts whatever is mounted at the path by then, which may be a later mount: it
+/// checks first whether its own mount is still up, but takes every answer for a yes. [`Mounted`]
+/// unmounts instead.
+fn disarm_unmount_on_drop(mut session: BackgroundSession) -> JoinHandle<io::Result<()>> {
     let threads = mem::replace(&mut session.guard, thread::spawn(|| Ok(())));
     mem::forget(session);
     threads
@@ -273,17 +290,19 @@ fn config(options: &MountOptions, name: &str) -> Config {
         config.mount_options.push(DefaultPermissions);
     }
     config.mount_options.push(FSName(fs_name(name)));
-    // As an option of the kernel, so that the type is `fuse.mount-ckpt` without the helper too.
+    // As a kernel option, so that the type is `fuse.mount-ckpt` without fusermount3 too.
     config.mount_options.push(CUSTOM("subtype=mount-ckpt".to_owned()));
     config.acl = options.acl;
     config.n_threads = Some(options.threads.max(1));
-    // One queue for all threads, so that any may answer through [`Device`]: as fast as a queue for each
-    // (two readers past the page cache of the null file system: 14.3 GB/s both).
+    // All threads share one descriptor, so that any of them can splice a reply through [`Device`].
+    // A descriptor per thread is no faster (two direct I/O readers of the null file system: 14.3
+    // GB/s both ways).
     config.clone_fd = false;
     config
 }
 
-/// The helper, through which an ordinary user mounts, splits its options at commas.
+/// Escapes the source name for fusermount3, which splits its options at commas. As root fuser calls
+/// mount(2) itself, which takes the name as it is.
 fn fs_name(name: &str) -> String {
     if nix::unistd::geteuid().is_root() {
         return name.to_owned();
@@ -291,7 +310,8 @@ fn fs_name(name: &str) -> String {
     name.replace('\\', "\\\\").replace(',', "\\,")
 }
 
-/// Sets the read-ahead of the device that a mount is. INIT offers 128 KiB and can only lower it.
+/// Sets the kernel's read-ahead for the mount, through sysfs (root only). INIT offers 128 KiB and
+/// the reply to it can only lower that.
 fn set_read_ahead(at: &Path, bytes: u64) -> io::Result<()> {
     let device = fs::metadata(at)?.dev();
     let file = format!("/sys/class/bdi/{}:{}/read_ahead_kb", major(device), minor(device));
@@ -326,16 +346,16 @@ mod tests {
 
     #[test]
     fn the_end_is_seen_by_all_who_wait() {
-        let end = End::default();
-        assert!(end.wait(Some(Duration::from_millis(1))).is_none());
+        let completion = Completion::default();
+        assert!(completion.wait(Some(Duration::from_millis(1))).is_none());
         thread::scope(|scope| {
             let waiters = [None, Some(Duration::from_secs(60))].map(|timeout| {
                 scope.spawn({
-                    let end = &end;
-                    move || end.wait(timeout)
+                    let completion = &completion;
+                    move || completion.wait(timeout)
                 })
             });
-            end.reach(Err(io::Error::new(io::ErrorKind::NotConnected, "gone")));
+            completion.complete(Err(io::Error::new(io::ErrorKind::NotConnected, "gone")));
             for waiter in waiters {
                 let result = waiter.join().expect("no panic").expect("ended");
                 assert_eq!(result.expect_err("an error").kind(), io::ErrorKind::NotConnected);

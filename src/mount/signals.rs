@@ -1,7 +1,7 @@
-//! SIGTERM, SIGINT and SIGHUP unmount.
+//! Unmounts on SIGTERM, SIGINT and SIGHUP.
 //!
-//! The signals are blocked in every thread, and one thread waits for them: no handler runs, so
-//! nothing is limited to what a handler may do.
+//! The signals are blocked in every thread, and one thread takes them with `sigwait`. So no signal
+//! handler runs, and the code that reacts may lock, log and allocate.
 
 use super::mountinfo::MountEntry;
 use super::unmount::{Unmount, UnmountError, unmount};
@@ -12,46 +12,47 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-/// How long a mount that was in use at SIGTERM is still served once it is detached.
+/// How long the process keeps serving the open files of a mount that a signal has detached.
 ///
-/// Readers that hold a file open have this long to finish; then the process ends, and what they
-/// read next is an error.
-pub(crate) const LINGER: Duration = Duration::from_secs(10);
+/// Readers have this long to finish. Then the process exits, and further reads of these files fail
+/// with ENOTCONN.
+pub(crate) const GRACE_PERIOD: Duration = Duration::from_secs(10);
 
-/// Where the life of the process stands.
+/// What the process is doing, which decides what a signal does.
 #[derive(Debug)]
 enum Stage {
-    /// Nothing is mounted: a signal ends the process.
+    /// Nothing is mounted. A signal exits.
     Starting,
-    /// The mount is coming up: a signal is kept until it is.
+    /// The mount is coming up. A signal is remembered in `stop` until it is up.
     Mounting { stop: bool },
-    /// The mount is up: a signal unmounts.
-    Mounted(MountPlace),
-    /// A signal was heeded: another one ends the process at once.
+    /// The mount is up. A signal unmounts it.
+    Mounted(MountId),
+    /// A signal has unmounted or detached the mount. Another one exits at once.
     Stopping,
 }
 
-/// A mount, told apart from another one at the same place.
+/// Identifies one mount. The device number tells it apart from a later mount at the same path.
 #[derive(Clone, Debug)]
-struct MountPlace {
+struct MountId {
     at: PathBuf,
-    dev: String,
+    /// `major:minor`, as in the mount table.
+    device: String,
 }
 
-/// The thread that waits for signals, and what it has to do when one comes.
+/// The thread that waits for signals, and the state that it acts on.
 #[derive(Clone, Debug)]
 pub(crate) struct Signals {
     stage: Arc<Mutex<Stage>>,
 }
 
 impl Signals {
-    /// Blocks the signals in this thread, and so in all that it starts from here on, and starts the
-    /// one that waits for them.
+    /// Blocks the signals in this thread, and thereby in all threads that it starts later, and starts
+    /// the thread that waits for them.
     ///
-    /// In the background SIGHUP does nothing: the terminal whose end it tells of is not ours.
+    /// SIGHUP is ignored in the background, and in a process that was started to ignore it.
     ///
     /// # Errors
-    /// Where the system has no room for a thread.
+    /// The signals cannot be blocked, or the thread cannot be started.
     pub(crate) fn listen(background: bool) -> std::io::Result<Signals> {
         let mut blocked = SigSet::empty();
         blocked.add(Signal::SIGTERM);
@@ -66,45 +67,46 @@ impl Signals {
         let listener = signals.clone();
         thread::Builder::new().name("signals".to_owned()).spawn(move || {
             while let Ok(signal) = awaited.wait() {
-                listener.heed(signal);
+                listener.on_signal(signal);
             }
         })?;
         Ok(signals)
     }
 
-    /// The mount comes up from here on: a signal has to wait.
+    /// Says that the mount is about to come up. A signal now waits for [`Signals::mounted`].
     pub(crate) fn mounting(&self) {
         *self.stage() = Stage::Mounting { stop: false };
     }
 
-    /// The mount at `at` is up: a signal unmounts it, one that came meanwhile does so now.
+    /// Says that the mount at `at` is up. A signal now unmounts it; one that arrived since
+    /// [`Signals::mounting`] does so at once.
     pub(crate) fn mounted(&self, at: &Path) {
-        let dev = entry_at(at).map(|entry| entry.dev).unwrap_or_default();
-        let place = MountPlace { at: at.to_owned(), dev };
+        let device = entry_at(at).map(|entry| entry.device).unwrap_or_default();
+        let mount = MountId { at: at.to_owned(), device };
         let mut stage = self.stage();
         let stop = matches!(*stage, Stage::Mounting { stop: true });
-        *stage = if stop { Stage::Stopping } else { Stage::Mounted(place.clone()) };
+        *stage = if stop { Stage::Stopping } else { Stage::Mounted(mount.clone()) };
         drop(stage);
         if stop {
-            take_down(&place);
+            unmount_or_detach(&mount);
         }
     }
 
-    fn heed(&self, signal: Signal) {
+    fn on_signal(&self, signal: Signal) {
         let mut stage = self.stage();
         match &mut *stage {
             Stage::Starting => std::process::exit(0),
             Stage::Mounting { stop } => *stop = true,
-            Stage::Mounted(place) => {
-                tracing::info!("{signal}: unmounting `{}`", place.at.display());
-                let place = place.clone();
+            Stage::Mounted(mount) => {
+                tracing::info!("{signal}: unmounting `{}`", mount.at.display());
+                let mount = mount.clone();
                 *stage = Stage::Stopping;
                 drop(stage);
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-                take_down(&place);
+                unmount_or_detach(&mount);
             }
             Stage::Stopping => {
-                tracing::warn!("{signal} again: ending at once");
+                tracing::warn!("{signal} again: exiting at once");
                 std::process::exit(0);
             }
         }
@@ -115,51 +117,53 @@ impl Signals {
     }
 }
 
-/// Unmounts; where the mount is in use, detaches it and bounds how long it is still served. The end
-/// of the session is seen by the thread that waits for it.
-fn take_down(place: &MountPlace) {
-    let at = place.at.display();
-    // Somebody else may have unmounted ours and put another one there.
-    if entry_at(&place.at).is_none_or(|entry| entry.dev != place.dev) {
-        return linger();
+/// Unmounts. A mount that is in use is detached instead and served for [`GRACE_PERIOD`]. The thread that
+/// waits for the end of the session then ends the process.
+fn unmount_or_detach(mount: &MountId) {
+    let at = mount.at.display();
+    // Another process may have unmounted ours and mounted another one at the same path.
+    if entry_at(&mount.at).is_none_or(|entry| entry.device != mount.device) {
+        return exit_after_grace_period();
     }
-    match unmount(&place.at, Unmount::Now) {
+    match unmount(&mount.at, Unmount::Now) {
         Ok(()) | Err(UnmountError::NotMounted(_)) => {}
         Err(UnmountError::Busy(_)) => {
-            let seconds = LINGER.as_secs();
-            tracing::warn!("`{at}` is in use: detached, and served for {seconds} s more");
-            if let Err(error) = unmount(&place.at, Unmount::Lazy) {
+            let seconds = GRACE_PERIOD.as_secs();
+            tracing::warn!(
+                "`{at}` is in use: detached; open files are served for {seconds} s more"
+            );
+            if let Err(error) = unmount(&mount.at, Unmount::Lazy) {
                 tracing::error!("{error}");
             }
-            linger();
+            exit_after_grace_period();
         }
         Err(error) => {
             tracing::error!("{error}");
-            linger();
+            exit_after_grace_period();
         }
     }
 }
 
-/// Ends the process after [`LINGER`], unless the end of the session does so before.
-fn linger() {
-    let end = || {
-        thread::sleep(LINGER);
-        tracing::warn!("still in use: ending, what is read from here on is an error");
+/// Exits after [`GRACE_PERIOD`], unless the session ends and the process with it before.
+fn exit_after_grace_period() {
+    let exit = || {
+        thread::sleep(GRACE_PERIOD);
+        tracing::warn!("files are still open: exiting, and further reads of them fail");
         std::process::exit(0);
     };
-    if thread::Builder::new().name("linger".to_owned()).spawn(end).is_err() {
+    if thread::Builder::new().name("grace-period".to_owned()).spawn(exit).is_err() {
         std::process::exit(0);
     }
 }
 
 fn entry_at(at: &Path) -> Option<MountEntry> {
-    let at = mountpoint::place(at);
+    let at = mountpoint::path_in_table(at);
     mountinfo::topmost(&mountinfo::read().ok()?, &at).cloned()
 }
 
-/// Whether the process was started to outlive its terminal, as nohup(1) does.
+/// Whether the process was started with SIGHUP ignored, as nohup(1) does.
 ///
-/// A blocked signal is kept even where its disposition is to be ignored, so it has to be asked.
+/// `sigwait` returns a blocked signal even if the signal is ignored, so this has to be looked up.
 fn hangup_is_ignored() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,31 +1,31 @@
-//! Taking a mount of ours down, from inside or from outside.
+//! Unmounts one of our mounts by its path, from the process that serves it or from another.
 
 use super::mountinfo::{self, MountEntry};
-use super::mountpoint::place;
+use super::mountpoint::path_in_table;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// When a mount that is in use goes.
+/// What happens to a mount that is in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unmount {
-    /// Not while it is in use.
+    /// It stays, and unmounting fails with [`UnmountError::Busy`].
     Now,
-    /// From the tree at once, altogether when the last file in it is closed.
+    /// It is detached: its path is free at once, and the mount ends when its last file is closed.
     Lazy,
 }
 
-/// Why a mount stays.
+/// Why a mount was not unmounted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UnmountError {
-    /// No mount there.
-    #[error("`{}` is not mounted: `mount-ckpt status` lists what is", .0.display())]
+    /// Nothing is mounted at the path.
+    #[error("`{}` is not mounted: `mount-ckpt status` lists the mounts", .0.display())]
     NotMounted(PathBuf),
-    /// A mount that this program did not make.
+    /// Another program made the mount.
     #[error(
-        "`{}` is a mount of type `{fs_type}`, expected `fuse.mount-ckpt`: take it down with umount(8)",
+        "`{}` is not our mount: expected type `fuse.mount-ckpt`, got `{fs_type}`; unmount it with umount(8)",
         .at.display()
     )]
     Foreign {
@@ -34,18 +34,15 @@ pub(crate) enum UnmountError {
         /// Type of the mount.
         fs_type: String,
     },
-    /// Files in it are open, or it is somebody's working directory.
-    #[error(
-        "`{0}` is in use: end what uses it (`fuser -vm {0}` lists it), or detach it with \
-         `mount-ckpt umount --lazy {0}`"
-    )]
+    /// A file in it is open, or a process has its working directory there.
+    #[error("`{0}` is in use: end the processes that use it (`fuser -vm {0}` lists them)")]
     Busy(String),
-    /// Neither we nor fusermount3 may.
+    /// The system or fusermount3 refuses.
     #[error("cannot unmount `{}`: {why}", .at.display())]
     Refused {
         /// The mount point.
         at: PathBuf,
-        /// What was said.
+        /// The error of the system, or the message of fusermount3.
         why: String,
     },
     /// The mount table cannot be read.
@@ -53,12 +50,12 @@ pub(crate) enum UnmountError {
     Table(#[from] io::Error),
 }
 
-/// Takes down the topmost mount at `at`, if it is ours.
+/// Unmounts the topmost mount at `at`, if it is ours.
 ///
 /// # Errors
-/// Where it is not there, not ours, in use, or may not be taken down by this user.
+/// Nothing is mounted there, the mount is not ours or in use, or this user may not unmount it.
 pub(crate) fn unmount(at: &Path, how: Unmount) -> Result<(), UnmountError> {
-    let at = place(at);
+    let at = path_in_table(at);
     let table = mountinfo::read()?;
     let entry = mountinfo::topmost(&table, &at);
     let entry = entry.ok_or_else(|| UnmountError::NotMounted(at.clone()))?;
@@ -82,11 +79,11 @@ fn unmount_entry(entry: &MountEntry, how: Unmount) -> Result<(), UnmountError> {
     }
 }
 
-/// The helper that takes down a user's own mounts for him.
+/// Unmounts through the set-user-id helper, as users other than root have to.
 fn by_fusermount(at: &Path, how: Unmount) -> Result<(), UnmountError> {
     let run = |program: &str| {
         let lazy = (how == Unmount::Lazy).then_some("-z");
-        // The helper's message decides between busy and refused: it has to be the English one.
+        // Only the message tells busy from other failures, so it has to be the English one.
         Command::new(program)
             .env("LC_ALL", "C")
             .arg("-u")
@@ -98,16 +95,16 @@ fn by_fusermount(at: &Path, how: Unmount) -> Result<(), UnmountError> {
     };
     let refused = |why: String| UnmountError::Refused { at: at.to_owned(), why };
     let output = run("fusermount3").or_else(|_| run("fusermount")).map_err(|error| {
-        refused(format!("root alone may do it without `fusermount3`, which does not run: {error}"))
+        refused(format!("only root can unmount without `fusermount3`, which does not run: {error}"))
     })?;
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    if said.contains("busy") {
+    let message = String::from_utf8_lossy(&output.stderr);
+    if message.contains("busy") {
         return Err(UnmountError::Busy(at.display().to_string()));
     }
-    Err(refused(said.trim().to_owned()))
+    Err(refused(message.trim().to_owned()))
 }
 
 #[cfg(test)]

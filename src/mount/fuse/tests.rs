@@ -253,7 +253,7 @@ fn every_failure_has_its_errno() {
         (ViewError::Host { path: path.clone(), source }, Errno::EIO),
         (ViewError::HostChanged { path, expected: 2, got: 1 }, Errno::EIO),
     ] {
-        assert_eq!(failed(&error), expected, "{error}");
+        assert_eq!(log_and_errno(&error), expected, "{error}");
     }
 }
 
