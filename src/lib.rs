@@ -22,13 +22,13 @@
 //! let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default())?);
 //! let engine = Engine::new(checkpoint, plan, EngineOptions::default());
 //!
-//! let name = "model.layers.1.mlp.experts.gate_and_up_projs";
-//! let id = engine.plan().find(name).expect("layer 1 has experts");
+//! let name = "model.layers.0.mlp.experts.gate_and_up_projs";
+//! let id = engine.plan().find(name).expect("layer 0 has experts");
 //! let tensor = engine.plan().tensor(id);
 //! // [experts, hidden, 2 * intermediate]
-//! assert_eq!((tensor.dtype.name(), tensor.shape.dims()), ("BF16", &[3, 136, 288][..]));
+//! assert_eq!((tensor.dtype.name(), tensor.shape.dims()), ("BF16", &[3, 136, 272][..]));
 //! // The first row of expert 2.
-//! let row_bytes = 288 * 2;
+//! let row_bytes = 272 * 2;
 //! let mut row = vec![0; row_bytes];
 //! engine.read(id, 2 * 136 * row_bytes as u64, &mut row)?;
 //! # assert!(row.iter().any(|byte| *byte != 0));
