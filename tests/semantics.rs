@@ -11,81 +11,67 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
 
-use common::{Zeros, assert_same, golden, tensors_of};
+use common::mount::{BINARY, Process, Scratch, wait_for};
+use common::{Zeros, assert_same, copy_files, golden, tensors_of};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Whence, lseek};
 use serde_json::Value;
 
-const BINARY: &str = env!("CARGO_BIN_EXE_mount-ckpt");
+/// The mount of a [`Fixture`].
+const NAME: &str = "view";
 const SHARD: &str = "model-00001-of-00001.safetensors";
 
-/// A copy of a small checkpoint, mounted. Detached at the end of a test.
+/// A copy of a small checkpoint and its mount, in a [`Scratch`].
 struct Fixture {
-    dir: tempfile::TempDir,
+    scratch: Scratch,
 }
 
 impl Fixture {
-    /// A copy that is not mounted yet; `None` without /dev/fuse, which is a failure where `CI` is set.
+    /// A copy that is not mounted yet; `None` without /dev/fuse.
     fn new() -> Option<Fixture> {
-        if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-            assert!(std::env::var_os("CI").is_none(), "CI needs /dev/fuse: {error}");
-            eprintln!("NOT TESTED: /dev/fuse cannot be opened: {error}");
-            return None;
-        }
-        let fixture = Fixture { dir: tempfile::tempdir().unwrap() };
-        fs::create_dir(fixture.source("")).unwrap();
-        fs::create_dir(fixture.at("")).unwrap();
-        for entry in fs::read_dir(golden("mimo-v2-flash").join("checkpoint")).unwrap() {
-            let entry = entry.unwrap();
-            fs::copy(entry.path(), fixture.source("").join(entry.file_name())).unwrap();
-        }
+        let fixture = Fixture { scratch: Scratch::new()? };
+        copy_files(&golden("mimo-v2-flash").join("checkpoint"), &fixture.source(""));
         Some(fixture)
     }
 
     /// A mounted copy.
     fn mounted(options: &[&str]) -> Option<Fixture> {
         let fixture = Fixture::new()?;
-        let output = fixture.command(options).output().unwrap();
-        assert!(output.status.success(), "{output:?}");
+        fixture.scratch.mount(NAME, fixture.source(""), options);
         Some(fixture)
     }
 
     /// A mounted copy and the process in the foreground that serves it.
-    fn foreground() -> Option<(Fixture, Child)> {
+    fn foreground() -> Option<(Fixture, Process)> {
         let fixture = Fixture::new()?;
-        let child = fixture.command(&["-f"]).spawn().unwrap();
-        wait_for("mount", || fixture.log_text().contains(" mounted `"));
-        Some((fixture, child))
+        let process = fixture.scratch.foreground(NAME, fixture.command(&["-f"]));
+        Some((fixture, process))
     }
 
     fn command(&self, options: &[&str]) -> Command {
-        let mut command = Command::new(BINARY);
-        command.args(options).arg("--log-file").arg(self.dir.path().join("log"));
-        command.arg(self.source("")).arg(self.at(""));
-        command
+        self.scratch.command(NAME, self.source(""), options)
     }
 
     fn umount(&self, options: &[&str]) -> Output {
-        Command::new(BINARY).arg("umount").args(options).arg(self.at("")).output().unwrap()
+        self.scratch.run(&[&["umount"], options].concat(), NAME)
     }
 
     /// A file of the mount.
     fn at(&self, name: &str) -> PathBuf {
-        self.dir.path().join("mnt").join(name)
+        self.scratch.path().join("mnt").join(NAME).join(name)
     }
 
     /// A file of the checkpoint.
     fn source(&self, name: &str) -> PathBuf {
-        self.dir.path().join("checkpoint").join(name)
+        self.scratch.path().join("checkpoint").join(name)
     }
 
     fn log_text(&self) -> String {
-        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+        self.scratch.log(NAME)
     }
 
     /// Bytes that the process has served, except those of status files.
@@ -96,31 +82,8 @@ impl Fixture {
     }
 }
 
-impl Drop for Fixture {
-    fn drop(&mut self) {
-        let _ = self.umount(&["--lazy", "--quiet"]);
-    }
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < Duration::from_secs(60), "no {what} after 60 s");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-fn send(child: &Child, signal: Signal) {
-    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
-}
-
-fn end_of(mut child: Child) -> ExitStatus {
-    let mut status = None;
-    wait_for("end of the process", || {
-        status = child.try_wait().unwrap();
-        status.is_some()
-    });
-    status.unwrap()
+fn send(process: &Process, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(process.id()).unwrap()), signal).unwrap();
 }
 
 fn errno(result: std::io::Result<impl Sized>) -> Option<i32> {
@@ -404,7 +367,7 @@ fn a_lazy_umount_keeps_open_files_until_they_are_closed() {
     let expected = tensors_of(&golden("mimo-v2-flash").join("native.safetensors"));
     assert_same(&tensors_of(&copy), &expected, Zeros::Signed);
     drop(file);
-    assert_eq!(end_of(child).code(), Some(0));
+    assert_eq!(child.end().code(), Some(0));
 }
 
 #[test]
@@ -414,7 +377,7 @@ fn a_second_signal_ends_the_process_and_open_files_fail() {
     send(&child, Signal::SIGTERM);
     wait_for("detached mount", || !fixture.at("config.json").exists());
     send(&child, Signal::SIGTERM);
-    assert_eq!(end_of(child).code(), Some(0));
+    assert_eq!(child.end().code(), Some(0));
     assert_eq!(errno(file.read_at(&mut [0; 10], 0)), Some(libc::ENOTCONN));
 }
 
@@ -426,7 +389,7 @@ fn sigterm_ends_the_process_also_while_a_file_stays_open() {
     send(&child, Signal::SIGTERM);
     wait_for("detached mount", || !fixture.at("config.json").exists());
     assert_eq!(file.read_at(&mut [0; 10], 0).unwrap(), 10);
-    assert_eq!(end_of(child).code(), Some(0));
+    assert_eq!(child.end().code(), Some(0));
     assert_eq!(errno(file.read_at(&mut [0; 10], 1 << 20)), Some(libc::ENOTCONN));
 }
 
@@ -435,7 +398,7 @@ fn a_killed_process_leaves_a_mount_that_is_not_connected() {
     let Some((fixture, child)) = Fixture::foreground() else { return };
     let file = File::open(fixture.at(SHARD)).unwrap();
     send(&child, Signal::SIGKILL);
-    assert_eq!(end_of(child).signal(), Some(libc::SIGKILL));
+    assert_eq!(child.end().signal(), Some(libc::SIGKILL));
     assert_eq!(errno(file.read_at(&mut [0; 10], 1 << 20)), Some(libc::ENOTCONN));
     assert_eq!(errno(File::open(fixture.at(SHARD))), Some(libc::ENOTCONN));
     let listed = Command::new(BINARY).arg("status").output().unwrap();
