@@ -18,12 +18,12 @@
 //! piece of a tensor and says where in the tensor the piece belongs. NeMo Automodel saves models in
 //! such shards and puts config.json into the subdirectory `.hf_metadata`.
 
+use rayon::ThreadPoolBuilder;
+use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 use super::config::Config;
 use super::error::{
@@ -356,27 +356,16 @@ fn reject_duplicates(
 /// Opens the shards on 4 to 16 threads; the results are in the order of `names`.
 fn open_all(dir: &Path, names: &[String]) -> Vec<OpenResult> {
     // At least 4, also on fewer cores: with a cold page cache the threads wait for the disk.
-    let threads = thread::available_parallelism().map_or(4, usize::from).clamp(4, 16);
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut done = Vec::new();
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            let Some(name) = names.get(i) else { return done };
-            let id = ShardId(u32::try_from(i).expect("an index names fewer than 2^32 files"));
-            done.push((i, Shard::open(dir, name, id)));
-        }
+    let threads = std::thread::available_parallelism().map_or(4, usize::from).clamp(4, 16);
+    let open = |(i, name): (usize, &String)| {
+        let id = ShardId(u32::try_from(i).expect("an index names fewer than 2^32 files"));
+        Shard::open(dir, name, id)
     };
-    let mut done: Vec<(usize, OpenResult)> = thread::scope(|scope| {
-        let workers: Vec<_> = (1..threads.min(names.len())).map(|_| scope.spawn(work)).collect();
-        let mut done = work();
-        for worker in workers {
-            done.extend(worker.join().expect("opening a shard does not panic"));
-        }
-        done
-    });
-    done.sort_by_key(|(i, _)| *i);
-    done.into_iter().map(|(_, opened)| opened).collect()
+    match ThreadPoolBuilder::new().num_threads(threads.min(names.len())).build() {
+        Ok(pool) => pool.install(|| names.par_iter().enumerate().map(open).collect()),
+        // The process may have no more threads.
+        Err(_) => names.iter().enumerate().map(open).collect(),
+    }
 }
 
 /// The tensors that the index at `path` lists, each from the shard that the index names.

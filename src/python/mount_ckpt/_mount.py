@@ -71,7 +71,7 @@ class Mount:
 
 
 def mount(
-    src: PathLike, to: Optional[str] = "native", *, at: Optional[PathLike] = None, **options: Option
+    src: PathLike, to: Optional[str] = None, *, at: Optional[PathLike] = None, **options: Option
 ) -> Mount:
     """Mount a view of the checkpoint ``src``, and return once it answers.
 
@@ -86,8 +86,8 @@ def mount(
 
     Args:
         src: A checkpoint directory, an entry of the hub cache, or the name of a model in it.
-        to: Layout of the view: ``native``, ``transformers`` or ``hf``. ``None`` is the command's
-            default, which depends on the checkpoint.
+        to: Layout of the view: ``native``, ``transformers`` or ``hf``. By default ``native`` for a
+            published checkpoint and ``hf`` for any other.
         at: An empty directory to mount at. By default it is a new temporary one, removed at the end.
         options: Options of the command by name, as the module's documentation explains.
 
