@@ -3,15 +3,15 @@
 use std::path::Path;
 
 use super::layout::{
-    Alias, Encoding, Layout, LayoutName, QuantizationConfig, QuantizeSpec, ResolvedMapping, Rule,
-    Side, TableRow,
+    Alias, EVERY_NAME, Encoding, Layout, LayoutName, QuantizationConfig, QuantizeSpec,
+    ResolvedMapping, Rule, Side, TableRow,
 };
 use super::raw::{
     OneOrMany, RawConcat, RawEncoding, RawInterleave, RawLayout, RawMapping, RawOp,
     RawQuantization, RawRotary, RawRule, RawScope, RawSide, RawSplit, RawStack, RawWord,
 };
 use super::require::{condition_holds, is_truthy, requirements, siblings};
-use super::template::{ConfigKey, RawTemplate, Variables};
+use super::template::{ConfigKey, NameTemplate, RawTemplate, Variables};
 use super::{ConfigLookup, MappingError, Op};
 use crate::codec::Scheme;
 use crate::tensor::DType;
@@ -180,13 +180,19 @@ impl Mapping {
     ) -> Result<Layout, MappingError> {
         let mut rows = Vec::new();
         for row in &raw.rule {
-            let bare = row.names().next().is_none() && !row.has_value_keys() && row.drop.is_none();
+            let bare = row.names().next().is_none()
+                && !row.has_value_keys()
+                && row.drop.is_none()
+                && row.unless.is_none();
             match (&row.scope, &row.set) {
                 (None, None) => rows.extend(resolve_rules(row, None, config)?),
                 (Some(scope), Some(set)) if bare => {
                     let rules = self.raw.set.get(set).ok_or_else(|| {
                         MappingError::rule(&scope.hf, format!("no set `{set}` in the file"))
                     })?;
+                    if rules.iter().any(|rule| rule.scope.is_some() || rule.set.is_some()) {
+                        return Err(MappingError::rule(set, "a set uses no other set"));
+                    }
                     for rule in rules {
                         rows.extend(resolve_rules(rule, Some(scope), config)?);
                     }
@@ -356,6 +362,9 @@ fn resolve_rule(
         if raw.has_value_keys() || hf.len() + to.len() != 1 {
             return Err(fail("a rule that drops has one name and no operation"));
         }
+        if hf.iter().chain(&to).any(NameTemplate::matches_every_name) {
+            return Err(fail(EVERY_NAME));
+        }
         return Ok(TableRow::Drop {
             hf: hf.into_iter().next(),
             to: to.into_iter().next(),
@@ -489,6 +498,20 @@ mod tests {
             (
                 rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}\ngrouped = true"),
                 "rule `a.`: `scope` and `use` need each other and allow no other key",
+            ),
+            (
+                rule("use = 'layer'\nscope = {hf = 'a.', to = 'b.'}\nunless = 'two'"),
+                "rule `a.`: `scope` and `use` need each other and allow no other key",
+            ),
+            (
+                rule(
+                    "use = 'layer'\nscope = {hf = 'a.', to = 'b.'}\n[[set.layer]]\nsame = 'c'\nuse = 'layer'",
+                ),
+                "rule `layer`: a set uses no other set",
+            ),
+            (
+                rule("hf = '{r}'\ndrop = 'all'"),
+                "rule `{r}`: `{r}` alone matches every name: put a prefix before it",
             ),
             (rule("same = 'a'\nto = 'b'"), "rule `b`: `same` excludes `hf`, `to` and `drop`"),
             (

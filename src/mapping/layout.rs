@@ -239,11 +239,14 @@ pub(crate) struct Rule {
     pub(super) text: String,
 }
 
+/// Why a name that is `{r}` alone is refused.
+pub(super) const EVERY_NAME: &str = "`{r}` alone matches every name: put a prefix before it";
+
 impl Rule {
     pub(super) fn check(&self) -> Result<(), MappingError> {
         let fail = |why: &str| Err(MappingError::rule(&self.text, why));
         if self.hf.iter().chain(&self.to).any(NameTemplate::matches_every_name) {
-            return fail("`{r}` alone matches every name: put a prefix before it");
+            return fail(EVERY_NAME);
         }
         // Names of `to` have all variables except the stacked one.
         let full = |t: &NameTemplate| self.vars.all().all(|v| t.has(v));
