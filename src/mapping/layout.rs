@@ -42,7 +42,7 @@ impl fmt::Display for LayoutName {
 /// A mapping for one config.json: all config keys are looked up.
 #[derive(Debug)]
 pub(crate) struct ResolvedMapping {
-    /// Value of `--model`.
+    /// Name of the mapping.
     pub name: String,
     /// Other spellings of published names.
     pub aliases: Vec<Alias>,
