@@ -279,7 +279,7 @@ class Refusals(Case):
     def test_a_value_that_does_not_fit_is_a_usage_error(self) -> None:
         for options, message in [
             ({"to": "sideways"}, "^invalid value 'sideways' for '--to <LAYOUT>'"),
-            ({"ep_rank": 1}, "^`--ep-rank` needs `--ep-size`"),
+            ({"ep_rank": 1}, "^the following required arguments were not provided"),
             ({"foreground": True}, "`foreground`"),
         ]:
             with self.assertRaisesRegex(mount_ckpt.UsageError, message):
