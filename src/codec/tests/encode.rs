@@ -43,7 +43,7 @@ proptest! {
             let mut out = vec![FILL_BYTE; rows * out_stride];
             encode_at(level, code, &values, stride, rows, cols, scales, &mut out, out_stride);
             if let Some(to) = code.as_float() {
-                // Only float types have more than one NaN: its bits may differ.
+                // The bits of a NaN of a float type may differ.
                 for row in 0..rows {
                     for col in 0..cols {
                         let at = row * out_stride + col * to.bytes();
