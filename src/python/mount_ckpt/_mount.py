@@ -22,7 +22,7 @@ from typing import Optional
 from ._command import Error, Option, PathLike, UsageError, arguments, failure, find_command, run
 
 # $0 is the command, $1 the mount point, $2 the same path if it is a temporary directory, otherwise
-# empty, and the rest are the arguments of the mount. `read` fails if the pipe is closed before a line
+# empty, and the rest are the arguments of the mount. `read` fails if the pipe closes before a line
 # comes.
 _KEEPER = """
 at=$1 temporary=$2
