@@ -1,11 +1,12 @@
-//! Measures what a mount costs, against what the same machine does without it, in one table.
+//! Measures the cost of a mount relative to baselines on the same machine, and prints one table. The
+//! results and what they mean are in `bench/README.md`.
 //!
 //! ```text
 //! cargo run --release --example bench [-- [OPTIONS] [ROW…]]
 //! ```
-//! Each ratio is the median over rounds of the subject's rate and the baseline's, taken in turn in
-//! the same run; the first round is not counted. Checkpoints of real tensor sizes are made below
-//! `--data` (12 GB) and kept for the next run. Needs `/dev/fuse`; some rows need root.
+//! In each round the subject and its baseline run one after the other. A ratio is the median over all
+//! rounds but the first. Checkpoints of real tensor sizes are written below `--data` (6 GB, and 2 GB
+//! more while it runs) and kept for the next run. Needs `/dev/fuse`; some rows need root.
 
 #[path = "bench/checkpoints.rs"]
 mod checkpoints;
@@ -33,18 +34,19 @@ use table::HEAD;
 use views::Bench;
 
 #[derive(Parser)]
-#[command(about = "Measures what a mount costs, as a table of ratios", name = "bench")]
+#[command(about = "Measures the cost of a mount relative to baselines", name = "bench")]
 struct Arguments {
-    /// Where the checkpoints are made and kept, on a disk
+    /// Directory on a disk where the checkpoints are written and kept
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     data: PathBuf,
-    /// Rounds that are counted
+    /// Number of rounds after the first, which is not counted
     #[arg(long, value_name = "N", default_value_t = 5)]
     rounds: usize,
-    /// A Python with torch, safetensors and nemo-automodel 0.7.0, for the row that compares with it
+    /// Python interpreter with torch, safetensors and nemo-automodel 0.7.0, for the row that
+    /// compares with Automodel
     #[arg(long, value_name = "FILE")]
     python: Option<PathBuf>,
-    /// Rows whose names contain one of these; none is all
+    /// Measure only rows whose names contain one of these texts [default: all rows]
     rows: Vec<String>,
 }
 

@@ -1,9 +1,10 @@
-"""Load a native view with torch.distributed.checkpoint, the experts cut over the ranks: each reads its own alone.
+"""Load a native view with torch.distributed.checkpoint: experts are sharded, and each rank reads only its own.
 
     mount-ckpt --to native SRC MNT
     torchrun --standalone --nproc-per-node 2 load_dcp.py MNT
 
-Needs `torch` and `safetensors`. Nothing here knows of mount-ckpt; its counters are printed to show what was read.
+Needs `torch` and `safetensors`. The loading code does not depend on mount-ckpt. At the end, the counters of the mount
+show how much of the source was read.
 """
 
 import json
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, empty
 
 directory = Path(sys.argv[1])
-# gloo, so that it also runs without a GPU.
+# gloo works without a GPU.
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 mesh = init_device_mesh("cpu", (ranks,))
@@ -25,9 +26,9 @@ mesh = init_device_mesh("cpu", (ranks,))
 reader = HuggingFaceStorageReader(path=str(directory))
 state = {}
 for name, stored in reader.read_metadata().state_dict_metadata.items():
-    # Grouped experts are [experts, …]: cut along axis 0. A model does this by its own parallel plan.
-    cut = Shard(0) if ".experts." in name and len(stored.size) == 3 else Replicate()
-    state[name] = empty(stored.size, dtype=stored.properties.dtype, device_mesh=mesh, placements=[cut])
+    # Grouped experts are [experts, …]: shard axis 0. In training, the parallel plan of the model decides this.
+    placement = Shard(0) if ".experts." in name and len(stored.size) == 3 else Replicate()
+    state[name] = empty(stored.size, dtype=stored.properties.dtype, device_mesh=mesh, placements=[placement])
 
 dcp.load(state, storage_reader=reader)
 
@@ -37,5 +38,5 @@ print(f"rank {rank} of {ranks}: {len(state)} tensors, {held / 1e6:.1f} of {whole
 dist.barrier()
 stats = directory / ".mount-ckpt/stats.json"
 if rank == 0 and stats.exists():
-    print(f"read of the checkpoint: {json.loads(stats.read_text())['engine']['source_bytes'] / 1e6:.1f} MB")
+    print(f"read from the checkpoint: {json.loads(stats.read_text())['engine']['source_bytes'] / 1e6:.1f} MB")
 dist.destroy_process_group()

@@ -1,9 +1,9 @@
-"""Load a checkpoint with transformers through a mount: no conversion on load, no copy on disk.
+"""Load a checkpoint with transformers from a mount. Nothing is converted while loading, and no copy is on disk.
 
     mount-ckpt --to transformers SRC MNT
     python load_transformers.py MNT
 
-Needs `torch` and `transformers` >= 5.23. Nothing here knows of mount-ckpt.
+Needs `torch` and `transformers` >= 5.23. The code is the same for any checkpoint directory.
 """
 
 import sys
@@ -21,13 +21,13 @@ started = time.monotonic()
 model, report = auto.from_pretrained(directory, dtype="auto", output_loading_info=True)
 seconds = time.monotonic() - started
 
-complaints = {what: sorted(map(str, names))[:5] for what, names in report.items() if names}
-if complaints:
-    sys.exit(f"{directory}: {complaints}")
+problems = {kind: sorted(map(str, names))[:5] for kind, names in report.items() if names}
+if problems:
+    sys.exit(f"{directory}: {problems}")
 held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-print(f"{type(model).__name__}: {held / 1e6:.1f} MB in {seconds:.1f} s, every key of the checkpoint used, none missing")
+print(f"{type(model).__name__}: {held / 1e6:.1f} MB in {seconds:.1f} s, no key missing or unexpected")
 
 with torch.no_grad():
     tokens = torch.arange(16).unsqueeze(0)
-    likeliest = model.eval()(input_ids=tokens, use_cache=False).logits[0, -1].argmax()
-print(f"after tokens 0 to 15, the likeliest is {likeliest}")
+    next_token = model.eval()(input_ids=tokens, use_cache=False).logits[0, -1].argmax()
+print(f"most likely token after tokens 0 to 15: {next_token}")

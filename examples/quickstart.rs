@@ -1,12 +1,13 @@
-//! Writes a small checkpoint of the MiMo-V2-Flash family, mounts it, and checks what the mount shows.
+//! Writes a small checkpoint in the form of MiMo-V2-Flash, mounts it, and checks every byte that it
+//! reads from the mount.
 //!
 //! ```text
 //! cargo run --release --example quickstart
 //! cargo run --release --example quickstart -- write DIR    # writes the checkpoint, mounts nothing
 //! ```
-//! [`mount`] is the way through the library, from a directory to a mount. The numbers that the mount
-//! has to show are computed once more from the bytes that were written, one element at a time and
-//! without the library's codec ([`Written::decoded`], [`Written::decoded_kv`]).
+//! The function [`mount`] shows the use of the library, from a directory to a mount. The expected
+//! values are computed from the bytes that were written, element by element and without the
+//! library's codec ([`Written::decoded`], [`Written::decoded_kv`]).
 
 #[path = "quickstart/checkpoint.rs"]
 mod checkpoint;
@@ -31,12 +32,12 @@ use safetensors::{Dtype, SafeTensors};
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = env::args_os().skip(1).collect();
-    let done = match arguments.as_slice() {
+    let result = match arguments.as_slice() {
         [] => run(),
         [word, directory] if word == "write" => write(Path::new(directory)),
         _ => Err(anyhow::anyhow!("expected no arguments, or `write DIR`")),
     };
-    match done {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("quickstart: {error:#}");
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Writes the checkpoint to `directory`, for a command or a program of one's own to mount.
+/// Writes the checkpoint to `directory` and mounts nothing.
 fn write(directory: &Path) -> Result<()> {
     fs::create_dir_all(directory)?;
     Written::model().save(directory)
@@ -62,7 +63,8 @@ fn run() -> Result<()> {
     println!("checkpoint, as published:");
     list(&source)?;
 
-    // Dropped before the directory that it is in, so a failure below unmounts too.
+    // `mounted` is dropped before `temporary`, so an error below also unmounts before the directory
+    // is removed.
     let mounted = mount(&source, &at)?;
     println!("\nview, in NeMo Automodel's native layout:");
     list(&at)?;
@@ -83,17 +85,18 @@ fn run() -> Result<()> {
 
 /// Mounts a view of the checkpoint in `source`, as `mount-ckpt SRC MNT` does.
 fn mount(source: &Path, at: &Path) -> Result<Mounted> {
-    // Reads config.json, the index and the header of every shard; no tensor yet.
+    // Reads config.json, the index and the header of every shard, but no tensor data.
     let checkpoint = Arc::new(Checkpoint::open(source)?);
-    // The mapping for config.json's `model_type`, as with `--model auto`.
+    // Selects the built-in mapping for the `model_type` in config.json, as `--model auto` does.
     let mapping = Mapping::for_model_types(&checkpoint.config().model_types())?;
-    // Where every tensor of the view comes from. What can be refused is refused here.
+    // Decides where each byte of every tensor of the view comes from. A checkpoint that does not
+    // fit is refused here.
     let plan = Arc::new(Plan::build(&checkpoint, &mapping, &PlanOptions::default())?);
     println!("\n{}", plan.summary);
-    // Computes tensors as they are read.
+    // The engine reads and decodes tensors when they are read from the mount.
     let options = EngineOptions { cache_bytes: 64 << 20, threads: 2, ..EngineOptions::default() };
     let engine = Arc::new(Engine::new(checkpoint, plan, options));
-    // Lays them out in files.
+    // The view arranges the tensors in safetensors files.
     let shards = ViewOptions { shard_size: 4_000_000, ..ViewOptions::default() };
     let view = Arc::new(View::new(engine, &shards)?);
     Ok(mount_ckpt::mount(view, at, &MountOptions::default())?)
@@ -114,17 +117,20 @@ fn list(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Compares the view at `at` with what was written.
+/// Compares the view at `at` with the checkpoint that was written.
 fn check(at: &Path, written: &Written) -> Result<()> {
     let config: serde_json::Value = serde_json::from_slice(&fs::read(at.join("config.json"))?)?;
-    ensure!(config.get("quantization_config").is_none(), "the view still claims to be quantized");
+    ensure!(
+        config.get("quantization_config").is_none(),
+        "config.json of the view still has a `quantization_config`"
+    );
     let tokenizer = fs::read(at.join("tokenizer.json"))?;
     ensure!(tokenizer == TOKENIZER.as_bytes(), "`tokenizer.json` differs");
 
     for layer in 1..LAYERS {
         let experts = format!("model.layers.{layer}.mlp.experts");
         let (wide, expert) = (2 * INTERMEDIATE, HIDDEN * 2 * INTERMEDIATE);
-        // [expert, hidden, 2 * intermediate]: gate and up of an expert, transposed, gate first.
+        // [expert, hidden, 2 * intermediate]: gate and up of each expert, transposed, gate first.
         let gate_and_up = |i: usize| {
             let (e, row, column) = (i / expert, i % expert / wide, i % wide);
             let name = if column < INTERMEDIATE { "gate_proj" } else { "up_proj" };
@@ -132,7 +138,7 @@ fn check(at: &Path, written: &Written) -> Result<()> {
         };
         let name = format!("{experts}.gate_and_up_projs");
         compare(at, &name, &[EXPERTS, HIDDEN, wide], gate_and_up)?;
-        // [expert, intermediate, hidden]: down, transposed.
+        // [expert, intermediate, hidden]: down of each expert, transposed.
         let down = |i: usize| {
             let (e, row) = (i / (INTERMEDIATE * HIDDEN), i / HIDDEN % INTERMEDIATE);
             written.decoded(&format!("{experts}.{e}.down_proj"), i % HIDDEN, row)
@@ -149,7 +155,7 @@ fn check(at: &Path, written: &Written) -> Result<()> {
             compare(at, &name, &[rows, HIDDEN], value)?;
         }
     }
-    // What was not quantized keeps its dtype and its bytes.
+    // Tensors that are not quantized keep their dtype and their bytes.
     for name in
         ["model.layers.1.mlp.gate.weight", "model.layers.2.mlp.gate.e_score_correction_bias"]
     {
@@ -175,7 +181,8 @@ fn compare(at: &Path, name: &str, shape: &[usize], expected: impl Fn(usize) -> f
     Ok(())
 }
 
-/// Reads a tensor of a checkpoint directory: the index names the shard, its header the place.
+/// Reads a tensor from a checkpoint directory. The index names its shard, whose header has the
+/// dtype, the shape and the offset.
 fn read(directory: &Path, name: &str) -> Result<(Dtype, Vec<usize>, Vec<u8>)> {
     let index = fs::read(directory.join("model.safetensors.index.json"))?;
     let index: serde_json::Value = serde_json::from_slice(&index)?;

@@ -1,10 +1,11 @@
-"""Fills MiMo's parameters in their native layout in two ways, in turn: from a mount by safetensors, and from the
-checkpoint by safetensors and Automodel's `from_hf`. Prints the rates of each round as JSON, in bytes of the parameters per
-second; the first round is not counted.
+"""Measures two ways to load MiMo's parameters in NeMo Automodel's native layout: from a mount by safetensors, and
+from the checkpoint by safetensors and Automodel's `from_hf`. Each round runs both. Prints the rates of all rounds but
+the first as JSON, in bytes of parameters per second.
 
     python automodel.py CHECKPOINT MOUNT ROUNDS
 
-The mount's pages are dropped before each round; the checkpoint's stay. Needs torch, safetensors and nemo-automodel 0.7.0.
+Before each round, the pages of the mount are dropped from the page cache; those of the checkpoint stay. Needs
+torch, safetensors and nemo-automodel 0.7.0.
 """
 
 import glob

@@ -1,5 +1,6 @@
-//! Checkpoints of real tensor sizes, one layer of experts each, with random codes and scales; and
-//! one that is as large as Kimi K2.5 and holds nothing.
+//! Writes the checkpoints that are measured: one layer of experts of real tensor sizes for each
+//! family, with random codes and scales; and one as large as Kimi K2.5 in sparse files, without
+//! data.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
@@ -8,10 +9,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-/// A file of MiMo's checkpoint that is no shard, of 512 MiB.
+/// A file of 512 MiB in MiMo's checkpoint that is not a shard, so that a view passes it through.
 pub const HOST_FILE: &str = "tokenizer.json";
 
-/// A family whose checkpoint the bench makes.
+/// A model family of which a checkpoint is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// FP8 with F32 scales of 128x128 blocks; hidden 4096, intermediate 2048.
@@ -20,14 +21,15 @@ pub enum Family {
     DeepSeek,
     /// INT4 with BF16 scales of 32 columns; hidden 7168, intermediate 2048.
     Kimi,
-    /// BF16 in the layout of the view; hidden 4096, intermediate 1536.
+    /// BF16, stacked as in the view, so that all tensors are verbatim; hidden 4096, intermediate
+    /// 1536.
     Qwen,
 }
 
 impl Family {
     pub const ALL: [Family; 4] = [Family::Mimo, Family::DeepSeek, Family::Kimi, Family::Qwen];
 
-    /// What the table calls it.
+    /// The name in the table.
     pub fn name(self) -> &'static str {
         match self {
             Family::Mimo => "MiMo-V2-Flash, FP8",
@@ -37,7 +39,7 @@ impl Family {
         }
     }
 
-    /// Experts whose BF16 weights fit in 2 GiB.
+    /// Number of experts: as many as fit in 2 GiB as BF16.
     pub fn experts(self) -> u64 {
         match self {
             Family::Mimo | Family::DeepSeek => 42,
@@ -46,7 +48,7 @@ impl Family {
         }
     }
 
-    /// Bytes of an expert's payloads in the checkpoint.
+    /// Bytes of the payloads of an expert in the checkpoint, without scales.
     pub fn stored_expert_bytes(self) -> u64 {
         let elements = 3 * 2048 * 4096;
         match self {
@@ -138,17 +140,18 @@ impl Family {
         tensors
     }
 
-    /// The family's checkpoint below `data`, made where it is not there yet.
+    /// The directory of the family's checkpoint below `data`. It is written if it does not exist.
     pub fn checkpoint(self, data: &Path) -> Result<PathBuf> {
         let directory = data.join(self.directory());
-        // Written last: a bench that was stopped half way makes the checkpoint anew.
+        // config.json is written last, so a checkpoint without it is incomplete and is written
+        // again.
         let config = directory.join("config.json");
         if !config.exists() {
-            eprintln!("making {}: {}", directory.display(), self.name());
+            eprintln!("writing {}: {}", directory.display(), self.name());
             fs::create_dir_all(&directory)?;
             write_shard(&directory.join("model.safetensors"), &self.tensors(), Content::Random)?;
             if self == Family::Mimo {
-                // A file that the view shows as it is.
+                // A file that the view passes through.
                 let tokenizer = Tensor::new("tokenizer".to_owned(), Kind::Bf16, [1 << 28]);
                 let mut file = BufWriter::new(File::create(directory.join(HOST_FILE))?);
                 tokenizer.write(&mut file, 1)?;
@@ -174,27 +177,28 @@ fn kimi_expert(layer: u64, expert: u64) -> Vec<Tensor> {
         [
             Tensor::new(format!("{name}_packed"), Kind::Int4, [rows, cols / 8]),
             Tensor::new(format!("{name}_scale"), Kind::Bf16, [rows, cols / 32]),
-            Tensor::new(format!("{name}_shape"), Kind::Stated(shape), [2]),
+            Tensor::new(format!("{name}_shape"), Kind::WeightShape(shape), [2]),
         ]
     };
     parts(["gate_proj", "up_proj", "down_proj"], 7168).into_iter().flat_map(of).collect()
 }
 
-/// Layers of Kimi K2.5, the first of them dense.
+/// Number of layers of Kimi K2.5. The first is dense.
 const LAYERS: u64 = 61;
-/// Its routed experts.
+/// Number of its routed experts.
 const EXPERTS: u64 = 384;
-/// Its shards.
+/// Number of its shards.
 const SHARDS: usize = 64;
 
-/// A checkpoint below `data` as large as Kimi K2.5, whose tensors are holes of sparse files.
+/// The directory of a checkpoint below `data` with the tensors of Kimi K2.5 at their true size, in
+/// sparse files without data. It is written if it does not exist.
 pub fn sparse_kimi(data: &Path) -> Result<PathBuf> {
     let directory = data.join("kimi-sparse");
     let config = directory.join("config.json");
     if config.exists() {
         return Ok(directory);
     }
-    eprintln!("making {}: {SHARDS} sparse shards", directory.display());
+    eprintln!("writing {}: {SHARDS} sparse shards", directory.display());
     fs::create_dir_all(&directory)?;
     let tensors = sparse_tensors();
     let mut map = serde_json::Map::new();
@@ -252,22 +256,22 @@ fn sparse_tensors() -> Vec<Tensor> {
     tensors
 }
 
-/// What the bytes of a tensor are.
+/// The element type of a tensor, and the range of its random values.
 #[derive(Clone, Copy)]
 enum Kind {
     Fp8,
-    /// Two codes a byte, as I8.
+    /// Two codes in a byte, as I8.
     Fp4,
-    /// Eight codes a word, as I32.
+    /// Eight codes in a word, as I32.
     Int4,
-    /// Weights or scales of magnitudes around 0.01.
+    /// Weights or scales with magnitudes around 0.01.
     Bf16,
-    /// Scales of magnitudes around 0.01.
+    /// Scales with magnitudes around 0.01.
     F32,
     /// Powers of two below 1.
     E8m0,
-    /// The two extents of a matrix.
-    Stated([u32; 2]),
+    /// The tensor `weight_shape`: rows and columns of a matrix, as I32.
+    WeightShape([u32; 2]),
 }
 
 struct Tensor {
@@ -281,14 +285,14 @@ impl Tensor {
         Tensor { name, kind, shape: shape.to_vec() }
     }
 
-    /// Name of the element type and its bytes.
+    /// Name and bytes of the element type.
     fn dtype(&self) -> (&'static str, u64) {
         match self.kind {
             Kind::Fp8 => ("F8_E4M3", 1),
             Kind::Fp4 => ("I8", 1),
             Kind::E8m0 => ("F8_E8M0", 1),
             Kind::Bf16 => ("BF16", 2),
-            Kind::Int4 | Kind::Stated(_) => ("I32", 4),
+            Kind::Int4 | Kind::WeightShape(_) => ("I32", 4),
             Kind::F32 => ("F32", 4),
         }
     }
@@ -298,14 +302,14 @@ impl Tensor {
     }
 
     fn write(&self, to: &mut impl std::io::Write, seed: u64) -> Result<()> {
-        if let Kind::Stated(shape) = self.kind {
+        if let Kind::WeightShape(shape) = self.kind {
             return Ok(to.write_all(shape.map(u32::to_le_bytes).as_flattened())?);
         }
-        // What each 8 bytes keep of the random ones, and what they have in any case.
-        let [keep, have] = match self.kind {
-            // No NaN: bit 0 of the mantissa stays 0.
+        // For each 8 bytes: which bits are random, and the value of the other bits.
+        let [random_bits, fixed] = match self.kind {
+            // The lowest mantissa bit is 0, so that there is no NaN.
             Kind::Fp8 => [0xFEFE_FEFE_FEFE_FEFE, 0],
-            Kind::Fp4 | Kind::Int4 | Kind::Stated(_) => [u64::MAX, 0],
+            Kind::Fp4 | Kind::Int4 | Kind::WeightShape(_) => [u64::MAX, 0],
             Kind::Bf16 => [0x80FF_80FF_80FF_80FF, 0x3C00_3C00_3C00_3C00],
             Kind::F32 => [0x00FF_FFFF_00FF_FFFF, 0x3C00_0000_3C00_0000],
             Kind::E8m0 => [0x0F0F_0F0F_0F0F_0F0F, 0x7070_7070_7070_7070],
@@ -315,7 +319,7 @@ impl Tensor {
         let mut left = self.bytes();
         while left > 0 {
             for word in piece.as_chunks_mut::<8>().0 {
-                *word = (split_mix(&mut state) & keep | have).to_le_bytes();
+                *word = (split_mix(&mut state) & random_bits | fixed).to_le_bytes();
             }
             let n = left.min(1 << 20);
             to.write_all(&piece[..usize::try_from(n)?])?;
@@ -325,7 +329,7 @@ impl Tensor {
     }
 }
 
-/// The generator SplitMix64.
+/// The random number generator SplitMix64.
 fn split_mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let mut z = *state;
@@ -334,7 +338,7 @@ fn split_mix(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// What a shard holds behind its header.
+/// The data after the header of a shard.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Content {
     Random,

@@ -1,5 +1,5 @@
-//! Decoders, encoders and transposes on one core, against memcpy: whole matrices, from memory to
-//! memory.
+//! Measures decoders, encoders and transposes of whole matrices on one core, from memory to memory.
+//! The baseline is memcpy.
 
 use std::hint::black_box;
 
@@ -11,14 +11,14 @@ use mount_ckpt::bench::{
 
 use super::table::{Row, Value, compare};
 
-/// A matrix of MiMo's experts.
+/// Rows of a matrix of MiMo's experts.
 const ROWS: usize = 2048;
 const COLS: usize = 4096;
-/// Matrices of a run: 64 MiB of BF16, more than a core's cache holds.
+/// Matrices of one run: 64 MiB of BF16, more than the caches of a core.
 const MATRICES: usize = 4;
 const ELEMENTS: usize = MATRICES * ROWS * COLS;
 
-/// What all kernels read and write.
+/// Inputs and output of all kernels.
 struct Memory {
     codes: Buffer,
     numbers: Vec<f32>,
@@ -26,14 +26,15 @@ struct Memory {
     out: Buffer,
 }
 
-/// Memory as the engine has it, in huge pages; every page is there.
+/// A buffer in huge pages, as the engine uses them. Filling it makes the kernel allocate all pages.
 fn filled(len: usize, byte: impl Fn(usize) -> u8) -> Buffer {
     let mut buffer = Buffer::huge(len);
     buffer.iter_mut().enumerate().for_each(|(i, b)| *b = byte(i));
     buffer
 }
 
-/// The rows of all kernels, for each level of this machine that has a target.
+/// The table rows of all kernels, for each SIMD level of this machine. The portable level has no
+/// target and is not measured.
 pub fn rows(rounds: usize, wanted: &impl Fn(&str) -> bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let mut memory = Memory {
@@ -51,7 +52,7 @@ pub fn rows(rounds: usize, wanted: &impl Fn(&str) -> bool) -> Result<Vec<Row>> {
             if !wanted(&name) {
                 continue;
             }
-            // The encoders' target is the bytes that they read.
+            // Encoders are compared by the bytes that they read, the others by what they write.
             let moved = if what.starts_with("encode") { 4 * ELEMENTS } else { 2 * ELEMENTS };
             let from = filled(moved, |_| 1);
             let mut to = filled(moved, |_| 1);
@@ -90,7 +91,7 @@ fn kernels(level: Level) -> [(&'static str, f64, Kernel); 10] {
     ]
 }
 
-/// Scales of a code over a matrix.
+/// The scales of a matrix of codes: blocks of 128 x 128 for FP8, groups of 32 columns otherwise.
 fn scales_of(code: Code, values: &[f32]) -> Scales<'_> {
     let block = if code == Code::E4M3 { [128, 128] } else { [1, 32] };
     Scales { values, stride: COLS / block[1], block, phase: [0, 0] }

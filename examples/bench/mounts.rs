@@ -1,4 +1,5 @@
-//! Mounts in processes of their own, made by starting this program again.
+//! Mounts, each served by a process of its own. The process is this program, started again with the
+//! argument [`SERVE`].
 
 use std::ffi::OsString;
 use std::fs;
@@ -16,13 +17,13 @@ use mount_ckpt::{
 
 use super::null;
 
-/// First argument of a process that serves.
+/// First argument of a process that serves a mount.
 pub const SERVE: &str = "serve";
 
-/// What a server says to whoever started it, as systemd defines it.
+/// What a server sends to `NOTIFY_SOCKET` when the mount answers (the protocol of systemd).
 const READY: &[u8] = b"READY=1";
 
-/// Who answers the reads of a mount.
+/// The program that serves a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Server {
     /// `mount-ckpt -f`.
@@ -31,16 +32,16 @@ pub enum Server {
     Null,
 }
 
-/// A mount that is up; dropped, it is taken down.
+/// A mount that answers. Dropping it unmounts it and waits for its process.
 pub struct Mount {
     child: Child,
     at: PathBuf,
-    /// From the start of the process to an answer of the mount.
+    /// Time from the start of the process until the mount answers.
     pub took: Duration,
 }
 
 impl Mount {
-    /// Mounts a view of `source` at `at` and returns once it answers.
+    /// Mounts a view of `source` at `at` and returns when it answers.
     pub fn new(server: Server, source: &Path, at: &Path, options: &[&str]) -> Result<Mount> {
         fs::create_dir_all(at)?;
         let name = match server {
@@ -54,7 +55,7 @@ impl Mount {
         let start = Instant::now();
         let child = Command::new(std::env::current_exe()?)
             .args([SERVE, name])
-            // The checkpoints hold experts and little else.
+            // The checkpoints have experts and few other tensors, so most tensors are missing.
             .args(["--allow-missing", ""])
             .args(options)
             .args([source, at])
@@ -63,10 +64,10 @@ impl Mount {
             .stdout(Stdio::null())
             .spawn()?;
         let mut mount = Mount { child, at: at.to_owned(), took: Duration::ZERO };
-        let mut said = [0; 4096];
+        let mut message = [0; 4096];
         loop {
-            if let Ok(n) = notified.recv(&mut said)
-                && said[..n].split(|&b| b == b'\n').any(|line| line == READY)
+            if let Ok(n) = notified.recv(&mut message)
+                && message[..n].split(|&b| b == b'\n').any(|line| line == READY)
             {
                 mount.took = start.elapsed();
                 return Ok(mount);
@@ -83,7 +84,7 @@ impl Mount {
         &self.at
     }
 
-    /// A line of the process's `/proc/PID/status`, in bytes.
+    /// The value of a line of `/proc/PID/status` of the serving process, in bytes.
     pub fn memory(&self, line: &str) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let value = status.lines().find_map(|l| l.strip_prefix(line)?.strip_prefix(':'));
@@ -91,7 +92,7 @@ impl Mount {
         Ok(kib.with_context(|| format!("no {line}"))?.parse::<u64>()? * 1024)
     }
 
-    /// A counter of the engine.
+    /// A counter of the engine, from stats.json.
     pub fn counter(&self, name: &str) -> Result<u64> {
         let stats = fs::read(self.at.join(".mount-ckpt/stats.json"))?;
         let stats: serde_json::Value = serde_json::from_slice(&stats)?;
@@ -103,7 +104,7 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let command = ["mount-ckpt", "umount", "--lazy"].map(OsString::from);
         mount_ckpt::run_command(command.into_iter().chain([self.at.clone().into()]));
-        // A session ends with its mount; whoever does not is ended.
+        // The process ends after the unmount; kill it if it does not within 5 s.
         for _ in 0..5000 {
             if !matches!(self.child.try_wait(), Ok(None)) {
                 return;
@@ -115,7 +116,7 @@ impl Drop for Mount {
     }
 }
 
-/// What a process that was started by [`Mount::new`] does.
+/// Serves a mount: the main function of a process that [`Mount::new`] started.
 pub fn serve(arguments: &[OsString]) -> ExitCode {
     let [server, rest @ ..] = arguments else { return ExitCode::FAILURE };
     if server == "view" {

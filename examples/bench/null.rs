@@ -1,5 +1,5 @@
-//! The baseline: a mount of the same view under the same settings that answers every read of a
-//! computed file from one buffer. What is left is the kernel's own cost.
+//! The null file system, a baseline: a mount of the same view with the same settings that answers
+//! every read of a shard from one buffer. What it costs is the kernel's part of a FUSE read.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -16,12 +16,12 @@ use mount_ckpt::bench::{Filesystem, Mountable, mount_filesystem};
 use mount_ckpt::{Ino, Kind, MountOptions, View};
 use sd_notify::NotifyState;
 
-/// More than any request.
+/// Size of the buffer; no request is larger.
 const BUFFER: usize = 32 << 20;
 
 struct Null {
     view: Arc<View>,
-    /// The shards of the root, whose bytes are computed.
+    /// Inode numbers of the shards in the root.
     shards: HashSet<Ino>,
     real: Filesystem,
     buffer: Vec<u8>,
@@ -87,7 +87,7 @@ impl fuser::Filesystem for Null {
         match self.view.attr(Ino(ino.0)) {
             Ok(attr) if computed => {
                 let n = u64::from(size).min(attr.size.saturating_sub(offset));
-                reply.data(&self.buffer[..usize::try_from(n).expect("below a request's size")]);
+                reply.data(&self.buffer[..usize::try_from(n).expect("not larger than a request")]);
             }
             _ => self.real.read(request, ino, handle, offset, size, flags, owner, reply),
         }

@@ -1,4 +1,5 @@
-//! Readers as loaders are: mapped files that are copied, and large reads by one or more threads.
+//! Reads files as loaders do: copies of memory-mapped files, and large `pread`s from one or more
+//! threads.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -10,7 +11,7 @@ use anyhow::{Context as _, Result};
 use memmap2::{Mmap, MmapMut};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
-/// Bytes that a reader takes at a time.
+/// Bytes of one copy or read.
 const PIECE: usize = 8 << 20;
 
 /// The shards of a directory, sorted by name.
@@ -27,7 +28,7 @@ pub fn shards(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// Lets the kernel forget the pages of some files.
+/// Drops the pages of files from the page cache.
 pub fn forget(paths: &[PathBuf]) -> Result<()> {
     for path in paths {
         let file = File::open(path)?;
@@ -36,12 +37,13 @@ pub fn forget(paths: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// Has the kernel hold the pages of some files.
+/// Brings the pages of files into the page cache.
 pub fn warm(paths: &[PathBuf]) -> Result<()> {
     pread(paths, 1).map(drop)
 }
 
-/// Maps each file and copies it to the same 8 MiB of memory, and gives its bytes.
+/// Maps each file and copies it, in pieces, to the same 8 MiB of memory. Returns the number of
+/// bytes.
 pub fn mapped(paths: &[PathBuf]) -> Result<u64> {
     let mut buffer = touched(PIECE)?;
     let mut bytes = 0;
@@ -57,7 +59,8 @@ pub fn mapped(paths: &[PathBuf]) -> Result<u64> {
     Ok(bytes)
 }
 
-/// Reads each file in pieces of 8 MiB, with threads that take turns, and gives its bytes.
+/// Reads each file in pieces of 8 MiB; thread `i` reads every `threads`-th piece from piece `i` on.
+/// Returns the number of bytes.
 pub fn pread(paths: &[PathBuf], threads: usize) -> Result<u64> {
     let mut bytes = 0;
     for path in paths {
@@ -88,7 +91,7 @@ fn pieces(size: u64) -> impl Iterator<Item = u64> {
     (0..size).step_by(PIECE)
 }
 
-/// Memory whose pages are there, from a page's start on, as readers that bypass the page cache want.
+/// Page-aligned memory, as readers that bypass the page cache need it, with all pages allocated.
 fn touched(bytes: usize) -> Result<MmapMut> {
     let mut memory = MmapMut::map_anon(bytes)?;
     memory.fill(1);

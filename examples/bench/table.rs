@@ -1,29 +1,29 @@
-//! Runs two things in turn and keeps the ratio of their rates; absolute numbers beside them.
+//! Measures rates of a subject and its baseline, and formats the rows of the table.
 
 use std::fmt::Write as _;
 use std::time::Instant;
 
 use anyhow::Result;
 
-/// What a row holds against its target.
+/// The measurements of a row, and its target.
 pub enum Value {
     /// Rates of the subject and of the baseline, in GB/s, one pair for each round.
     Ratio { rates: Vec<[f64; 2]>, at_least: f64 },
-    /// Numbers that must not exceed a limit, in a unit.
+    /// Numbers in a unit, and the largest that meets the target.
     Number { measured: Vec<f64>, at_most: f64, unit: &'static str },
-    /// Nothing was measured, for this reason.
+    /// The row was not measured, for this reason.
     Missing(String),
 }
 
-/// A line of the table.
+/// A row of the table.
 pub struct Row {
     pub name: String,
     pub against: &'static str,
     pub value: Value,
 }
 
-/// Runs `subject` and `baseline` in turn, `rounds` times after a round that is not counted; each
-/// gives the bytes that it moved.
+/// Runs `subject` and `baseline` one after the other, `rounds` times and once before, which is not
+/// counted. Both return the bytes that they moved.
 pub fn compare(
     rounds: usize,
     mut subject: impl FnMut() -> Result<u64>,
@@ -37,21 +37,21 @@ pub fn compare(
     Ok(rates)
 }
 
-/// GB/s of what moves the bytes that it gives.
+/// Calls `run`, which returns the bytes that it moved, and returns its rate in GB/s.
 fn rate(run: &mut impl FnMut() -> Result<u64>) -> Result<f64> {
     let start = Instant::now();
     let bytes = run()?;
     Ok(bytes as f64 / start.elapsed().as_secs_f64() / 1e9)
 }
 
-/// The middle of some numbers; of an even count the upper one.
+/// The median; of an even number of values, the upper one of the middle two.
 pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// The smallest and the largest.
+/// The smallest and the largest value.
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     values.fold((f64::MAX, f64::MIN), |(low, high), n| (low.min(n), high.max(n)))
 }

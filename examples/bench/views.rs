@@ -1,4 +1,5 @@
-//! Rows that read mounts: against the null file system, against files, and on their own.
+//! The rows that measure mounts: relative to the null file system, relative to ordinary files, and
+//! absolute numbers.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -15,20 +16,20 @@ use super::mounts::{Mount, Server};
 use super::readers::{forget, mapped, pread, shards, warm};
 use super::table::{Row, Value, compare};
 
-/// What the rows need.
+/// The settings of a run.
 pub struct Bench<'a> {
     pub data: &'a Path,
     pub rounds: usize,
     pub python: Option<&'a Path>,
 }
 
-/// A row: name, baseline, and what measures it.
+/// A row: its name, its baseline, and the function that measures it.
 type Entry<'a> = (String, &'static str, Box<dyn Fn() -> Result<Value> + 'a>);
 
 const DIRECT: &[&str] = &["--direct-io"];
 
 impl Bench<'_> {
-    /// Measures the rows that are wanted and prints each.
+    /// Measures the rows for which `wanted` is true, and prints each of them.
     pub fn run(&self, wanted: impl Fn(&str) -> bool) -> Result<()> {
         for (name, against, measure) in self.entries() {
             if wanted(&name) {
@@ -97,14 +98,15 @@ impl Bench<'_> {
         Mount::new(server, source, &self.data.join(at), options)
     }
 
-    /// A family's checkpoint, its bytes in the page cache.
+    /// The checkpoint of a family, after all its bytes were read into the page cache.
     fn warm_source(&self, family: Family) -> Result<PathBuf> {
         let source = family.checkpoint(self.data)?;
         warm(&shards(&source)?)?;
         Ok(source)
     }
 
-    /// Cold reads of a view from a warm source, in turn with those of the null file system.
+    /// A view and the null file system, read with nothing of them in the page cache. The source is
+    /// in the page cache.
     fn cold(&self, family: Family, options: &[&str], at_least: f64) -> Result<Value> {
         let source = self.warm_source(family)?;
         let view = self.mount(Server::MountCkpt, &source, options)?;
@@ -118,7 +120,7 @@ impl Bench<'_> {
         Ok(Value::Ratio { rates, at_least })
     }
 
-    /// Second reads of a view, in turn with those of the checkpoint itself, which is as large.
+    /// A view and the checkpoint itself, which is as large, read from the page cache.
     fn warm(&self, read: impl Fn(&[PathBuf]) -> Result<u64>) -> Result<Value> {
         let source = self.warm_source(Family::Qwen)?;
         let view = self.mount(Server::MountCkpt, &source, &[])?;
@@ -137,7 +139,7 @@ impl Bench<'_> {
 
     fn automodel(&self) -> Result<Value> {
         let Some(python) = self.python else {
-            let why = "give --python a Python with torch, safetensors, nemo-automodel 0.7.0";
+            let why = "needs --python: torch, safetensors and nemo-automodel 0.7.0";
             return Ok(Value::Missing(why.to_owned()));
         };
         let source = self.warm_source(Family::Mimo)?;
@@ -148,15 +150,15 @@ impl Bench<'_> {
             .arg(self.rounds.to_string())
             .output()
             .with_context(|| format!("cannot run `{}`", python.display()))?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "`{}`: {said}", script.display());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`{}`: {stderr}", script.display());
         let rates: Vec<[f64; 2]> = serde_json::from_slice(&output.stdout)?;
         let rates = rates.iter().map(|pair| pair.map(|rate| rate / 1e9)).collect();
         Ok(Value::Ratio { rates, at_least: 20.0 })
     }
 
-    /// A view of a checkpoint of which nothing is in memory, in turn with its copy on the same disk,
-    /// by the same reader.
+    /// A view and a copy of the view on the same disk, read by the same reader. Neither the view
+    /// nor its source nor the copy is in the page cache.
     fn disk(&self, family: Family, options: &[&str], at_least: f64) -> Result<Value> {
         let source = family.checkpoint(self.data)?;
         let view = self.mount(Server::MountCkpt, &source, options)?;
@@ -192,8 +194,9 @@ impl Bench<'_> {
         Ok(Value::Number { measured, at_most: 250.0, unit: "MiB" })
     }
 
-    /// Bytes that a daemon asks of the source while one rank of 8 reads its experts, to an eighth of
-    /// the stored ones: in the rank's own directory, or its slices of the tensors of all experts.
+    /// Bytes that the process reads from the source while one of 8 ranks reads its experts, divided
+    /// by the payload bytes of these experts. The rank reads its own directory, or slices of the
+    /// tensors of all experts.
     fn rank(&self, directory: bool) -> Result<Value> {
         const RANKS: u64 = 8;
         let family = Family::Mimo;
@@ -202,7 +205,7 @@ impl Bench<'_> {
         for _ in 0..self.rounds {
             let options: &[&str] = if directory { &["--ep-size", "8"] } else { &[] };
             let mount = self.mount(Server::MountCkpt, &source, options)?;
-            // Ranks 2 and on have 5 of the 42 experts.
+            // Of 42 experts, ranks 0 and 1 have 6 and the others 5.
             let (rank, experts) = (4, 5);
             let before = mount.counter("source_bytes")?;
             if directory {
@@ -211,14 +214,14 @@ impl Bench<'_> {
                 let first = rank * (family.experts() / RANKS) + family.experts() % RANKS;
                 read_slices(&shards(mount.at())?, first, experts)?;
             }
-            let asked = mount.counter("source_bytes")? - before;
+            let source_bytes = mount.counter("source_bytes")? - before;
             let share = experts * family.stored_expert_bytes();
-            measured.push(asked as f64 / share as f64);
+            measured.push(source_bytes as f64 / share as f64);
         }
         Ok(Value::Number { measured, at_most: 1.1, unit: "times" })
     }
 
-    /// Milliseconds of single pages that nothing has touched before.
+    /// Milliseconds for a read of one page of which nothing is cached.
     fn random(&self) -> Result<Value> {
         const READS: u64 = 200;
         let source = self.warm_source(Family::Mimo)?;
@@ -229,7 +232,7 @@ impl Bench<'_> {
         let mut page = [0; 4096];
         let mut measured = Vec::new();
         for i in 1..=READS {
-            // Multiples of an odd number modulo the pages: far from each other, no two the same.
+            // Multiples of an odd number modulo the number of pages: far apart from each other.
             let at = i * ((pages * 618 / 1000) | 1) % pages * 4096;
             let start = Instant::now();
             file.read_exact_at(&mut page, at)?;
@@ -238,7 +241,8 @@ impl Bench<'_> {
         Ok(Value::Number { measured, at_most: 1.5, unit: "ms" })
     }
 
-    /// Most anonymous memory of the daemon while 8 threads read a view to its end.
+    /// The largest amount of anonymous memory of the process while 8 threads read a view to its
+    /// end.
     fn memory(&self, options: &[&str]) -> Result<Value> {
         const CACHE: u64 = 256 << 20;
         let source = self.warm_source(Family::Mimo)?;
@@ -257,7 +261,7 @@ impl Bench<'_> {
             });
             let read = pread(&shards, 8);
             done.store(true, Ordering::Relaxed);
-            let most = watch.join().expect("it does not panic")?;
+            let most = watch.join().expect("no panic")?;
             read.map(|_| most)
         })?;
         let measured = vec![mebibytes(most) - mebibytes(CACHE)];
@@ -265,7 +269,7 @@ impl Bench<'_> {
     }
 }
 
-/// Reads files as readers do under options: two threads where they bypass the page cache, else a map.
+/// Reads files: with `--direct-io` by two threads with `pread`, otherwise through a memory map.
 fn read_once(options: &[&str], paths: &[PathBuf]) -> Result<u64> {
     if options == DIRECT { pread(paths, 2) } else { mapped(paths) }
 }
@@ -274,7 +278,8 @@ fn mebibytes(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-/// Reads experts `first..first + count` of every stacked tensor of some shards, through a map.
+/// Reads experts `first..first + count` of every stacked tensor of some shards, through a memory
+/// map.
 fn read_slices(paths: &[PathBuf], first: u64, count: u64) -> Result<()> {
     for path in paths {
         let file = File::open(path)?;

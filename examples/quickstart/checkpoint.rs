@@ -1,4 +1,5 @@
-//! The checkpoint that the example writes, and what its elements mean.
+//! The checkpoint that the quickstart writes, and a decoder of its elements that is independent of
+//! the library.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,27 +10,28 @@ use half::bf16;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-/// Rows and columns that share a scale.
+/// Rows and columns of a block that shares one scale.
 const BLOCK: usize = 128;
-/// Not a multiple of [`BLOCK`], so that blocks at the edge are ragged.
+/// Not a multiple of [`BLOCK`], so the last blocks are incomplete.
 pub const HIDDEN: usize = 320;
-/// Ragged too.
+/// Not a multiple of [`BLOCK`] either.
 pub const INTERMEDIATE: usize = 200;
 pub const EXPERTS: usize = 6;
 pub const LAYERS: usize = 3;
-/// Whether a layer attends to a window alone; the first layer is dense, the others have experts.
+/// Whether a layer has sliding-window attention. The first layer is dense, the others have experts.
 pub const SLIDING: [bool; LAYERS] = [false, true, false];
 const HEADS: usize = 8;
-/// K/V heads of a full-attention layer; a sliding one has twice as many.
+/// K/V heads of a full-attention layer; a sliding-window layer has twice as many.
 pub const KV_HEADS: usize = 4;
-/// Tensor-parallel shards that K and V were quantized in: one for each K/V head of a full layer.
+/// Number of tensor-parallel shards in which K and V were quantized: one for each K/V head of a
+/// full-attention layer.
 const KV_SHARDS: usize = KV_HEADS;
 pub const K_DIM: usize = 192;
 pub const V_DIM: usize = 128;
-/// Files of the checkpoint.
+/// Number of shards.
 const SHARDS: usize = 3;
 
-/// Stands for all files that a view passes through.
+/// Content of tokenizer.json, an example of a file that a view passes through.
 pub const TOKENIZER: &str = "{\"version\": \"1.0\", \"added_tokens\": []}\n";
 
 pub struct Tensor {
@@ -55,7 +57,7 @@ impl Written {
             let name = format!("model.layers.{layer}");
             model.layer(&name, sliding, layer > 0, "post_attention_layernorm");
         }
-        // The multi-token prediction layer: sliding and dense.
+        // The multi-token prediction layer has sliding-window attention and is dense.
         let mtp = "model.mtp.layers.0";
         model.layer(mtp, true, false, "pre_mlp_layernorm");
         model.plain(&format!("{mtp}.eh_proj.weight"), Dtype::BF16, &[HIDDEN, 2 * HIDDEN]);
@@ -71,7 +73,7 @@ impl Written {
         }
         let heads = if sliding { 2 * KV_HEADS } else { KV_HEADS };
         let blocks = |rows: usize| rows.div_ceil(BLOCK);
-        // Every shard of K and V has blocks of its own: 8 rows of scales for 4 heads of 192 rows.
+        // Blocks do not span shards: 4 heads of 192 rows have 4 * 2 = 8 rows of scales.
         let sharded = |rows: usize| KV_SHARDS * blocks(rows / KV_SHARDS);
         let (k, v) = (heads * K_DIM, heads * V_DIM);
         let attention = format!("{layer}.self_attn");
@@ -97,7 +99,7 @@ impl Written {
         }
     }
 
-    /// Codes and scales of a linear layer `[rows, columns]`.
+    /// Adds random FP8 codes and scales of a linear layer `[rows, columns]`.
     fn fp8(&mut self, name: &str, rows: usize, columns: usize, scale_rows: usize) {
         // 0x7F and 0xFF are NaN.
         let code = |byte: u8| if byte & 0x7F == 0x7F { byte - 1 } else { byte };
@@ -111,7 +113,7 @@ impl Written {
         );
     }
 
-    /// A tensor of random numbers between 2^-9 and 2^-8, F32 or BF16.
+    /// Adds a tensor of random numbers between 2^-9 and 2^-8, in F32 or BF16.
     fn plain(&mut self, name: &str, dtype: Dtype, shape: &[usize]) {
         let mut bytes = Vec::new();
         for _ in 0..shape.iter().product() {
@@ -125,13 +127,14 @@ impl Written {
         self.tensors.insert(name.to_owned(), Tensor { dtype, shape: shape.to_vec(), bytes });
     }
 
-    /// The top byte of a linear congruential generator.
+    /// A random byte: the top byte of a linear congruential generator.
     fn byte(&mut self) -> u8 {
         self.random = self.random.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
         self.random.to_be_bytes()[0]
     }
 
-    /// Deals the tensors out to the shards, which parts experts, and codes from their scales.
+    /// Writes the checkpoint. Tensors are dealt out to the shards in turn, so the tensors of an
+    /// expert, and codes and their scales, are in different shards.
     pub fn save(&self, directory: &Path) -> Result<()> {
         let file = |i: usize| format!("model-{:05}-of-{SHARDS:05}.safetensors", i % SHARDS + 1);
         for shard in 0..SHARDS {
@@ -165,13 +168,13 @@ impl Written {
         Ok(fs::write(directory.join("tokenizer.json"), TOKENIZER)?)
     }
 
-    /// Element of a linear layer: its code times the scale of its block.
+    /// The element of a linear layer: its code times the scale of its block.
     pub fn decoded(&self, name: &str, row: usize, column: usize) -> f32 {
         self.code(name, row, column) * self.scale(name, row / BLOCK, column)
     }
 
-    /// Element of K or V. The blocks of a shard are those of its K rows with its V rows below them,
-    /// so the first rows of V may lie in the last block of K.
+    /// The element of K or V. A shard was quantized as one matrix, its K rows above its V rows, so
+    /// the first V rows may lie in the last block of K.
     pub fn decoded_kv(
         &self,
         layer: &str,
@@ -210,7 +213,7 @@ impl Written {
     }
 }
 
-/// FP8 E4M3: a sign, four bits of exponent with bias 7, three bits of mantissa.
+/// Decodes FP8 E4M3: a sign bit, four exponent bits with bias 7, three mantissa bits.
 fn e4m3(code: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(code >> 3 & 0xF), f32::from(code & 7) / 8.0);
     let magnitude = match exponent {

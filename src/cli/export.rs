@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn the_index_comes_last() {
+    fn the_index_is_written_last() {
         let files = [
             "config.json",
             "model.safetensors.index.json",
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_claimed_once() {
+    fn a_directory_of_another_export_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let out = root.path().join("deep/out");
         let (mine, other) = (serde_json::json!({"a": 1}), serde_json::json!({"a": 2}));
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_fit_is_refused() {
+    fn an_export_larger_than_the_free_space_is_refused() {
         let out = tempfile::tempdir().unwrap();
         check_free_space(out.path(), &[file("a", 1)]).unwrap();
         let error =

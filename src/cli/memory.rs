@@ -56,7 +56,7 @@ mod tests {
         ("proc/meminfo", "MemTotal:       16384 kB\nMemFree:         1 kB\n");
 
     #[test]
-    fn the_smallest_limit_counts() {
+    fn the_smallest_memory_limit_is_used() {
         const V1: &str = "sys/fs/cgroup/memory/a/memory.limit_in_bytes";
         type Files = &'static [(&'static str, &'static str)];
         let table: [(&str, Files, Option<u64>); 8] = [

@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn long_options_are_words() {
+    fn long_options_are_accepted() {
         let table: [(&[&str], &[&str]); 8] = [
             (&["model=mimo-v2-flash,to=hf"], &["--model=mimo-v2-flash", "--to=hf"]),
             (&["to=hf", "dtype=f32"], &["--to=hf", "--dtype=f32"]),
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn words_of_mount_are_taken() {
+    fn options_of_mount_are_accepted() {
         let kernel = |kernel: &[MountOption]| MountWords {
             kernel: kernel.to_vec(),
             ..MountWords::default()
@@ -197,8 +197,8 @@ mod tests {
     }
 
     #[test]
-    fn rw_is_refused_unless_mount_put_it_there() {
-        // The lists that `mount -t fuse.mount-ckpt` of util-linux 2.38 and fuse 3.14 hands over.
+    fn rw_is_refused_unless_mount_8_added_it() {
+        // What `mount -t fuse.mount-ckpt` (util-linux 2.38, fuse 3.14) passes to the command.
         for options in ["rw,dev,suid", "rw,noatime,to=hf,dev,suid", "rw,noexec,nosuid,nodev"] {
             assert!(parse(&[options]).is_ok(), "{options}");
         }
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_words_are_named() {
+    fn unknown_options_are_named() {
         for word in ["bogus", "bogus=1", "help", "version", "o=x", "quota"] {
             let unknown = matches!(parse(&["ro", word]), Err(WordError::Unknown(w)) if w == word);
             assert!(unknown, "{word}");

@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn causes_are_said_once() {
+    fn each_cause_is_printed_once() {
         let cause = || anyhow::anyhow!("disk on fire");
         let table = [
             (cause(), "disk on fire"),
@@ -128,7 +128,10 @@ mod tests {
             (anyhow::Error::new(PlanError::Empty), "--include, --exclude"),
         ];
         for (error, option) in table {
-            assert!(!error.to_string().contains(option), "the hint adds it: {error}");
+            assert!(
+                !error.to_string().contains(option),
+                "only the hint should name the option: {error}"
+            );
             let line = one_line(&error.context("outer"));
             assert!(line.contains(option) && line.ends_with(')'), "{line}");
         }

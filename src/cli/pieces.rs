@@ -39,7 +39,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_cover_the_whole_once() {
+    fn pieces_cover_every_byte_once() {
         for bytes in [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5] {
             for threads in [1, 3] {
                 let seen = Mutex::new(Vec::new());
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_ends_the_work() {
+    fn the_first_error_stops_the_work() {
         let done = AtomicU64::new(0);
         let work = |at, _: &mut [u8]| {
             done.fetch_add(1, Ordering::Relaxed);

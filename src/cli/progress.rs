@@ -37,7 +37,7 @@ mod tests {
     use indicatif::InMemoryTerm;
 
     #[test]
-    fn the_bar_says_how_far_and_how_fast() {
+    fn the_bar_shows_progress_and_rate() {
         let terminal = InMemoryTerm::new(1, 100);
         let bar = bar("export", 4 << 30);
         bar.set_draw_target(ProgressDrawTarget::term_like(Box::new(terminal.clone())));
@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_is_bytes_by_seconds() {
+    fn a_rate_is_bytes_per_second() {
         let table = [(1 << 30, 2000, "512.0 MiB/s"), (0, 1000, "0 B/s"), (5, 0, "4.8 KiB/s")];
         for (bytes, millis, text) in table {
             assert_eq!(rate(bytes, Duration::from_millis(millis)), text);

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quarter_of_little_memory_is_the_cache() {
+    fn the_default_cache_is_at_most_a_quarter_of_memory() {
         let default = EngineOptions { cache_bytes: 1 << 30, ..EngineOptions::default() };
         let table = [
             (None, 1 << 30),
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_arrives() {
+    fn every_option_reaches_its_request() {
         let line = "-f src mnt --to=hf --dtype f16 --quantize checkpoint --scales-from s \
                     --scale-dtype f16 --kv-scales automodel --ep-size 8 --ep-rank 7 --ep-shard-size 2 \
                     --ep-shard-rank 1 --include a --include b --exclude c --unmapped keep --shard-size \
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn words_and_long_options_are_one_set() {
+    fn options_after_o_and_long_options_are_merged() {
         let request =
             request("-o to=hf,dtype=f32,include=a --dtype f16 src mnt -o include=b,nonempty");
         let request = request.unwrap();
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn access_follows_the_options() {
+    fn allow_and_auto_unmount_options_set_the_access() {
         let auto = || vec![MountOption::AutoUnmount];
         let table = [
             ("src mnt", SessionACL::Owner, vec![]),
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together_is_refused() {
+    fn conflicting_and_invalid_options_are_refused() {
         let table = [
             ("src mnt --ep-rank 1", "required arguments were not provided:\n  --ep-size <N>"),
             ("src mnt --ep-size 0", "'0' for '--ep-size <N>': 0 is not in 1.."),

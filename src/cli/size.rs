@@ -105,13 +105,14 @@ mod tests {
     }
 
     #[test]
-    fn other_texts_are_refused() {
+    fn invalid_sizes_are_refused() {
         let number = |s: &str| SizeError::Number(s.to_owned());
         let table = [
             ("", number("")),
             ("GB", number("GB")),
             ("1.2.3GB", number("1.2.3GB")),
             ("1.", number("1.")),
+            // An empty number, and `-1` is taken for the unit.
             ("-1", SizeError::Unit("-1".to_owned())),
             ("5XB", SizeError::Unit("XB".to_owned())),
             ("5iB", SizeError::Unit("iB".to_owned())),
@@ -121,7 +122,6 @@ mod tests {
         ];
         for (text, error) in table {
             let got = text.parse::<Size>();
-            // `-1` has an empty number in front of what looks like a unit.
             assert_eq!(got, Err(error), "{text}");
         }
     }

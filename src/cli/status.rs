@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_in_use_is_tried_for_a_while() {
+    fn a_busy_mount_is_unmounted_with_retries() {
         let mut left = 3;
         let done = unmount_with_retry(|| {
             left -= 1;
@@ -155,11 +155,14 @@ mod tests {
         });
         assert!(matches!(done, Err(UnmountError::Busy(_))) && tries > 1);
         let done = unmount_with_retry(|| Err(UnmountError::NotMounted("/mnt".into())));
-        assert!(matches!(done, Err(UnmountError::NotMounted(_))), "it is not tried again");
+        assert!(
+            matches!(done, Err(UnmountError::NotMounted(_))),
+            "other errors are returned at once"
+        );
     }
 
     #[test]
-    fn counters_lie_flat() {
+    fn counters_are_printed_flat() {
         let counters = serde_json::json!({
             "cache": { "hits": 3, "bytes": 0 }, "layout": "native", "errors": [], "since": null
         });

@@ -194,8 +194,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exponents_are_the_least_that_hold_the_maximum() {
-        // Around every power of two of f32, subnormal ones included, times the critical fractions.
+    fn e8m0_scales_are_the_smallest_that_hold_the_maximum() {
+        // All powers of two of f32, also subnormal ones, times the fractions where results change,
+        // and both neighbours of each product.
         for power in -149..=127i32 {
             for fraction in [1.0, 1.0 + f32::EPSILON, 1.25, 1.5, 1.75, 2.0 - f32::EPSILON] {
                 let point = (f64::from(fraction) * 2f64.powi(power)) as f32;
@@ -209,7 +210,10 @@ mod tests {
                         let holds = |byte: i32| f64::from(amax) <= largest * 2f64.powi(byte - 127);
                         let byte = i32::from(byte);
                         assert!(holds(byte), "{amax:e} / {largest}: {byte} is too small");
-                        assert!(byte == 0 || !holds(byte - 1), "{amax:e} / {largest}: {byte}");
+                        assert!(
+                            byte == 0 || !holds(byte - 1),
+                            "{amax:e} / {largest}: {byte} is too large"
+                        );
                     }
                 }
             }
@@ -228,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn amax_sees_the_box_alone_and_keeps_nan() {
+    fn amax_covers_only_its_block_and_keeps_nan() {
         let values = [1.0, -2.0, 9.0, -0.0, 1.5, f32::NAN];
         assert_eq!(block_amax(&values, 3, 2, 2), 2.0);
         assert_eq!(block_amax(&values, 3, 1, 3), 9.0);

@@ -203,8 +203,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bf16_rounds_as_half_does() {
-        // Every upper half with the lower halves around the tie and at both ends.
+    fn bf16_rounding_equals_the_half_crate() {
+        // Every upper half of the bits, with lower halves around the tie and at both ends.
         for high in 0..=u16::MAX {
             for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
                 let x = f32::from_bits(u32::from(high) << 16 | low);
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn f16_rounds_as_the_portable_cast_does() {
+    fn f16_rounding_equals_the_portable_cast() {
         let mut values = Vec::new();
         for high in 0..=u16::MAX {
             for low in [0, 1, 0x0fff, 0x1000, 0x1001, 0x8000, 0xffff] {
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn scales_there_and_back() {
+    fn scales_survive_a_round_trip() {
         let values = [1.0, 0.5, -3.0, 2f32.powi(-14)];
         for code in [ScaleCode::F32, ScaleCode::BF16, ScaleCode::F16] {
             let mut bytes = vec![0; values.len() * code.bytes()];

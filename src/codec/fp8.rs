@@ -145,7 +145,7 @@ mod tests {
     use crate::codec::reference;
 
     #[test]
-    fn every_code_is_its_definition() {
+    fn every_code_decodes_to_the_reference_value() {
         for code in 0..=255u8 {
             let (ours, defined) = (VALUES[usize::from(code)], reference::e4m3_to_f32(code));
             assert!(ours.to_bits() == defined.to_bits() || ours.is_nan() && defined.is_nan());
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn nearest_is_nearest_around_every_code_and_every_midpoint() {
+    fn encoding_is_to_nearest_around_every_code_and_midpoint() {
         let mut points: Vec<f32> = vec![0.0, f32::MIN_POSITIVE, 1e-45, 464.0, 1e30, f32::INFINITY];
         for code in 0..0x7e {
             let (low, high) = (VALUES[code], VALUES[code + 1]);

@@ -175,7 +175,7 @@ mod tests {
     use crate::codec::reference;
 
     #[test]
-    fn every_code_is_its_definition() {
+    fn every_code_decodes_to_the_reference_value() {
         for code in 0..16u8 {
             for (nibble, defined) in [
                 (Nibble::E2M1, reference::e2m1_to_f32(code)),
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn nearest_is_nearest_around_every_quarter() {
+    fn encoding_is_to_nearest_around_every_quarter() {
         let mut points = vec![1e-45, f32::MIN_POSITIVE, 1e9, f32::MAX, f32::INFINITY];
         points.extend((0..64).map(|i: u16| f32::from(i) / 4.0));
         for point in points {

@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn scale_shapes_are_explained_or_refused() {
+    fn scale_shapes_give_a_grid_or_are_refused() {
         let fp8 = [128, 128];
         let group = [1, 32];
         type Case<'a> = (Scheme, &'a [u64], [u64; 2], &'a [u64], Option<([u64; 2], u64, u64)>);

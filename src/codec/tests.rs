@@ -1,4 +1,5 @@
-//! Every level against the reference: exhausted where the domain is small, random elsewhere.
+//! Compares every level with the scalar reference: exhaustively where there are few codes and
+//! scales, with random data otherwise.
 
 mod encode;
 mod pytorch;
@@ -15,10 +16,10 @@ const FLOATS: [Float; 3] = [Float::BF16, Float::F16, Float::F32];
 const CODES: [Code; 6] = [Code::E4M3, Code::E2M1, Code::Int4, Code::BF16, Code::F16, Code::F32];
 const ORIENTATIONS: [Orientation; 2] = [Orientation::Straight, Orientation::Transposed];
 
-/// What the output holds before; elements overwrite it, gaps keep it.
-const BEFORE: u8 = 0xa5;
+/// Fills the output before a test. Elements overwrite it; gaps between rows must keep it.
+const FILL_BYTE: u8 = 0xa5;
 
-/// Scales that real checkpoints hold, and those that none should.
+/// Scales as in real checkpoints, and extreme ones: zeros, subnormals, infinities, NaN.
 const SCALES: [f32; 32] = [
     1.0,
     -1.0,
@@ -44,7 +45,8 @@ const SCALES: [f32; 32] = [
     f32::from_bits(0x7fff_ffff),
     f32::from_bits(0xff80_0001),
     f32::from_bits(0xffff_ffff),
-    // 2^-121 and 2^-120, 2^119 and 2^120: between them all normal codes have normal results.
+    // Around 2^-121, 2^-120, 2^119 and 2^120. With scales between them every normal code has a
+    // normal result.
     f32::from_bits(6 << 23),
     f32::from_bits((7 << 23) - 1),
     f32::from_bits(7 << 23),
@@ -55,7 +57,7 @@ const SCALES: [f32; 32] = [
     -f32::from_bits((247 << 23) - 1),
 ];
 
-/// Bytes that look random, from a seed (splitmix64).
+/// Pseudorandom numbers from a seed (splitmix64).
 fn noise(seed: u64) -> impl FnMut() -> u64 {
     let mut state = seed;
     move || {
@@ -76,17 +78,18 @@ fn number(to: Float, bytes: &[u8]) -> f32 {
     reference::value(&Tile { code, bytes, stride, rows: 1, cols: 1, scales: None }, 0, 0)
 }
 
-/// Decodes at every level and compares the whole output with the reference, gaps included.
+/// Decodes at every level and compares the whole output, with its gaps, with the reference. NaNs
+/// may differ in their bits.
 fn check_decode(tile: &Tile<'_>, to: Float, orientation: Orientation, gap: usize) {
     let (high, wide) = match orientation {
         Orientation::Straight => (tile.rows, tile.cols),
         Orientation::Transposed => (tile.cols, tile.rows),
     };
     let out_stride = wide * to.bytes() + gap;
-    let mut expected = vec![BEFORE; high * out_stride];
+    let mut expected = vec![FILL_BYTE; high * out_stride];
     reference::decode(tile, to, orientation, &mut expected, out_stride);
     for level in Level::available() {
-        let mut out = vec![BEFORE; high * out_stride];
+        let mut out = vec![FILL_BYTE; high * out_stride];
         decode_at(level, tile, to, orientation, &mut out, out_stride);
         for row in 0..high {
             let whole = row * out_stride..(row + 1) * out_stride;
@@ -151,7 +154,8 @@ fn every_nibble_under_every_scale() {
     check_nibbles(Code::Int4, &SCALES);
 }
 
-/// Each scale serves a row of 64 columns that holds the sixteen codes in both halves of a byte.
+/// Decodes a matrix with one row of 64 columns for each scale. A row has all sixteen codes in the
+/// low and in the high nibble of a byte.
 fn check_nibbles(code: Code, values: &[f32]) {
     let row: Vec<u8> = (0..32u8).map(|i| (i % 16) | ((15 - i % 16) << 4)).collect();
     let bytes = row.repeat(values.len());
@@ -165,14 +169,15 @@ fn check_nibbles(code: Code, values: &[f32]) {
     }
 }
 
-/// Boxes of several strips and bands, streamed and not, at an address that is no cache line's.
+/// Matrices of several strips in both directions, whose output rows do not start on cache lines.
 #[test]
-fn strips_and_bands_meet_without_a_seam() {
+fn matrices_of_several_strips_equal_the_reference() {
     for (rows, cols) in [(300, 1100), (3, 9001), (1200, 9)] {
         for code in CODES {
             for orientation in ORIENTATIONS {
                 let high = if orientation == Orientation::Straight { rows } else { cols };
-                // With the second gap the output spans 4 MiB, and is written past the caches.
+                // With the second gap the output spans 4 MiB and is written with non-temporal
+                // stores.
                 for gap in [10, (4 << 20) / high] {
                     let (block, phase) = ([128, 128], [40, 70]);
                     let (to, gaps) = (Float::BF16, [3, gap]);
@@ -196,7 +201,7 @@ fn strips_and_bands_meet_without_a_seam() {
 }
 
 #[test]
-fn large_straight_outputs_are_streamed_alike() {
+fn large_straight_outputs_equal_the_reference() {
     let (rows, cols) = (513, 4100);
     for code in [Code::E4M3, Code::Int4] {
         let (block, phase) = ([128, 128], [0, 0]);
@@ -208,7 +213,7 @@ fn large_straight_outputs_are_streamed_alike() {
 }
 
 #[test]
-fn empty_boxes_write_nothing() {
+fn empty_tiles_write_nothing() {
     for (rows, cols) in [(0, 0), (0, 5), (5, 0)] {
         for code in CODES {
             for orientation in ORIENTATIONS {
@@ -235,7 +240,7 @@ fn casts_to_the_same_type_keep_every_bit() {
     assert_eq!(out, *tile.bytes);
 }
 
-/// A tile with its bytes and scales, and how it is written.
+/// A random tile and how it is decoded. `gaps` are the bytes after each input and each output row.
 #[derive(Debug)]
 struct Case {
     code: Code,
@@ -271,7 +276,7 @@ impl Case {
     }
 }
 
-/// Extents around the sizes of blocks, strips and vectors, and any others.
+/// Extents: small ones, multiples of 64 (vectors, strips, blocks) and their neighbours, any others.
 fn extent() -> impl Strategy<Value = usize> {
     prop_oneof![
         2 => 0..300usize,
@@ -324,10 +329,10 @@ proptest! {
             Orientation::Transposed => (cols, rows),
         };
         let out_stride = wide * width + gaps[1];
-        let mut expected = vec![BEFORE; high * out_stride];
+        let mut expected = vec![FILL_BYTE; high * out_stride];
         reference::copy2d(width, &src, stride, rows, cols, orientation, &mut expected, out_stride);
         for level in Level::available() {
-            let mut out = vec![BEFORE; high * out_stride];
+            let mut out = vec![FILL_BYTE; high * out_stride];
             copy2d_at(level, width, &src, stride, rows, cols, orientation, &mut out, out_stride);
             prop_assert!(out == expected, "{} width {width}", level.name());
         }

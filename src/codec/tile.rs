@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_split_has_the_same_runs() {
+    fn splitting_keeps_the_runs() {
         for (end, block, phase) in [
             (7, 4, 6),
             (10, 4, 0),
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_nibbles_end_in_half_a_byte() {
+    fn row_bytes_are_rounded_up() {
         for (code, cols, bytes) in [
             (Code::E2M1, 5, 3),
             (Code::Int4, 4, 2),

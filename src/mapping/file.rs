@@ -457,7 +457,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shipped_files_parse_and_bear_their_names() {
+    fn built_in_mappings_parse_and_have_the_names_of_their_files() {
         for (name, _) in SHIPPED {
             assert_eq!(Mapping::named(name).unwrap().list().name, *name);
         }
@@ -466,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn mistakes_in_rules_are_reported() {
         let rule = |text: &str| format!("name = 'x'\ntitle = 'X'\n[[native.rule]]\n{text}");
         let cases = [
             (rule("hf = 'a.{r}'"), "rule `a.{r}`: needs `hf` and `to`"),
@@ -534,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_stay_are_rules_of_their_own() {
+    fn each_name_of_a_same_list_is_a_rule() {
         let text = "name = 'x'\ntitle = 'X'
             set.layer = [{ same = ['n.w', 'b'], expert-axis = true }]
             [[native.rule]]
@@ -578,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scope_repeats_its_set() {
+    fn a_scope_inserts_the_rules_of_its_set() {
         let text = "name = 'x'\ntitle = 'X'
             set.layer = [{ hf = 'n.{r}', to = 'm.{r}' }]
             [[native.rule]]

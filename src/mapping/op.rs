@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn grouped_experts_are_two_pieces_each() {
+    fn grouped_experts_have_two_fragments_each() {
         let ops = [Op::Transpose, Op::Concat { axis: 1 }, Op::Stack { count: 3 }];
         let out = assemble(&ops, &[vec![5, 7], vec![5, 7]]).unwrap();
         assert_eq!(out.len(), 1);
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn rotary_rows_go_from_pairs_to_halves() {
+    fn rotary_reorders_rows_from_pairs_to_halves() {
         let out =
             assemble(&[Op::Rotary { axis: 0, heads: 2, of: vec![0] }], &[vec![8, 1]]).unwrap();
         let mut source_of = [0; 8];
@@ -402,7 +402,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn shapes_come_back_and_pieces_cover(
+        fn fragments_cover_and_shapes_are_restored(
             (ops, parts) in any_ops(), rows in 1u64..4, cols in 1u64..4,
         ) {
             let shape = vec![rows * 4, cols * 4];

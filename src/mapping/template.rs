@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_taken_or_refused() {
+    fn templates_match_only_names_within_their_bounds() {
         let cases = [
             ("a.{l:layers}.b", "a.47.b", true),
             ("a.{l:layers}.b", "a.48.b", false),
@@ -510,7 +510,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_a_template_writes_it_reads_back(
+        fn a_formatted_name_binds_to_the_same_values(
             l in 0u64..48, e in 0u64..256, rest in "[a-z0-9._]{1,12}", which in 0usize..4,
         ) {
             let texts = [

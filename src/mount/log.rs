@@ -185,10 +185,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_line_of_the_system_log_carries_weight_and_name() {
+    fn syslog_lines_have_a_priority_and_the_program_name() {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         let sink = Sink::System(Arc::new(ours));
-        // Facility `daemon` is 24 in syslog(3), to which its severities are added.
+        // A priority is the facility `daemon`, 24 in syslog(3), plus the severity.
         for (level, priority) in
             [(Level::ERROR, 27), (Level::WARN, 28), (Level::INFO, 30), (Level::DEBUG, 31)]
         {

@@ -102,7 +102,7 @@ not a line
 ";
 
     #[test]
-    fn lines_become_mounts() {
+    fn mountinfo_lines_are_parsed() {
         let entries = parse(TABLE);
         let got: Vec<_> = entries
             .iter()
@@ -121,14 +121,14 @@ not a line
     }
 
     #[test]
-    fn the_last_mount_at_a_place_is_on_top() {
+    fn the_last_mount_at_a_path_is_the_topmost() {
         let entries = parse(TABLE);
         let id = |at: &str| topmost(&entries, Path::new(at)).map(|entry| entry.id);
         assert_eq!((id("/mnt2"), id("/proc"), id("/mnt")), (Some(52), Some(22), None));
     }
 
     #[test]
-    fn odd_escapes_stand() {
+    fn invalid_escapes_are_kept() {
         for (field, plain) in [
             (r"a\040", "a "),
             (r"\1", r"\1"),

@@ -256,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_empty_directory_will_do() {
+    fn an_empty_directory_is_accepted() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path().canonicalize().unwrap();
         std::fs::create_dir_all(root.join("a/mnt")).unwrap();
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn one_process_at_a_time_claims_a_mount_point() {
+    fn one_process_at_a_time_locks_a_mount_point() {
         let root = tempfile::tempdir().unwrap();
         let held = lock(root.path()).unwrap();
         let error = lock(root.path()).unwrap_err().to_string();
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn user_allow_other_has_to_stand_in_the_configuration() {
+    fn allow_other_needs_user_allow_other_in_fuse_conf() {
         let root = tempfile::tempdir().unwrap();
         let conf = root.path().join("fuse.conf");
         assert!(check_conf(&conf).is_err());

@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_yield_to_their_opposites_and_occur_once() {
+    fn default_mount_options_yield_to_opposites_and_occur_once() {
         use MountOption::*;
 
         let of = |extra: &[MountOption]| config(&options(extra.to_vec()), "/source").mount_options;
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_is_seen_by_all_who_wait() {
+    fn all_waiters_get_the_result() {
         let completion = Completion::default();
         assert!(completion.wait(Some(Duration::from_millis(1))).is_none());
         thread::scope(|scope| {

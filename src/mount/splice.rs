@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_is_a_header_and_the_bytes_of_the_file() {
+    fn a_spliced_reply_is_a_header_and_the_bytes_of_the_file() {
         let bytes: Vec<u8> = (0..300_000u32).map(|i| (i % 251) as u8).collect();
         let (file, mut pipe) = (file(&bytes), Pipe::new().expect("a pipe"));
         for (offset, n) in [(0, 200_000), (4096, 65_536), (4095, 70_000), (250_000, 50_000)] {
@@ -173,11 +173,11 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_sent_leaves_nothing_behind() {
+    fn a_failed_splice_leaves_nothing_in_the_pipe() {
         let sent = tempfile::NamedTempFile::new().expect("a file");
         let device = Device::default();
         let whole = file(&[7; 100_000]);
-        assert!(!device.splice_reply(1, &whole, 0, 100_000), "it is not mounted");
+        assert!(!device.splice_reply(1, &whole, 0, 100_000), "no device is set");
         device.set(sent.as_fd()).expect("a descriptor");
         for (offset, n, expected) in [
             (0, 100_000, true),
@@ -193,14 +193,14 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_or_is_not_there_is_not_sent() {
+    fn ranges_beyond_the_file_or_the_pipe_are_not_spliced() {
         let (bytes, whole) = (100_000, vec![7; 100_000]);
         for (at, n) in [(0, bytes + 1), (1, bytes), (100_000, 1)] {
             let mut pipe = Pipe::new().expect("a pipe");
             assert!(pipe.reserve(at, n));
             assert_eq!(pipe.fill(1, &file(&whole), at, n), None, "{n} at {at}");
         }
-        // More than a length can say, which no system grants.
+        // No system grants a pipe of that size.
         assert!(can_splice(bytes) && !can_splice(1 << 40));
     }
 }

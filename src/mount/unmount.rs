@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_ours_stays() {
+    fn mounts_of_other_file_systems_are_refused() {
         let error = unmount(Path::new("/proc"), Unmount::Now).unwrap_err();
         assert!(matches!(&error, UnmountError::Foreign { fs_type, .. } if fs_type == "proc"));
         let dir = tempfile::tempdir().unwrap();

@@ -115,8 +115,9 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_a_chunk_fall_on_blocks() {
-        // MiMo's gate_and_up_projs: 8 KiB rows, 128 of them make 1 MiB.
+    fn a_chunk_of_a_mimo_expert_is_one_scale_block_high() {
+        // MiMo's gate_and_up_projs: rows of 8 KiB; 128 of them are 1 MiB, and a scale block has
+        // 128.
         let grid = Grid::new(&Shape::from([256, 4096, 4096]), 2);
         assert_eq!((grid.chunk_rows, grid.chunks()), (128, 256 * 32));
     }

@@ -230,7 +230,7 @@ mod tests {
     const V: SourceId = SourceId(1);
 
     #[test]
-    fn a_block_reaches_from_k_into_v() {
+    fn a_scale_block_spans_rows_of_k_and_v() {
         // MiMo's full-attention layers: 4 heads of 192 K rows and 128 V rows.
         let (shards, [k, v]) = fused_bands([768, 512], [8, 4], [K, V], 128).unwrap();
         assert_eq!(shards, 4);
@@ -240,8 +240,8 @@ mod tests {
     }
 
     #[test]
-    fn counts_that_agree_are_a_plain_grid() {
-        // Its sliding layers: 8 heads, 1536 rows are 12 blocks.
+    fn scale_counts_that_fit_are_a_plain_grid() {
+        // MiMo's sliding-window layers: 8 heads; 1536 rows of K are 12 blocks.
         let (shards, [k, v]) = fused_bands([1536, 1024], [12, 8], [K, V], 128).unwrap();
         assert_eq!(shards, 1);
         assert_eq!(k, [ScaleBand { rows: 0..1536, scale: K, row: 0, skip: 0 }]);
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_and_scale_rows_answer_each_other() {
+    fn rows_of_inverts_scale_row() {
         let (_, bands) = fused_bands([768, 512], [8, 4], [K, V], 128).unwrap();
         for band in bands.iter().flatten() {
             for row in band.rows.clone() {
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn unexplained_counts_are_refused() {
+    fn unexplained_scale_counts_are_refused() {
         assert_eq!(fused_bands([768, 512], [7, 4], [K, V], 128), None);
         assert_eq!(fused_bands([768, 512], [8, 5], [K, V], 128), None);
     }

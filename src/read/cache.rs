@@ -289,7 +289,7 @@ mod tests {
         Cache::new(budget, Buffer::new)
     }
 
-    /// Ten bytes that are read once.
+    /// A request for ten bytes that are read once.
     fn ten(key: u64) -> CacheRequest<u64> {
         CacheRequest { key, len: 10, remaining: 10 }
     }
@@ -301,17 +301,17 @@ mod tests {
         outcome
     }
 
-    /// How many wait for a chunk that is being made, beside its maker.
+    /// Number of threads that wait for a chunk in flight, without the thread that computes it.
     fn waiting(cache: &Cache<u64, String>, chunk: u64) -> usize {
         match lock(&cache.state).slots.peek(&chunk) {
-            // The slot and the maker hold it too.
+            // The slot and the computing thread have a reference too.
             Some(Slot::InFlight(flight)) => Arc::strong_count(flight) - 2,
             Some(Slot::Ready(..)) | None => 0,
         }
     }
 
     #[test]
-    fn least_recently_used_go_first() {
+    fn the_least_recently_used_chunk_is_evicted_first() {
         let cache = cache(30);
         for chunk in [1, 2, 3] {
             assert_eq!(outcome(&cache, chunk), Outcome::Miss);
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_budget_of_nothing_keeps_nothing() {
+    fn a_budget_of_zero_caches_nothing() {
         let cache = cache(0);
         assert_eq!(outcome(&cache, 1), Outcome::Miss);
         assert_eq!(outcome(&cache, 1), Outcome::Miss);
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn many_readers_decode_once() {
+    fn concurrent_readers_decode_once() {
         let cache = cache(100);
         let decodings = AtomicU64::new(0);
         let outcomes = std::thread::scope(|scope| {
@@ -340,7 +340,7 @@ mod tests {
                 scope.spawn(|| {
                     let decode = |out: &mut [u8]| {
                         decodings.fetch_add(1, Ordering::SeqCst);
-                        // All others ask while this one decodes.
+                        // The first decodes until the seven others wait for it.
                         while waiting(&cache, 1) < 7 && decodings.load(Ordering::SeqCst) == 1 {
                             std::thread::yield_now();
                         }
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_given_whole_goes() {
+    fn a_chunk_is_dropped_when_all_its_bytes_were_consumed() {
         let cache = cache(30);
         for n in [4, 6] {
             assert_eq!(outcome(&cache, 1), if n == 4 { Outcome::Miss } else { Outcome::Hit });
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_wait_is_told_that_it_is_busy() {
+    fn get_unless_in_flight_does_not_wait() {
         let cache = cache(30);
         let (bytes, outcome) = cache
             .get(ten(1), String::new(), |_| {
@@ -385,12 +385,12 @@ mod tests {
         assert_eq!((bytes.len(), outcome), (10, Outcome::Miss));
         let ready = cache.get_unless_in_flight(ten(1), String::new(), fill(2)).unwrap();
         assert_eq!(ready.map(|(_, outcome)| outcome), Some(Outcome::Hit));
-        let made = cache.get_unless_in_flight(ten(2), String::new(), fill(2)).unwrap();
-        assert_eq!(made.map(|(bytes, outcome)| (bytes[0], outcome)), Some((2, Outcome::Miss)));
+        let computed = cache.get_unless_in_flight(ten(2), String::new(), fill(2)).unwrap();
+        assert_eq!(computed.map(|(bytes, outcome)| (bytes[0], outcome)), Some((2, Outcome::Miss)));
     }
 
     #[test]
-    fn failures_are_not_kept() {
+    fn errors_are_not_cached() {
         let cache = cache(100);
         let failed = cache.get(ten(1), String::new(), |_| Err("no".to_owned()));
         assert_eq!(failed.unwrap_err(), "no");
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_frees_the_chunk_and_tells_who_waits() {
+    fn a_panic_frees_the_slot_and_fails_the_waiters() {
         let cache = cache(100);
         let decoding = Barrier::new(2);
         std::thread::scope(|scope| {

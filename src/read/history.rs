@@ -127,58 +127,58 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_goes_forward() {
+    fn sequential_reads_extend_the_run() {
         let history = ReaderHistory::default();
         assert_eq!([0, 10, 20, 30].map(|at| run(&history, A, at)), [0, 10, 20, 30]);
-        // Requests of a window come in any order.
+        // Requests within a read-ahead window arrive in any order.
         assert_eq!([60, 40, 50, 70].map(|at| run(&history, A, at)), [60, 40, 50, 70]);
-        // Another tensor, a jump, and back.
+        // Another tensor and a jump start runs of their own; the first run is still known.
         assert_eq!(run(&history, B, 80), 0);
         assert_eq!(run(&history, A, 241), 0);
         assert_eq!(run(&history, A, 251), 10);
         assert_eq!(run(&history, A, 80), 80);
-        // A thread that is behind the others, and one that is too far behind.
+        // 5720 is 128 reads behind the furthest and belongs to the run; 5700 is too far behind.
         assert_eq!(run(&history, C, 5000), 0);
         assert!((5010..7000).step_by(10).all(|at| run(&history, C, at) == at - 5000));
         assert_eq!(run(&history, C, 5720), 720);
         let passed = |at| history.has_passed(C, at);
         assert_eq!([4999, 5000, 6999, 7000].map(passed), [false, true, true, false]);
         assert_eq!(run(&history, C, 5700), 0);
-        assert_eq!([5700, 5710].map(passed), [true, false], "this is another reader");
+        assert_eq!([5700, 5710].map(passed), [true, false], "5700 starts another run");
     }
 
     #[test]
-    fn a_reader_of_whole_tensors_goes_on_in_the_next() {
+    fn a_run_continues_in_the_next_tensor() {
         let history = ReaderHistory::default();
         let read = |tensor, at: u64| history.observe(tensor, 10_000, at, at + 100);
         assert!((0..100).all(|i| read(A, 100 * i) == 100 * i));
-        // Requests of a window come in any order here too.
+        // Here, too, requests within a window arrive in any order.
         assert_eq!([read(B, 100), read(B, 0), read(B, 200)], [10_000, 10_000, 10_200]);
-        assert_eq!(read(C, 0), 0, "most of the tensor before is missing");
+        assert_eq!(read(C, 0), 0, "most of the previous tensor was not read");
 
         let history = ReaderHistory::default();
         let read = |tensor, at: u64| history.observe(tensor, 10_000, at, at + 100);
         assert!((40..100).all(|i| read(A, 100 * i) == 100 * (i - 40)));
-        assert_eq!(read(B, 0), 0, "the start of the tensor before is missing");
+        assert_eq!(read(B, 0), 0, "the start of the previous tensor was not read");
         assert!((1..100).all(|i| read(B, 100 * i) == 100 * i));
-        assert_eq!(read(C, 5000), 0, "it does not start with the tensor");
+        assert_eq!(read(C, 5000), 0, "the read is not at the start of the tensor");
     }
 
     #[test]
-    fn readers_are_told_apart_up_to_a_number() {
+    fn only_the_latest_16_readers_are_tracked() {
         let history = ReaderHistory::default();
         let starts = || (0..16).map(|i| 1000 * i);
         assert!(starts().all(|at| run(&history, A, at) == 0));
         assert!(starts().all(|at| run(&history, A, at + 10) == 10));
         assert_eq!(run(&history, A, 99_000), 0);
-        assert_eq!(run(&history, A, 20), 0, "the first of them was forgotten");
+        assert_eq!(run(&history, A, 20), 0, "the first of 17 readers is not tracked any more");
     }
 
     #[test]
-    fn nothing_is_asked_for_twice() {
+    fn claims_do_not_overlap() {
         let history = ReaderHistory::default();
         let ask = |until| history.claim(A, Claim::Chunks, until, 4);
-        assert_eq!(ask(5), 0..0, "nobody reads");
+        assert_eq!(ask(5), 0..0, "no read was observed");
         run(&history, A, 0);
         assert_eq!([5, 5, 7, 6].map(ask), [1..5, 5..5, 5..7, 6..6]);
         assert_eq!(ask(100), 96..100);

@@ -111,34 +111,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn jobs_are_done_in_order_and_a_panic_is_not_the_end() {
+    fn jobs_run_in_order_and_a_panic_does_not_stop_the_pool() {
         let (send, done) = mpsc::channel();
-        let ahead = PrefetchPool::new(1, move |job: u32| {
+        let pool = PrefetchPool::new(1, move |job: u32| {
             assert_ne!(job, 2, "a bug in a job");
             send.send(job).unwrap();
         });
-        ahead.push([1, 2, 3]);
+        pool.push([1, 2, 3]);
         assert_eq!([done.recv(), done.recv()], [Ok(1), Ok(3)]);
-        ahead.push([4]);
+        pool.push([4]);
         assert_eq!(done.recv(), Ok(4));
     }
 
     #[test]
-    fn the_oldest_are_forgotten_and_the_end_does_not_wait_for_the_rest() {
+    fn a_full_queue_drops_the_oldest_jobs_and_drop_discards_the_rest() {
         let (go, started) = (Arc::new(Mutex::new(())), mpsc::channel());
         let (held, (send, running)) = (Arc::clone(&go), started);
-        let ahead = PrefetchPool::new(1, move |job: usize| {
+        let pool = PrefetchPool::new(1, move |job: usize| {
             let _ = send.send(job);
             drop(held.lock());
         });
         let gate = go.lock().unwrap();
-        ahead.push([0]);
+        pool.push([0]);
         assert_eq!(running.recv(), Ok(0));
-        ahead.push(1..MAX_QUEUED_JOBS + 11);
-        assert_eq!(ahead.queue.lock().jobs.front(), Some(&11));
+        pool.push(1..MAX_QUEUED_JOBS + 11);
+        assert_eq!(pool.queue.lock().jobs.front(), Some(&11));
         drop(gate);
         assert_eq!(running.recv(), Ok(11));
-        drop(ahead);
-        assert!(running.iter().all(|job| job > 11), "its threads have ended");
+        drop(pool);
+        // The iteration ends because the threads have ended and dropped the sender.
+        assert!(running.iter().all(|job| job > 11), "a dropped job ran");
     }
 }

@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn five_are_shown() {
+    fn at_most_five_are_shown() {
         let shown = |n: usize| (0..n).collect::<FirstFew<usize>>().to_string();
         assert_eq!(shown(0), "");
         assert_eq!(shown(2), "0; 1");

@@ -1,4 +1,4 @@
-//! Small checkpoints for tests.
+//! Writes small checkpoints for tests.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,10 +11,10 @@ use super::checkpoint::Checkpoint;
 use super::index::INDEX;
 use crate::tensor::{DType, Shape};
 
-/// A tensor to be written: name, dtype, extents, bytes.
+/// A tensor to write: name, dtype, shape, bytes.
 pub(crate) type Tensor<'a> = (&'a str, DType, &'a [u64], Vec<u8>);
 
-/// The bytes of a safetensors file of these tensors, in this order.
+/// The bytes of a safetensors file with these tensors, in this order.
 pub(crate) fn safetensors(tensors: &[Tensor<'_>]) -> Vec<u8> {
     let mut header = json!({ "__metadata__": { "format": "pt" } });
     let mut data = Vec::new();
@@ -28,14 +28,14 @@ pub(crate) fn safetensors(tensors: &[Tensor<'_>]) -> Vec<u8> {
     raw(header.to_string(), &data)
 }
 
-/// The bytes of a safetensors file with this header, true or not.
+/// The bytes of a safetensors file with this header and data, which need not be valid.
 pub(crate) fn raw(header: impl AsRef<[u8]>, data: &[u8]) -> Vec<u8> {
     let header = header.as_ref();
     let length = u64::try_from(header.len()).expect("a test header");
     [&length.to_le_bytes()[..], header, data].concat()
 }
 
-/// A directory that becomes a checkpoint.
+/// Builds a checkpoint in a temporary directory.
 pub(crate) struct Dir(TempDir);
 
 impl Dir {
@@ -44,7 +44,7 @@ impl Dir {
         Dir(tempfile::tempdir().expect("a directory for the test")).file("config.json", "{}")
     }
 
-    /// With a file, its directories made.
+    /// Writes a file, and creates its parent directories.
     pub(crate) fn file(self, name: &str, bytes: impl AsRef<[u8]>) -> Dir {
         let path = self.path().join(name);
         fs::create_dir_all(path.parent().expect("below the directory")).expect("writable");
@@ -52,12 +52,12 @@ impl Dir {
         self
     }
 
-    /// With a shard.
+    /// Writes a shard.
     pub(crate) fn shard(self, name: &str, tensors: &[Tensor<'_>]) -> Dir {
         self.file(name, safetensors(tensors))
     }
 
-    /// With an index of `(tensor, file)`.
+    /// Writes an index of pairs `(tensor, file)`.
     pub(crate) fn index(self, weights: &[(&str, &str)]) -> Dir {
         let map: BTreeMap<_, _> = weights.iter().copied().collect();
         self.file(INDEX, json!({ "metadata": { "total_size": 0 }, "weight_map": map }).to_string())
@@ -73,12 +73,13 @@ impl Dir {
         self.path().join(name)
     }
 
-    /// The directory as a checkpoint.
+    /// Opens the directory as a checkpoint; panics with the message if it is refused.
     pub(crate) fn open(&self) -> Checkpoint {
         Checkpoint::open(self.path()).unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// The message that refuses the directory.
+    /// The message with which the directory is refused, with `DIR` for its path; panics if it is
+    /// accepted.
     pub(crate) fn refusal(&self) -> String {
         match Checkpoint::open(self.path()) {
             Ok(_) => panic!("the checkpoint was accepted"),

@@ -345,7 +345,7 @@ mod tests {
 
     use super::*;
 
-    /// Target index -> source index, element by element.
+    /// The map as an explicit list: target index -> source index of each element.
     fn pairs(map: &BoxMap) -> BTreeMap<Vec<u64>, Vec<u64>> {
         let mut out = BTreeMap::new();
         for n in 0..map.elements() {
@@ -387,7 +387,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn composition_is_composition_of_the_pairs(outer in any_map(3), inner in any_map(3)) {
+        fn composition_composes_the_pairs(outer in any_map(3), inner in any_map(3)) {
             let (o, i) = (pairs(&outer), pairs(&inner));
             let expected: BTreeMap<_, _> =
                 o.iter().filter_map(|(t, l)| Some((t.clone(), i.get(l)?.clone()))).collect();
@@ -403,7 +403,7 @@ mod tests {
         }
 
         #[test]
-        fn overlap_is_a_common_target(a in any_map(2), b in any_map(2)) {
+        fn maps_overlap_if_they_share_a_target(a in any_map(2), b in any_map(2)) {
             let (pa, pb) = (pairs(&a), pairs(&b));
             prop_assert_eq!(a.overlaps(&b), pa.keys().any(|t| pb.contains_key(t)));
         }
@@ -440,7 +440,7 @@ mod tests {
 
     #[test]
     fn stack_then_unstack_is_one_map() {
-        // Four [3, 5] matrices, transposed and stacked into [4, 5, 3], taken apart again.
+        // Four [3, 5] matrices are transposed, stacked into [4, 5, 3], and taken apart again.
         let stacked: Vec<BoxMap> = (0..4)
             .map(|e| BoxMap {
                 target: vec![
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn boxes_apart_do_not_meet() {
+    fn disjoint_boxes_do_not_overlap() {
         let low = BoxMap::region(&[0, 0], &[2, 4]);
         let high = BoxMap::region(&[2, 0], &[2, 4]);
         assert!(low.after(&high).is_none());

@@ -146,7 +146,7 @@ impl Float {
 mod tests {
     use super::*;
 
-    /// The crate `safetensors` knows each of them by the name and the size that we give it.
+    /// The crate `safetensors` has the same name and size for every dtype.
     #[test]
     fn names_and_sizes_are_those_of_safetensors() {
         for dtype in DType::all() {

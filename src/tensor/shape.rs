@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_are_checked() {
+    fn byte_counts_are_checked() {
         assert_eq!(Shape::from([3, 4]).bytes(DType::BF16), Some(24));
         assert_eq!(Shape::from([]).bytes(DType::F32), Some(4));
         assert_eq!(Shape::from([3]).bytes(DType::F4), None);

@@ -164,7 +164,7 @@ mod tests {
             .collect()
     }
 
-    /// Every path with its number and size, in the order of a walk.
+    /// Path, inode number and size of every entry, depth first.
     fn walk(tree: &Tree, tensors: &[Tensor]) -> Vec<(String, u64, u64)> {
         fn below(
             tree: &Tree,
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_plan_gives_the_same_numbers() {
+    fn the_same_plan_gives_the_same_inode_numbers() {
         let tensors = tensors(9);
         let files = common(&["config.json", "a/b"]);
         let make = || {
@@ -266,11 +266,11 @@ mod tests {
         let mut numbers: Vec<u64> = walked.iter().map(|(_, ino, _)| *ino).collect();
         numbers.sort_unstable();
         numbers.dedup();
-        assert_eq!(numbers.len(), walked.len(), "a number was given twice");
+        assert_eq!(numbers.len(), walked.len(), "two entries have one inode number");
     }
 
     #[test]
-    fn names_of_the_view_win_over_those_of_the_source() {
+    fn names_of_the_view_hide_those_of_the_source() {
         let tensors = tensors(2);
         let files = common(&["model.safetensors.index.json", "model-00001-of-00001.safetensors/x"]);
         let plan = [directory("", 0..2)];
@@ -281,13 +281,13 @@ mod tests {
     }
 
     #[test]
-    fn directories_that_cannot_be_are_refused() {
+    fn invalid_directories_are_refused() {
         for name in ["..", ".", "a/b", "a\0", ".mount-ckpt", "model.safetensors.index.json"] {
             let plan = [directory("", 0..0), directory(name, 0..0)];
             let error = tree(&plan, entry_of(&[]), &[], T, &options(9)).expect_err(name);
             assert!(matches!(error, ViewError::DirectoryName { .. }), "{name}: {error}");
         }
-        // A little less than 2^61 bytes, nine times.
+        // Nine times a little less than 2^61 bytes is more than 2^64.
         let huge = [Tensor("a".into(), Shape::from([(1 << 60) - 1]))];
         let plan = [Directory { name: String::new(), tensors: vec![TensorId(0); 9] }];
         let error = tree(&plan, entry_of(&huge), &[], T, &options(9)).expect_err("too large");

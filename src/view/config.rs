@@ -105,7 +105,8 @@ mod tests {
     use super::*;
     use crate::mapping::QuantizationConfig;
 
-    /// Key order counts, so texts are compared.
+    /// The rewritten config as compact text, which also shows the order of keys; `None` if
+    /// unchanged.
     fn compact(source: &str, stated: &ConfigEntries) -> Option<String> {
         let source: Map<String, Value> = serde_json::from_str(source).expect("valid");
         let text = rewritten(&source, stated)?;
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dtype_is_the_one_that_the_view_has() {
+    fn dtype_entries_state_the_dtype_of_the_view() {
         let cases = [
             (r#"{"torch_dtype":"bfloat16"}"#, Float::BF16, None),
             (
@@ -202,7 +203,7 @@ mod tests {
 
     #[test]
     fn numbers_keep_their_value() {
-        // Not the nearest double under a parser that is fast and not exact.
+        // An inexact float parser would read 2.5066282746310002 as a neighbouring double.
         let text = r#"{"a":1e-06,"b":2.5066282746310002,"c":18446744073709551615,"quantization_config":0}"#;
         let source: Map<String, Value> = serde_json::from_str(text).expect("valid");
         let got = rewritten(&source, &ConfigEntries::default()).expect("changed");

@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn header_is_what_the_safetensors_crate_reads() {
+    fn the_safetensors_crate_reads_the_header() {
         let (matrix, vector, empty, scalar) =
             (Shape::from([2, 3]), Shape::from([5]), Shape::from([0, 4]), Shape::from([]));
         let entries = [
@@ -168,8 +168,8 @@ mod tests {
     }
 
     #[test]
-    fn bound_is_never_below_the_text() {
-        // A multiple of 4, since four elements of 6 bits are 3 bytes.
+    fn the_bound_is_never_below_the_text() {
+        // A multiple of 4 elements, since four elements of 6 bits are 3 bytes.
         let big = Shape::from([u64::from(u32::MAX) - 3, 1, 1, 1]);
         for (name, dtype) in
             [("w", DType::F8E4M3), ("\u{1}\u{2}", DType::U8), ("é\"", DType::F6E2M3)]
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn padding_ends_at_the_alignment_whatever_the_length() {
+    fn padding_ends_at_the_alignment_for_any_length() {
         let shape = Shape::from([1]);
         for (n, alignment) in (3950..4110)
             .map(|n| (n, Alignment::Page))

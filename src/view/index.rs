@@ -44,7 +44,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_of_nothing_is_json() {
+    fn an_empty_index_is_json() {
         let value: Value = serde_json::from_slice(&index(0, Vec::new())).expect("valid");
         assert_eq!(value, json!({"metadata": {"total_size": 0}, "weight_map": {}}));
     }

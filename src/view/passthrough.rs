@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_come_from_the_file_that_was_there() {
+    fn bytes_come_from_the_file_that_was_opened_first() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("tokenizer.json");
         fs::write(&path, b"0123456789").expect("written");
@@ -101,14 +101,14 @@ mod tests {
             let n = host.read(at, &mut out).expect("readable");
             assert_eq!(&out[..n], expected, "at {at}");
         }
-        // What grows stays as long as it was, what is cut is missed.
+        // A file that grows keeps its old size; one that is truncated is an error.
         fs::write(&path, b"0123456789ab").expect("written");
         assert_eq!(host.read(8, &mut out).expect("readable"), 2);
         fs::write(&path, b"01234").expect("written");
         assert_eq!(host.read(1, &mut out).expect("readable"), 4);
         let error = host.read(4, &mut out).expect_err("cut").to_string();
         assert!(error.contains("expected 10 bytes, got 5 bytes"), "{error}");
-        // An open file outlives its name.
+        // An open file stays readable after it was removed.
         fs::remove_file(&path).expect("removed");
         assert_eq!(host.read(1, &mut out).expect("readable"), 4);
     }

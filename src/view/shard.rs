@@ -207,7 +207,7 @@ mod tests {
         ViewShard::new(ids.zip(tensors.iter().map(Tensor::entry)).collect()).expect("small")
     }
 
-    /// Byte `at` of a made-up tensor.
+    /// Byte `at` of tensor `id`.
     fn byte(id: TensorId, at: u64) -> u8 {
         (at.wrapping_mul(31) + u64::from(id.0) * 7 + 1).to_le_bytes()[0]
     }
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn shards_fill_in_order_up_to_their_size() {
-        // Sizes, shard size, tensors in each shard.
+        // Tensor sizes, maximum shard size, number of tensors in each shard.
         for (sizes, shard_size, expected) in [
             (vec![], 10, vec![]),
             (vec![4, 4, 2], 10, vec![3]),
@@ -238,8 +238,8 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_readers_refuse_ends_the_shard() {
-        // A quotation mark: each byte may take six, so three names fill 90 MB.
+    fn a_shard_ends_before_its_header_is_too_large() {
+        // A name with a character to escape is counted as six bytes for each: three fill 90 MB.
         let name = format!("\"{}", "n".repeat(4_999_999));
         let tensors: Vec<Tensor> = (0..5)
             .map(|_| Tensor { name: name.clone(), dtype: DType::U8, shape: [1].into() })
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_are_aligned_to_their_size_and_leave_no_hole() {
+    fn tensors_are_aligned_to_their_size_without_gaps() {
         let tensors = tensors(&[
             (DType::U8, 3),
             (DType::BF16, 5),
@@ -259,7 +259,8 @@ mod tests {
             (DType::BF16, 0),
         ]);
         let shard = shard(&tensors);
-        // 0 bytes, 16, 4, 10, 3, 3 and 1: stable by the power of two.
+        // Sizes 0, 16, 4, 10, 3, 3 and 1: by the largest power of two that divides them; ties keep
+        // their order.
         assert_eq!(*shard.tensors, [6, 5, 3, 1, 0, 2, 4].map(TensorId));
         let mut at = 4096u64;
         for (id, &end) in shard.tensors.iter().zip(&shard.ends) {
@@ -289,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_behind_the_end_are_short() {
+    fn reads_past_the_end_are_short() {
         let shard = shard(&tensors(&[(DType::U8, 10)]));
         let mut out = [0; 8];
         for (at, n) in [(4096, 8), (4098, 8), (4099, 7), (4105, 1), (4106, 0), (u64::MAX, 0)] {
@@ -299,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_within_a_tensor_is_told() {
+    fn within_finds_ranges_of_a_single_tensor() {
         let shard = shard(&tensors(&[(DType::U8, 16), (DType::U8, 10)]));
         let (a, b) = (TensorId(0), TensorId(1));
         for (at, len, expected) in [

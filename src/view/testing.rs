@@ -1,4 +1,5 @@
-//! A small view for tests: every tensor verbatim, over a checkpoint in a temporary directory.
+//! A small view for tests: a checkpoint in a temporary directory, all of whose tensors are
+//! verbatim.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,8 +16,8 @@ use crate::tensor::{DType, Float, Shape};
 
 use super::{View, ViewOptions};
 
-/// Name, dtype and extents of the source's tensors, in the order of their bytes; the plan has them
-/// in the order of their names.
+/// Name, dtype and shape of the source's tensors, in the order of their bytes in the shard. The
+/// plan sorts them by name.
 pub(crate) const TENSORS: [(&str, DType, &[u64]); 7] = [
     ("norm", DType::F32, &[7]),
     ("experts.gate_and_up_projs", DType::BF16, &[3, 500, 700]),
@@ -27,7 +28,7 @@ pub(crate) const TENSORS: [(&str, DType, &[u64]); 7] = [
     ("z.last", DType::U8, &[100_000]),
 ];
 
-/// The bytes of a tensor of the source.
+/// The bytes of the tensor with this name.
 pub(crate) fn bytes_of(name: &str) -> Vec<u8> {
     let found = TENSORS.iter().zip(1u8..).find(|((n, ..), _)| *n == name);
     let ((_, dtype, dims), seed) = found.expect("a tensor of the table");
@@ -35,7 +36,7 @@ pub(crate) fn bytes_of(name: &str) -> Vec<u8> {
     (0..n).map(|at| (at.wrapping_mul(31) >> 3).to_le_bytes()[0].wrapping_add(seed)).collect()
 }
 
-/// A checkpoint with a shard, a quantization that a view removes, and other files.
+/// A checkpoint with one shard, a `quantization_config` that a view removes, and other files.
 pub(crate) fn source() -> Dir {
     let tensors: Vec<_> = TENSORS.iter().map(|&(n, d, dims)| (n, d, dims, bytes_of(n))).collect();
     Dir::new()
@@ -45,7 +46,7 @@ pub(crate) fn source() -> Dir {
         .file("sub/code.py", "pass\n")
 }
 
-/// A view with all tensors at the root and the first three in `ep-0000-of-0001`.
+/// A view with all tensors at the root, and the first three of the plan in `ep-0000-of-0001`.
 pub(crate) fn view(source: &Dir) -> View {
     let checkpoint = Arc::new(Checkpoint::open(source.path()).expect("a checkpoint"));
     let options = ViewOptions { shard_size: 3_000_000, ..ViewOptions::default() };

@@ -1,4 +1,4 @@
-//! The view as a whole.
+//! Tests of a whole view: names, attributes, bytes and errors.
 
 use crate::tensor::to_u64;
 use std::fs;
@@ -95,7 +95,8 @@ fn attributes_follow_the_options_and_the_source() {
     assert_eq!((root.kind, root.mode, root.links), (Kind::Directory, 0o555, 5));
     assert_eq!(root.mtime, time_of("model.safetensors"));
     for (path, size, time) in [
-        // Its size is that of its header, which is nobody's to choose; `whole` holds it to its bytes.
+        // The size depends on the header, so it is not stated here; `whole` compares it with the
+        // bytes.
         ("model-00001-of-00002.safetensors", None, "model.safetensors"),
         (".mount-ckpt/tensors/norm.safetensors", Some(4096 + 28), "model.safetensors"),
         ("config.json", Some(38), "config.json"),
@@ -126,7 +127,7 @@ fn content_says_how_to_open_a_file() {
 }
 
 #[test]
-fn what_is_not_there_is_told_apart() {
+fn each_invalid_look_up_has_its_error() {
     let dir = source();
     let view = view(&dir);
     let file = find(&view, "config.json");
@@ -140,7 +141,7 @@ fn what_is_not_there_is_told_apart() {
 }
 
 #[test]
-fn a_shard_that_is_cut_fails_the_reads_that_need_it() {
+fn a_truncated_shard_fails_the_reads_that_need_it() {
     let dir = source();
     let view = view(&dir);
     let shard = fs::File::options().write(true).open(dir.join("model.safetensors")).expect("there");

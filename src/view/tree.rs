@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_follow_from_the_order_and_lead_back() {
+    fn inode_numbers_follow_the_order_and_resolve_to_their_entries() {
         let tree = tree();
         let own = |s: &str, ino| (s.to_owned(), Ino(ino));
         assert_eq!(list(&tree, NodeId::ROOT), [own("dir", 2), own("tensors", 5)]);
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_nobody_has_lead_nowhere() {
+    fn unknown_inode_numbers_do_not_resolve() {
         let tree = tree();
         for ino in [0, 6, 5 << 32 | 3, 4 << 32, 6 << 32, u64::MAX, u64::from(u32::MAX)] {
             assert!(tree.resolve(Ino(ino)).is_none(), "{ino:#x}");
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_given_once() {
+    fn a_name_that_is_taken_is_refused() {
         let mut tree = tree();
         assert_eq!(tree.add(NodeId::ROOT, "dir", T, bytes()), None);
         assert_eq!(tree.directory(NodeId::ROOT, "dir", T), Some(NodeId(1)));

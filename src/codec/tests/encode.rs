@@ -1,4 +1,4 @@
-//! The encoders against the reference, and back from what was decoded.
+//! Compares the encoders of every level with the reference, and encodes what was decoded.
 
 use proptest::prelude::*;
 
@@ -37,13 +37,13 @@ proptest! {
         let scales = Scales { values: &scales, stride: scale_cols, block, phase };
         let scales = scaled.then_some(&scales);
         let out_stride = code.row_bytes(cols) + gaps[1];
-        let mut expected = vec![BEFORE; rows * out_stride];
+        let mut expected = vec![FILL_BYTE; rows * out_stride];
         reference::encode(code, &values, stride, rows, cols, scales, &mut expected, out_stride);
         for level in Level::available() {
-            let mut out = vec![BEFORE; rows * out_stride];
+            let mut out = vec![FILL_BYTE; rows * out_stride];
             encode_at(level, code, &values, stride, rows, cols, scales, &mut out, out_stride);
             if let Some(to) = code.as_float() {
-                // Floats alone have several NaNs.
+                // The bits of a NaN of a float type may differ.
                 for row in 0..rows {
                     for col in 0..cols {
                         let at = row * out_stride + col * to.bytes();
@@ -60,10 +60,10 @@ proptest! {
     }
 }
 
-/// Decode to BF16 and encode under the same scale: the code comes back wherever the decoded number
-/// is a normal BF16, or a zero that is no underflow.
+/// Decodes each code to BF16 and encodes the result with the same scale. The code is restored if
+/// the decoded number is a normal BF16, or a zero that is not an underflow.
 #[test]
-fn encoding_a_decoded_code_gives_it_back() {
+fn a_decoded_code_encodes_to_itself() {
     let mut next = noise(7);
     let random = (0..500).map(|_| f32::from_bits(next() as u32));
     let powers = (-140..128).map(|e| 2f32.powi(e));
@@ -107,7 +107,7 @@ fn encoding_a_decoded_code_gives_it_back() {
 }
 
 #[test]
-fn encoding_errs_by_half_a_step_at_most() {
+fn the_encoding_error_is_at_most_half_a_step() {
     let mut next = noise(11);
     for round in 0..200 {
         let size = 2f32.powi(round % 40 - 20);
@@ -127,7 +127,8 @@ fn encoding_errs_by_half_a_step_at_most() {
             for (col, &x) in values.iter().enumerate() {
                 let x = x / scale;
                 let back = reference::value(&tile, 0, col);
-                // The step at x: 3 or 1 fraction bits, and the subnormal step below.
+                // Half the distance between codes at x: E4M3 has 3 fraction bits, E2M1 has 1; below
+                // the smallest normal number it is constant.
                 let half = match code {
                     Code::E4M3 => 2f32.powi(-4) * x.abs().max(2f32.powi(-6)),
                     Code::E2M1 => 0.25 * x.abs().max(1.0),

@@ -1,4 +1,4 @@
-//! The codec against PyTorch: `tests/golden/codec/make.py` says how its tensors were made.
+//! Compares the codec with tensors that PyTorch computed; `tests/golden/codec/make.py` wrote them.
 
 use safetensors::SafeTensors;
 
@@ -19,7 +19,7 @@ fn floats(name: &str) -> Vec<f32> {
     bytes(name).as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
 }
 
-/// Whether two 16-bit floats are the same bits or two NaNs.
+/// Whether two 16-bit floats have the same bits, or both are NaN.
 fn same(to: Float, ours: [u8; 2], theirs: [u8; 2]) -> bool {
     let largest = if to == Float::BF16 { 0x7f80 } else { 0x7c00 };
     let is_nan = |b: [u8; 2]| u16::from_le_bytes(b) & 0x7fff > largest;
@@ -34,7 +34,7 @@ fn assert_halves(what: &str, to: Float, ours: &[u8], theirs: &[u8]) {
 }
 
 #[test]
-fn decoding_is_that_of_pytorch() {
+fn decoding_equals_pytorch() {
     let scales = floats("scales");
     let fp8: Vec<u8> = (0..=255).collect();
     let nibbles: Vec<u8> = (0..8).map(|i| (2 * i) | ((2 * i + 1) << 4)).collect();
@@ -58,7 +58,7 @@ fn decoding_is_that_of_pytorch() {
 }
 
 #[test]
-fn encoding_is_that_of_pytorch() {
+fn encoding_equals_pytorch() {
     let (numbers, scales) = (floats("numbers"), floats("encode.scales"));
     let (rows, cols) = (scales.len(), numbers.len());
     let values = numbers.repeat(rows);
@@ -80,7 +80,7 @@ fn encoding_is_that_of_pytorch() {
 }
 
 #[test]
-fn casts_are_those_of_pytorch() {
+fn casts_equal_pytorch() {
     let values = floats("cast.f32");
     let n = values.len();
     for (name, code, to) in
@@ -98,8 +98,9 @@ fn casts_are_those_of_pytorch() {
 }
 
 #[test]
-fn copies_past_the_caches_move_every_element() {
-    // 4.5 MB in both orientations: more than what is written through the caches.
+fn copies_of_more_than_4_mib_move_every_element() {
+    // The output has at least 6.8 MB with its gaps: from 4 MiB on, transposes use non-temporal
+    // stores.
     let (rows, cols) = (1100usize, 2056usize);
     for width in [1usize, 2, 4] {
         let bytes = rows * cols * width;
@@ -107,7 +108,7 @@ fn copies_past_the_caches_move_every_element() {
             (0..bytes).map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
         for level in Level::available() {
             for orientation in [Orientation::Straight, Orientation::Transposed] {
-                // Rows that start off a cache line and have room between them.
+                // The stride leaves a gap after each row.
                 let (out_rows, out_cols) =
                     if orientation == Orientation::Straight { (rows, cols) } else { (cols, rows) };
                 let stride = (out_cols * width).next_multiple_of(64) + 4096 / width;

@@ -1,4 +1,4 @@
-//! A view, mounted. Needs `/dev/fuse`.
+//! Tests of a mounted view. They need `/dev/fuse`.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -18,9 +18,9 @@ use crate::view::testing::{source, view};
 
 const SOURCE: &str = "/source, with a comma";
 
-/// The view of `source`, mounted, and where. `None` where nothing can be mounted: the test is then
-/// not run, which stderr says, and which under CI is a failure. (tests/common/mount.rs mounts the
-/// command for all other tests; these reach into the crate.)
+/// Mounts the view of `source`; returns the mount and its directory. Without `/dev/fuse` it prints
+/// "NOT TESTED" and returns `None`, so that the test ends; under CI it panics. Tests that run the
+/// command mount with tests/common/mount.rs; these tests use private items of the crate.
 fn mounted(source: &Dir, change: impl Fn(&mut MountOptions)) -> Option<(Mounted, TempDir)> {
     if let Err(e) = File::options().read(true).write(true).open("/dev/fuse") {
         assert!(std::env::var_os("CI").is_none(), "/dev/fuse cannot be opened: {e}");
@@ -37,7 +37,7 @@ fn mounted(source: &Dir, change: impl Fn(&mut MountOptions)) -> Option<(Mounted,
     Some((mounted, at))
 }
 
-/// Every file below the root with its bytes, live files left out.
+/// All files below `root` with their bytes, without the status files, whose size is 0.
 fn tree(root: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files = Vec::new();
     let mut dirs = vec![root.to_owned()];
@@ -56,7 +56,7 @@ fn tree(root: &Path) -> Vec<(String, Vec<u8>)> {
     files
 }
 
-/// The same of a view.
+/// The same files, read from the view without a mount.
 fn tree_of(view: &View) -> Vec<(String, Vec<u8>)> {
     let mut files = Vec::new();
     let mut dirs = vec![Ino::ROOT];
@@ -80,7 +80,7 @@ fn tree_of(view: &View) -> Vec<(String, Vec<u8>)> {
 }
 
 #[test]
-fn a_mount_shows_the_view_in_every_mode() {
+fn a_mount_shows_the_view_with_and_without_direct_io() {
     let source = source();
     let expected = tree_of(&view(&source));
     assert_eq!(expected.len(), 21);
@@ -98,28 +98,28 @@ fn a_mount_shows_the_view_in_every_mode() {
     }
 }
 
-/// Without a thread nobody would answer, and whoever touched the mount would wait for ever.
+/// Without a request thread, every access to the mount would block for ever.
 #[test]
-fn a_mount_that_is_given_no_threads_has_one() {
+fn zero_threads_means_one_thread() {
     let (send, done) = channel();
     let reader = std::thread::spawn(move || {
         let source = source();
         let Some((mount, _at)) = mounted(&source, |o| o.threads = 0) else { return };
         let bytes = fs::read(mount.at().join("sub/code.py")).expect("readable");
-        send.send(bytes).expect("somebody waits");
+        send.send(bytes).expect("the test receives");
     });
     match done.recv_timeout(Duration::from_secs(60)) {
         Ok(bytes) => assert_eq!(bytes, b"pass\n"),
-        Err(RecvTimeoutError::Timeout) => panic!("nobody answers"),
-        // It failed, or said that nothing can be mounted here.
+        Err(RecvTimeoutError::Timeout) => panic!("the mount does not answer"),
+        // The thread panicked, or /dev/fuse is missing.
         Err(RecvTimeoutError::Disconnected) => {}
     }
-    // It unmounts.
+    // A panic of the thread fails the test here. The thread has unmounted.
     reader.join().expect("no panic");
 }
 
 #[test]
-fn live_files_are_made_when_they_are_opened() {
+fn status_files_are_rendered_when_they_are_opened() {
     let source = source();
     let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let status = |name: &str| {
@@ -131,7 +131,7 @@ fn live_files_are_made_when_they_are_opened() {
     };
     let before = bytes();
     fs::read(mount.at().join(".mount-ckpt/tensors/lm_head.safetensors")).expect("readable");
-    // A reply that is spliced is counted once it is sent, and its reader may be here before.
+    // A spliced reply is counted after it was sent, so the reader may get here before that.
     let expected = before + 4096 + 2_000_000;
     while bytes() < expected {
         std::thread::yield_now();
@@ -143,7 +143,7 @@ fn live_files_are_made_when_they_are_opened() {
 }
 
 #[test]
-fn whatever_writes_is_refused() {
+fn every_request_to_write_fails_with_erofs() {
     let source = source();
     let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let at = |name: &str| mount.at().join(name);
@@ -167,7 +167,7 @@ fn whatever_writes_is_refused() {
 }
 
 #[test]
-fn an_error_of_the_source_is_eio_and_the_mount_lives_on() {
+fn a_source_error_is_eio_and_other_reads_succeed() {
     let source = source();
     let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let shard = File::options().write(true).open(source.join("model.safetensors")).expect("there");
@@ -181,7 +181,7 @@ fn an_error_of_the_source_is_eio_and_the_mount_lives_on() {
 }
 
 #[test]
-fn the_mount_table_and_the_device_say_what_was_asked() {
+fn the_mount_table_and_sysfs_show_the_options() {
     let source = source();
     let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let table = fs::read_to_string("/proc/self/mountinfo").expect("readable");
@@ -206,7 +206,7 @@ fn the_mount_table_and_the_device_say_what_was_asked() {
 }
 
 #[test]
-fn a_busy_mount_stays_and_a_detached_one_drains() {
+fn a_busy_mount_is_not_unmounted_and_a_detached_one_drains() {
     let source = source();
     let Some((mount, _at)) = mounted(&source, |_| {}) else { return };
     let open = File::open(mount.at().join("config.json")).expect("there");
@@ -217,7 +217,7 @@ fn a_busy_mount_stays_and_a_detached_one_drains() {
     assert_eq!(open.read_at(&mut [0; 3], 0).expect("still readable"), 3);
     assert!(mount.wait_timeout(Duration::from_millis(10)).is_none());
     drop(open);
-    mount.wait().expect("ended well");
+    mount.wait().expect("ended without an error");
     mount.unmount().expect("nothing left to do");
 }
 
@@ -229,12 +229,12 @@ fn an_unmount_from_outside_ends_the_wait() {
         let waiter = scope.spawn(|| mount.wait());
         let umount = Command::new("umount").arg(mount.at()).status().expect("umount is installed");
         assert!(umount.success());
-        waiter.join().expect("no panic").expect("ended well");
+        waiter.join().expect("no panic").expect("ended without an error");
     });
 }
 
 #[test]
-fn a_dropped_mount_is_gone() {
+fn dropping_a_mount_unmounts_it() {
     let source = source();
     let Some((mount, at)) = mounted(&source, |_| {}) else { return };
     assert!(at.path().join("config.json").exists());
@@ -243,7 +243,7 @@ fn a_dropped_mount_is_gone() {
 }
 
 #[test]
-fn every_failure_has_its_errno() {
+fn each_view_error_has_its_errno() {
     let path = PathBuf::from("tokenizer.json");
     let source = io::Error::other("gone");
     for (error, expected) in [
@@ -278,7 +278,7 @@ fn attributes_are_those_of_the_view() {
 }
 
 #[test]
-fn a_panic_is_an_error_of_one_request() {
+fn a_panic_fails_only_its_request() {
     assert_eq!(guarded(|| Ok(3)), Ok(3));
     assert_eq!(guarded(|| Err::<u8, _>(ViewError::NotFound)), Err(Errno::ENOENT));
     assert_eq!(guarded(|| -> Result<u8, ViewError> { panic!("on purpose") }), Err(Errno::EIO));

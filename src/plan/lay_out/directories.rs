@@ -205,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_sort_by_their_numbers() {
+    fn numbers_in_names_sort_numerically() {
         let mut names = ["layers.10.a", "layers.2.b", "layers.2.a", "layers.1.a", "embed"];
         names.sort_by_cached_key(|n| natural_key(n));
         assert_eq!(names, ["embed", "layers.1.a", "layers.2.a", "layers.2.b", "layers.10.a"]);

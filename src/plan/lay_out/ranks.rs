@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_ranks_hold_one_more() {
+    fn the_first_ranks_hold_one_expert_more() {
         let shares = |n, size| (0..size).map(|r| experts_of(n, size, r)).collect::<Vec<_>>();
         assert_eq!(shares(10, 4), [(0, 3), (3, 3), (6, 2), (8, 2)]);
         assert_eq!(shares(8, 2), [(0, 4), (4, 4)]);

@@ -258,7 +258,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn more_than_could_be_listed_are_counted() {
+    fn a_count_may_exceed_the_listed_names() {
         let mut problems = Problems::default();
         let names = (0..).map(|i| (format!("w{i}"), "for `x`".to_owned()));
         problems.add_many(Problem::MissingPart, 1 << 60, names.clone());
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn many_are_counted_and_five_are_named() {
+    fn problems_show_a_count_and_five_names() {
         let mut problems = Problems::default();
         for i in 0..7 {
             problems.add(Problem::MissingScale, &format!("w{i}.scale"));

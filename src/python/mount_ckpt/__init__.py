@@ -6,13 +6,14 @@
 ...     with safe_open(path / "model-00001-of-00117.safetensors", "pt") as shard:
 ...         tensor = shard.get_tensor("model.norm.weight")
 
-Every function runs the command ``mount-ckpt``, whose ``--help`` explains the options. They are
-given by name, with underscores: ``ep_size=8`` is ``--ep-size=8``, ``allow_other=True`` is
-``--allow-other``, ``include=["a", "b"]`` is ``--include=a --include=b``. An option that is ``None``
-or ``False`` is not given.
+Every function runs the command ``mount-ckpt``. Options of the command are keyword arguments, with
+underscores: ``ep_size=8`` is ``--ep-size=8``, ``allow_other=True`` is ``--allow-other``, and
+``include=["a", "b"]`` is ``--include=a --include=b``. An option that is ``None`` or ``False`` is
+left out. ``mount-ckpt --help`` explains the options.
 
-The command is taken from the environment variable ``MOUNT_CKPT`` where that is set, else from the
-scripts of this Python installation, where pip puts it, else from ``PATH``.
+The command is the one that the environment variable ``MOUNT_CKPT`` names. If it is not set, the
+command is looked for in the scripts directories of this Python, where pip installs it, and then in
+``PATH``.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -36,5 +37,5 @@ __all__ = [
 try:
     __version__ = version("mount-ckpt")
 except PackageNotFoundError:
-    # A source directory on PYTHONPATH; the command tells its own version.
+    # The package is not installed: its source directory is on the module path.
     __version__ = "unknown"

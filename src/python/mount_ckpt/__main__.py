@@ -1,4 +1,4 @@
-"""``python -m mount_ckpt`` is the command ``mount-ckpt``."""
+"""``python -m mount_ckpt`` runs the command ``mount-ckpt`` with the same arguments."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Runs the command ``mount-ckpt``: options become arguments, and its messages exceptions."""
+"""Runs the command ``mount-ckpt``: converts options to arguments, and its errors to exceptions."""
 
 import json
 import os
@@ -8,43 +8,43 @@ import sysconfig
 from collections.abc import Sequence
 from typing import Any, Union
 
-#: A path, or a name where the command takes one.
+#: A path, or another word that the command accepts in its place, such as ``org/name``.
 PathLike = Union[str, os.PathLike[str]]
 #: One value of an option.
 Value = Union[str, int, float, os.PathLike[str]]
-#: The value of an option: a flag, one value, or one value for each time that the option is given.
+#: The value of an option: a bool for a flag, one value, or a sequence to repeat the option.
 Option = Union[None, bool, Value, Sequence[Value]]
 
 
 class Error(Exception):
-    """What the command refused or failed to do, in its own words."""
+    """The command failed. The text is its error message."""
 
 
 class UsageError(Error):
-    """An option that does not exist, or whose value it does not take."""
+    """An option does not exist, or its value is invalid."""
 
 
 def inspect(src: PathLike, **options: Option) -> dict[str, Any]:
     """Return the plan of a view: where each of its tensors comes from. Mounts nothing.
 
-    This is what a mounted view has in ``.mount-ckpt/plan.json``.
+    A mount has the same document in ``.mount-ckpt/plan.json``.
 
     Raises:
-        Error: there is no checkpoint, or no such view of it.
+        Error: ``src`` is no checkpoint, or this view of it is refused.
     """
     plan: dict[str, Any] = json.loads(run(["inspect", "--json", *arguments(options), "--", src]))
     return plan
 
 
 def verify(src: PathLike, **options: Option) -> dict[str, Any]:
-    """Make every check that a mount makes, then read and check all the data once.
+    """Make every check that a mount makes, then read all tensors of the view once.
 
-    Returns the number of tensors and bytes that were read. Where some FP8 tensors were decoded,
-    ``fp8_blocks`` says how many of their blocks hold the largest code.
+    Returns the number of tensors and bytes that were read. If FP8 tensors were decoded,
+    ``fp8_blocks`` says how many of their blocks contain the largest code.
 
     Raises:
-        Error: there is no such view, or some of its tensors cannot be read; the message names
-            the first ones.
+        Error: the view is refused, or some of its tensors cannot be read; the message names the
+            first ones.
     """
     result: dict[str, Any] = json.loads(run(["verify", "--json", *arguments(options), "--", src]))
     return result
@@ -53,22 +53,22 @@ def verify(src: PathLike, **options: Option) -> dict[str, Any]:
 def export(src: PathLike, out: PathLike, **options: Option) -> str:
     """Write a view to the directory ``out``, and return the command's summary.
 
-    An export that was interrupted is continued by the same call.
+    If an export was interrupted, the same call continues it.
 
     Raises:
-        Error: there is no such view, it cannot be read, or ``out`` cannot be written.
+        Error: the view is refused, it cannot be read, or ``out`` cannot be written.
     """
     return run(["export", *arguments(options), "--", src, out]).strip()
 
 
 def models() -> list[dict[str, Any]]:
-    """Return the models that have a built-in mapping: name, ``model_type`` and layouts of each."""
+    """Return the built-in mappings: name, ``model_type`` values and layouts of each."""
     known: list[dict[str, Any]] = json.loads(run(["models", "--json"]))
     return known
 
 
 def status() -> list[dict[str, Any]]:
-    """Return the mounts of this machine that are up: mount point, source, whether it answers."""
+    """Return the mounts on this machine: mount point, source, and whether it answers."""
     mounts: list[dict[str, Any]] = json.loads(run(["status", "--json"]))
     return mounts
 
@@ -77,7 +77,7 @@ def find_command() -> str:
     """Return the absolute path of the command.
 
     Raises:
-        Error: it is nowhere.
+        Error: the command is not found.
     """
     named = os.environ.get("MOUNT_CKPT")
     if named:
@@ -85,7 +85,7 @@ def find_command() -> str:
         if found is None:
             raise Error(f"the environment variable MOUNT_CKPT names no program: `{named}`")
         return os.path.abspath(found)
-    # The scripts of this environment, those of `pip install --user`, and PATH.
+    # The scripts directory of this environment, that of `pip install --user`, and PATH.
     scripts, of_user = sysconfig.get_path("scripts"), sysconfig.get_path("scripts", "posix_user")
     for path in (scripts, of_user, None):
         found = shutil.which("mount-ckpt", path=path)
@@ -98,7 +98,7 @@ def find_command() -> str:
 
 
 def arguments(options: dict[str, Option]) -> list[str]:
-    """Turn options by name into arguments of the command."""
+    """Convert keyword arguments to arguments of the command."""
     words = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
@@ -114,17 +114,17 @@ def arguments(options: dict[str, Option]) -> list[str]:
 
 
 def _word(name: str, value: Value) -> str:
-    # The command reads permission bits as octal digits, and 0o444 is a number here.
+    # The command expects permission bits as octal digits; here they are a number, such as 0o444.
     if isinstance(value, int) and name.endswith("_mode"):
         return f"{value:o}"
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 
 def run(words: Sequence[PathLike]) -> str:
-    """Run the command and return what it prints.
+    """Run the command and return its standard output.
 
     Raises:
-        Error: with the command's message, where it exits with anything but 0.
+        Error: the command exits with another status than 0; the text is its message.
     """
     command = [find_command(), *words]
     done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
@@ -134,10 +134,10 @@ def run(words: Sequence[PathLike]) -> str:
 
 
 def failure(code: int, stderr: bytes) -> Error:
-    """Return the exception for an exit code other than 0 and the message that came with it."""
+    """Return the exception for an exit code other than 0 and what the command wrote to stderr."""
     message = os.fsdecode(stderr).strip()
     if code == 2:
-        # After the message comes how the command is called, which is of no use here.
+        # Leave out the usage text after the message.
         message = message.partition("\n\nUsage:")[0].partition("\n\nFor more information")[0]
         return UsageError(_without(message, "error: "))
     return Error(_without(message, "mount-ckpt: ") or f"`mount-ckpt` ended with exit code {code}")

@@ -1,4 +1,4 @@
-//! Look-ups in config.json.
+//! Tests of look-ups in config.json.
 
 use serde_json::json;
 
@@ -36,7 +36,7 @@ fn top_level_wins_over_text_config() {
 }
 
 #[test]
-fn errors_name_the_key_and_what_is_there() {
+fn errors_name_the_key_and_the_value() {
     let config = config(json!({
         "a": -1, "b": "7", "c": 1.5, "d": [1, "x"],
         "e": "a text that is much too long to be repeated word for word here",
@@ -59,7 +59,7 @@ fn errors_name_the_key_and_what_is_there() {
 }
 
 #[test]
-fn quantization_is_found_where_it_is() {
+fn quantization_config_is_found_at_the_top_or_in_text_config() {
     let fp8 = json!({ "quant_method": "fp8", "weight_block_size": [128, 64] });
     for (value, expected) in [
         (json!({}), Ok(None)),
@@ -80,7 +80,7 @@ fn quantization_is_found_where_it_is() {
 }
 
 #[test]
-fn groups_of_one_size_are_found() {
+fn group_size_is_found_if_all_groups_agree() {
     let groups = |groups: serde_json::Value| {
         let config = config(json!({ "quantization_config": { "config_groups": groups } }));
         config.group_size().map_err(|e| e.to_string())
@@ -99,16 +99,17 @@ fn groups_of_one_size_are_found() {
 }
 
 #[test]
-fn order_and_bytes_are_kept() {
+fn key_order_and_bytes_are_kept() {
     let text = b"{ \"z\": 1,\n \"a\": 2 }\n";
     let config = Config::parse(text.to_vec()).expect("an object");
     assert_eq!(config.raw(), text);
     assert_eq!(config.top().keys().collect::<Vec<_>>(), ["z", "a"]);
 }
 
-/// Python writes them, and reads them again; a cleaned config.json must not lose them.
+/// Python's `json` writes and reads `NaN` and `Infinity`, which are no JSON. A config.json that a
+/// view rewrites must keep them.
 #[test]
-fn constants_of_python_are_read_and_written() {
+fn nan_and_infinity_of_python_are_read_and_written() {
     let text = br#"{"a": Infinity, "b": [-Infinity, NaN], "c": "NaN, \"Infinity", "q": 1}"#;
     let config = Config::parse(text.to_vec()).expect("an object");
     let mut top = config.top().clone();

@@ -1,4 +1,4 @@
-//! The files that a view passes through.
+//! Tests of which files a view passes through.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,7 +9,7 @@ use crate::source::testing::Dir;
 use crate::tensor::DType;
 
 #[test]
-fn host_files_are_what_a_view_does_not_make_itself() {
+fn host_files_leave_out_what_a_view_replaces() {
     let dir = Dir::new()
         .shard("a.safetensors", &[("x", DType::U8, &[1], vec![1])])
         .index(&[("x", "a.safetensors")])

@@ -1,4 +1,4 @@
-//! Headers that lie, each in its way, after the crate `safetensors`' own tests and its `attacks/`.
+//! Tests of invalid headers, modelled on the tests of the crate `safetensors` and its `attacks/`.
 
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -13,7 +13,7 @@ fn entry(dtype: &str, shape: &str, offsets: &str) -> String {
     format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}"#)
 }
 
-/// A header of one U8 tensor `x` of four bytes, and the text `more` before the closing brace.
+/// A header with the U8 tensor `x` of four bytes, and the text `more` before the closing brace.
 fn and(more: &str) -> String {
     format!(r#"{{"x":{}{more}}}"#, entry("U8", "[4]", "[0,4]"))
 }
@@ -22,7 +22,7 @@ fn only(dtype: &str, shape: &str, offsets: &str) -> String {
     format!(r#"{{"x":{}}}"#, entry(dtype, shape, offsets))
 }
 
-/// The refusal of a shard with this header and four bytes of data.
+/// The message with which a shard of this header and four bytes of data is refused.
 fn refusal(header: &[u8]) -> String {
     let got = Dir::new().file("model.safetensors", raw(header, &[0; 4])).refusal();
     let prefix = "`DIR`: 1 of 1 shards cannot be used: `model.safetensors`: ";
@@ -30,7 +30,7 @@ fn refusal(header: &[u8]) -> String {
 }
 
 #[test]
-fn every_kind_of_lie_is_refused() {
+fn invalid_headers_are_refused() {
     let cases: Vec<(String, &str)> = vec![
         (String::new(), "header does not start with `{`"),
         (format!(" {}", and("")), "header does not start with `{`"),
@@ -119,7 +119,7 @@ fn a_header_beyond_the_limit_is_not_read() {
 }
 
 #[test]
-fn unusual_but_honest_headers_are_accepted() {
+fn unusual_but_valid_headers_are_accepted() {
     let cases = [
         (format!("{}\n   ", and("")), 1),
         (and(r#","__metadata__":{}"#), 1),
@@ -137,7 +137,7 @@ fn unusual_but_honest_headers_are_accepted() {
     }
 }
 
-/// Accepted here, as [`Checkpoint::open`] judges one file.
+/// The tensors of a file, if [`Checkpoint::open`] would accept it.
 fn accepted(bytes: &[u8]) -> Option<Vec<crate::source::SourceTensor>> {
     let (length, rest) = bytes.split_first_chunk()?;
     let text = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
@@ -149,9 +149,9 @@ fn accepted(bytes: &[u8]) -> Option<Vec<crate::source::SourceTensor>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
-    /// What we accept, the crate accepts, and reads the same in it.
+    /// Every header that we accept, the crate `safetensors` accepts too, with the same contents.
     #[test]
-    fn no_mutation_gets_past_us_that_the_crate_refuses(
+    fn accepted_headers_are_accepted_by_the_safetensors_crate(
         edits in proptest::collection::vec((any::<prop::sample::Index>(), 0usize..40), 0..4),
     ) {
         let tensors: [Tensor<'_>; 3] = [
@@ -189,7 +189,7 @@ proptest! {
 }
 
 #[test]
-fn many_shards_come_out_in_order() {
+fn tensors_of_many_shards_are_sorted() {
     let mut dir = Dir::new();
     for i in 0..40 {
         let name = format!("t{:02}", 39 - i);

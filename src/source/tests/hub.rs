@@ -1,4 +1,4 @@
-//! The hub cache: links into `blobs/`, and what a name stands for.
+//! Tests of the hub cache: snapshots of links into `blobs/`, and the look-up of model names.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -13,7 +13,7 @@ use crate::tensor::DType;
 
 const ENTRY: &str = "hub/models--org--name";
 
-/// A cache with one entry whose snapshot `c1` is links into `blobs/`.
+/// A hub cache with one entry, whose snapshot `c1` consists of links into `blobs/`.
 fn cache() -> Dir {
     let shard = safetensors(&[("x", DType::U8, &[2], vec![3, 4])]);
     let dir = Dir::new()
@@ -47,7 +47,7 @@ fn a_snapshot_of_links_is_a_checkpoint() {
 }
 
 #[test]
-fn an_unfinished_snapshot_counts_its_downloads() {
+fn an_incomplete_snapshot_counts_its_unfinished_downloads() {
     let dir = cache()
         .file(&format!("{ENTRY}/blobs/cc.incomplete"), "")
         .file(&format!("{ENTRY}/blobs/dd.incomplete"), "");
@@ -61,7 +61,7 @@ fn an_unfinished_snapshot_counts_its_downloads() {
 }
 
 #[test]
-fn names_are_looked_up_where_the_hub_library_keeps_them() {
+fn names_are_looked_up_in_the_cache_that_the_environment_names() {
     let dir = cache();
     let hub = dir.join("hub");
     let snapshot = hub.join("models--org--name/snapshots/c1");
@@ -86,7 +86,7 @@ fn names_are_looked_up_where_the_hub_library_keeps_them() {
 }
 
 #[test]
-fn a_path_is_taken_as_it_is() {
+fn a_path_needs_no_environment() {
     let dir = cache();
     let snapshot = dir.join(&format!("{ENTRY}/snapshots/c1"));
     for path in [dir.join(ENTRY), snapshot.clone()] {
@@ -98,7 +98,7 @@ fn a_path_is_taken_as_it_is() {
 }
 
 #[test]
-fn the_snapshot_must_be_plain() {
+fn the_snapshot_must_be_unambiguous() {
     type Case<'a> = (&'a [&'a str], Option<&'a str>, Result<&'a str, &'a str>);
     let cases: [Case<'_>; 6] = [
         (&["c1"], None, Ok("c1")),
@@ -139,7 +139,7 @@ fn the_snapshot_must_be_plain() {
 }
 
 #[test]
-fn what_is_nowhere_says_where_it_was_looked_for() {
+fn a_missing_source_says_where_it_was_looked_for() {
     let env = [("HF_HUB_CACHE", PathBuf::from("/cache"))];
     for (src, expected) in [
         (

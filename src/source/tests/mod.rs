@@ -1,4 +1,4 @@
-//! Tests of the room as a whole, by what is on the disk.
+//! Tests of opening and reading checkpoint directories, one file for each topic.
 
 mod config;
 mod files;

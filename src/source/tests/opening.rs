@@ -1,4 +1,4 @@
-//! Which shards make a checkpoint, and which directories are refused.
+//! Tests of which shards a checkpoint consists of, and which directories are refused.
 
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
@@ -61,9 +61,10 @@ fn tensors_that_the_index_leaves_out_are_ignored() {
     assert_eq!(names(&dir.open()), ["x"]);
 }
 
-/// An overlay shard: `weight_map` sends some names to it, and their old copies stay where they were.
+/// A shard was added that replaces some tensors: the index names it, the old copies stay in their
+/// shards.
 #[test]
-fn the_copy_that_the_index_names_counts() {
+fn a_duplicate_tensor_is_read_from_the_shard_that_the_index_names() {
     let dir = Dir::new()
         .shard("a.safetensors", &[tensor("w"), tensor("x"), tensor("y")])
         .shard("b.safetensors", &[("x", DType::U8, &[2], vec![7, 8])])
@@ -75,7 +76,7 @@ fn the_copy_that_the_index_names_counts() {
 }
 
 #[test]
-fn escaped_names_are_the_names_they_stand_for() {
+fn json_escapes_in_names_are_decoded() {
     let dir = Dir::new()
         .shard("a.safetensors", &[("q\"\\\u{e9}", DType::U8, &[1], vec![9])])
         .file(INDEX, r#"{"weight_map": {"q\"\\\u00e9": "a.safetensors"}}"#);
@@ -84,7 +85,7 @@ fn escaped_names_are_the_names_they_stand_for() {
 }
 
 #[test]
-fn a_directory_that_is_no_checkpoint_is_refused() {
+fn a_directory_without_a_checkpoint_is_refused() {
     let dir = Dir::new();
     let missing = dir.join("none");
     let cases: [(&Path, &str); 3] = [
@@ -216,7 +217,7 @@ fn missing_shards_are_counted() {
 }
 
 #[test]
-fn an_index_beside_a_whole_set_of_other_shards_is_out_of_date() {
+fn an_outdated_index_is_reported() {
     let dir = Dir::new()
         .index(&[("x", "model-00001-of-00004.safetensors")])
         .shard("model-00001-of-00002.safetensors", &[tensor("x")])
@@ -246,7 +247,7 @@ fn numbered_shards_without_an_index_must_be_complete() {
 }
 
 #[test]
-fn files_that_are_not_whole_shards_are_refused() {
+fn truncated_and_foreign_shards_are_refused() {
     const FETCH: &str = "; complete the download, for instance with `hf download`";
     let whole = safetensors(&[tensor("x")]);
     let (data_start, full) = (whole.len() - 4, whole.len());
@@ -276,7 +277,7 @@ fn files_that_are_not_whole_shards_are_refused() {
 }
 
 #[test]
-fn a_directory_or_a_pipe_is_no_shard() {
+fn a_directory_or_a_pipe_as_a_shard_is_refused() {
     let expected = "`DIR`: 1 of 1 shards cannot be used: `model.safetensors`: not a regular file";
     assert_eq!(Dir::new().file("model.safetensors/x", "").refusal(), expected);
     let dir = Dir::new();
@@ -286,7 +287,7 @@ fn a_directory_or_a_pipe_is_no_shard() {
 }
 
 #[test]
-fn a_link_to_nothing_says_whether_a_download_is_under_way() {
+fn a_dangling_link_reports_an_unfinished_download() {
     let dir = Dir::new();
     symlink("../../blobs/abc", dir.join("model.safetensors")).expect("a link can be made");
     let got = dir.refusal();
@@ -321,7 +322,7 @@ fn unfinished_downloads_beside_the_directory_are_counted() {
 }
 
 #[test]
-fn an_absurdly_large_file_is_not_read() {
+fn an_oversized_index_is_not_read() {
     let dir = Dir::new();
     let index = File::create(dir.join(INDEX)).expect("writable");
     index.set_len(1 << 40).expect("a sparse file");

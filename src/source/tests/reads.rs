@@ -1,4 +1,4 @@
-//! Reading, and reading from shards that change under us.
+//! Tests of reading, also from shards that change after they were opened.
 
 use std::fs::{self, OpenOptions};
 use std::time::Instant;
@@ -9,7 +9,7 @@ use crate::source::testing::{Dir, safetensors};
 use crate::source::{Checkpoint, SourceId, SourceReadError};
 use crate::tensor::DType;
 
-/// Bytes in which no two places look alike.
+/// Pseudorandom bytes, so that a wrong offset shows.
 fn noise(n: usize) -> Vec<u8> {
     (0..n).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect()
 }
@@ -31,7 +31,7 @@ fn checkpoint(n: usize) -> (Dir, Checkpoint, SourceId, Vec<u8>) {
 }
 
 #[test]
-fn a_read_stays_within_its_tensor() {
+fn reads_beyond_the_tensor_are_refused() {
     let (_dir, checkpoint, id, bytes) = checkpoint(100);
     let mut out = [0; 30];
     checkpoint.read(id, 70, &mut out).expect("the last bytes");
@@ -81,7 +81,7 @@ fn a_truncated_shard_is_an_error_that_names_it() {
 }
 
 #[test]
-fn a_replaced_shard_goes_on_as_it_was() {
+fn a_replaced_shard_is_read_as_it_was() {
     let (dir, checkpoint, id, bytes) = checkpoint(64);
     let new = dir.join("new");
     fs::write(&new, safetensors(&[("x", DType::U8, &[1], vec![1])])).expect("writable");
@@ -92,7 +92,7 @@ fn a_replaced_shard_goes_on_as_it_was() {
 }
 
 #[test]
-fn rows_are_what_reading_each_gives() {
+fn read_rows_equals_reading_each_row() {
     let (_dir, checkpoint, id, bytes) = checkpoint(1 << 20);
     let width = prop_oneof![0usize..40, 1000usize..9000, 60_000usize..70_000];
     let gap = prop_oneof![Just(0usize), 0usize..40, 1500usize..6000];
@@ -111,7 +111,7 @@ fn rows_are_what_reading_each_gives() {
         for r in 0..rows {
             expected[r * out_stride..][..width].copy_from_slice(&bytes[at + r * stride..][..width]);
         }
-        // The last run may end the buffer: what is behind it is not touched.
+        // The buffer may end with the last row, without the spare bytes after it.
         for end in [expected.len(), expected.len().saturating_sub(spare)] {
             let mut out = vec![0xaa; end];
             checkpoint
