@@ -74,8 +74,8 @@ fn broken_links_are_found() {
     for (text, problem) in [
         ("[a](quickstart.rs) [b](../src) [c](https://example.org/x) ![d](../LICENSE)", ""),
         ("## A `b_c`, d-e\n## A b\n## A b\n[a](#a-b_c-d-e) [b](#a-b-1)", ""),
-        ("[a](../tests/loaders/README.md#loaders-the-real-ones-on-real-mounts)", ""),
-        ("[a](../tests/loaders#loaders-the-real-ones-on-real-mounts)", ""),
+        ("[a](../tests/loaders/README.md#tests-with-the-loaders-from-pypi)", ""),
+        ("[a](../tests/loaders#tests-with-the-loaders-from-pypi)", ""),
         ("[a][x]\n\n[x]: absent.md", "examples/page.md:1: `absent.md` is not there"),
         ("text\n\n[a](absent.md)", "examples/page.md:3: `absent.md` is not there"),
         ("![a](absent.svg)", "`absent.svg` is not there"),
