@@ -31,8 +31,8 @@ fn help(args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Parses lines of the help text such as `  -o <OPTS>`, `  -f, --foreground`, `      --to
-/// <LAYOUT>`.
+/// Parses lines of the help text such as `  -o <OPTS>`, `  -f, --foreground` or
+/// `      --to <LAYOUT>`.
 fn options(help: &str) -> OptionTable {
     let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
     let mut taken = OptionTable::new();

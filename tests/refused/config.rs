@@ -1,4 +1,4 @@
-//! config.json contradicts the files.
+//! A config.json that contradicts the files.
 
 use mount_ckpt::PlanOptions;
 use serde_json::json;
