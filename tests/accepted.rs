@@ -1,4 +1,5 @@
-//! What looks odd but says what it means: accepted, with the bits of the golden checkpoint.
+//! Unusual but valid checkpoints are accepted, and their views have the same bits as those of the
+//! golden checkpoints.
 
 mod common;
 
@@ -24,7 +25,7 @@ fn tensors(toy: &Toy) -> BTreeMap<String, Tensor> {
     tensors_of_engine(&mount(toy).engine)
 }
 
-/// All names, dtypes, shapes and bytes, NaNs too.
+/// Compares names, dtypes, shapes and bytes, including the bits of NaNs.
 fn assert_equal(got: &BTreeMap<String, Tensor>, expected: &BTreeMap<String, Tensor>) {
     assert!(got.keys().eq(expected.keys()), "{:?}", got.keys());
     for (name, tensor) in expected {
@@ -32,35 +33,35 @@ fn assert_equal(got: &BTreeMap<String, Tensor>, expected: &BTreeMap<String, Tens
     }
 }
 
-/// A family and a change that leaves every bit of the view as it was.
+/// A family and a change that must not change any bit of the view.
 type Case = (&'static str, fn(&mut Toy) -> &mut Toy);
 
 #[test]
-fn other_forms_of_the_same_give_the_same_bits() {
+fn equivalent_checkpoints_give_the_same_bits() {
     let cases: &[Case] = &[
-        // A scale may lie in any shard.
+        // A scale may be in another shard than its payload.
         (MIMO, |t| t.move_to("~.0.gate_proj.weight_scale_inv", 0)),
         (FLASH, |t| t.move_to("~.1.w2.scale", 2)),
         (BASE, |t| t.move_to("~.1.w2.scale", 0)),
         (KIMI, |t| t.move_to("~.1.up_proj.weight_scale", 2).move_to("~.1.up_proj.weight_shape", 1)),
         (KIMI, |t| t.each("_scale", |t, n| t.move_to(n, 2))),
         (QWEN, |t| t.move_to("~.gate_up_proj", 0)),
-        // Scales may be a flat list.
+        // Scales may have one axis.
         (MIMO, |t| t.reshape("~.0.gate_proj.weight_scale_inv", &[4])),
         (MIMO, |t| t.reshape("model.layers.1.self_attn.q_proj.weight_scale_inv", &[12])),
         (FLASH, |t| t.reshape("~.1.w2.scale", &[480])),
         (FLASH, |t| t.reshape("layers.1.attn.wq_b.scale", &[])),
         (BASE, |t| t.reshape("~.1.w2.scale", &[4])),
         (KIMI, |t| t.reshape("~.1.up_proj.weight_scale", &[192])),
-        // MTP layers may be numbered behind the others.
+        // MTP layers may be numbered after the other layers.
         (FLASH, |t| t.rename_all("mtp.0.", "layers.4.")),
         (FLASH, |t| t.rename_all("mtp.0.", "model.layers.4.")),
         (BASE, |t| t.rename_all("mtp.0.", "layers.4.")),
-        // FP4 may be stored as what it is.
+        // FP4 payloads may have other dtypes, and shape tensors other shapes.
         (FLASH, |t| t.retype("~.1.w1.weight", Dtype::U8)),
         (FLASH, |t| t.retype_as("~.1.w1.weight", Dtype::F4, &[96, 160])),
         (KIMI, |t| t.reshape("~.1.up_proj.weight_shape", &[1, 2])),
-        // The config's group size and block size are those of the files.
+        // config.json need not state the block or group size.
         (MIMO, |t| t.unset("quantization_config")),
         (KIMI, |t| t.unset("text_config.quantization_config.config_groups")),
     ];
@@ -74,12 +75,13 @@ fn other_forms_of_the_same_give_the_same_bits() {
     }
 }
 
-/// A family, experts that become plain BF16, their payload and its parts.
+/// A family, experts that become plain BF16, and the suffixes of their payload and of their scale
+/// and shape tensors.
 type Plain = (&'static str, &'static [&'static str], &'static str, &'static [&'static str]);
 
 #[test]
 fn plain_experts_among_quantized_ones_keep_their_values() {
-    // An up projection without its gate, a whole expert, one of another family of codes.
+    // Only the up projection of an expert, a whole expert, experts of several formats.
     let cases: &[Plain] = &[
         (MIMO, &["~.0.up_proj"], ".weight", &[".weight_scale_inv"]),
         (
@@ -107,7 +109,7 @@ fn plain_experts_among_quantized_ones_keep_their_values() {
             for part in *parts {
                 toy.drop(&format!("{expert}{part}"));
             }
-            let name = toy.whole(&format!("{expert}.weight"));
+            let name = toy.full_name(&format!("{expert}.weight"));
             let (_, shape, bytes) = &plain[&name];
             toy.add(&name, Dtype::BF16, shape).tensor(&name).bytes.clone_from(bytes);
         }
@@ -117,7 +119,7 @@ fn plain_experts_among_quantized_ones_keep_their_values() {
 }
 
 #[test]
-fn one_scale_for_all_is_a_scale_for_each() {
+fn a_single_scale_applies_to_every_block() {
     type Forms = (&'static str, &'static str, &'static [&'static [usize]]);
     let cases: &[Forms] = &[
         (
@@ -152,7 +154,7 @@ fn one_scale_for_all_is_a_scale_for_each() {
 }
 
 #[test]
-fn single_scales_of_a_pair_are_no_fused_shards() {
+fn scalar_scales_of_k_and_v_are_not_read_as_fused_shards() {
     let mut toy = Toy::golden(MIMO);
     for part in ["k", "v"] {
         toy.reshape(&format!("model.layers.2.self_attn.{part}_proj.weight_scale_inv"), &[1]);
@@ -162,7 +164,7 @@ fn single_scales_of_a_pair_are_no_fused_shards() {
 }
 
 #[test]
-fn what_may_be_absent_changes_nothing_else() {
+fn optional_tensors_may_be_absent() {
     let cases: &[(&str, &str, &str)] = &[
         (MIMO, "lm_head.weight", "lm_head.weight"),
         (FLASH, "head.weight", "lm_head.weight"),
@@ -175,7 +177,7 @@ fn what_may_be_absent_changes_nothing_else() {
         toy.drop(name).set("tie_word_embeddings", true);
         assert_equal(&tensors(&toy), &expected);
     }
-    // No MTP layer, whatever the config says.
+    // MTP layers may be absent even if config.json states some.
     let mut toy = Toy::golden(FLASH);
     let mut expected = tensors(&toy);
     expected.retain(|name, _| !name.starts_with("mtp."));
@@ -204,8 +206,8 @@ fn mtp_depths_beyond_the_config_are_counted_and_dropped() {
 }
 
 #[test]
-fn odd_values_are_values() {
-    // A NaN scale makes its block NaN; a tensor without elements is one.
+fn nan_scales_and_empty_tensors_are_served() {
+    // A NaN scale makes its block NaN. A tensor without elements is served without bytes.
     let mut toy = Toy::golden(MIMO);
     toy.reshape("model.layers.1.input_layernorm.weight", &[0]);
     toy.tensor("~.0.gate_proj.weight_scale_inv").bytes[..4]
@@ -225,11 +227,11 @@ fn odd_values_are_values() {
 }
 
 #[test]
-fn a_stated_shape_that_is_not_true_is_found_at_the_first_decode() {
+fn a_wrong_shape_tensor_is_an_error_at_the_first_decode() {
     let (wrong, wide) = ([64, 95], [64_i64, 96]);
     let mut toy = Toy::golden(KIMI);
     let expected = tensors(&toy);
-    // Two integers of eight bytes are as good as two of four.
+    // The shape may be stored as two I64 instead of two I32.
     toy.retype("~.1.up_proj.weight_shape", Dtype::I64);
     toy.tensor("~.1.up_proj.weight_shape").bytes =
         wide.iter().flat_map(|n| n.to_le_bytes()).collect();
@@ -257,7 +259,7 @@ fn a_stated_shape_that_is_not_true_is_found_at_the_first_decode() {
 
 #[test]
 fn scales_of_a_stacked_release_follow_its_orientation() {
-    // The FP8 release of Qwen3-VL-MoE: a block of 128x128 holds a whole expert here.
+    // The FP8 release of Qwen3-VL-MoE. At this size, a 128x128 block contains a whole expert.
     let mut toy = Toy::golden(QWEN);
     toy.retype("~.gate_up_proj", Dtype::F8_E4M3);
     toy.add("~.gate_up_proj_scale_inv", Dtype::F32, &[4, 1, 1]);

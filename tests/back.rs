@@ -1,4 +1,4 @@
-//! The way back: from grouped layouts to the published one, plain and quantized.
+//! From grouped layouts back to the published layout, plain and quantized.
 
 mod common;
 
@@ -16,7 +16,7 @@ use mount_ckpt::{Checkpoint, Float, LayoutName, PlanOptions, Quantize};
 
 type Tensors = BTreeMap<String, Tensor>;
 
-/// Folder of `tests/golden` and mapping of each family.
+/// Folder of `tests/golden` and name of the mapping.
 const FAMILIES: [(&str, &str); 5] = [
     ("mimo-v2-flash", "mimo-v2-flash"),
     ("deepseek-v4-flash", "deepseek-v4"),
@@ -45,14 +45,15 @@ fn config_of(dir: &Path) -> Vec<u8> {
 }
 
 /// A view of `source`, written as a checkpoint to `dir`.
-fn written(model: &str, source: &Path, options: &PlanOptions, dir: PathBuf) -> PathBuf {
+fn write_view(model: &str, source: &Path, options: &PlanOptions, dir: PathBuf) -> PathBuf {
     let view = tensors_of_engine(&engine(model, source, options));
     write(&dir, &config_of(source), &view);
     dir
 }
 
-/// A golden checkpoint without what no way back can restore: codes that are NaN or decode to what
-/// is no normal BF16 (MiMo's expert 0 holds them), and an F32 bias that the Kimi native layout rounds.
+/// A golden checkpoint without values that a round trip cannot restore: MiMo's expert 0, which has
+/// NaN codes and codes that do not decode to a normal BF16 number, and the F32 bias of Kimi, which
+/// the native layout rounds.
 fn restorable(folder: &str, dir: &Path) -> PathBuf {
     let source = golden(folder).join("checkpoint");
     let mut tensors = tensors_of_dir(&source);
@@ -78,7 +79,7 @@ fn restorable(folder: &str, dir: &Path) -> PathBuf {
 }
 
 #[test]
-fn any_layout_gives_any_layout() {
+fn every_layout_converts_to_every_other() {
     for (folder, model) in FAMILIES {
         let dir = tempfile::tempdir().unwrap();
         let checkpoint = restorable(folder, dir.path());
@@ -86,7 +87,7 @@ fn any_layout_gives_any_layout() {
         let direct: BTreeMap<_, _> = layouts
             .map(|layout| {
                 let dir = dir.path().join(layout.as_str());
-                (layout, written(model, &checkpoint, &to(layout), dir))
+                (layout, write_view(model, &checkpoint, &to(layout), dir))
             })
             .into();
         for from in layouts {
@@ -95,19 +96,19 @@ fn any_layout_gives_any_layout() {
                 assert_eq!(engine.plan().summary.from, from, "{folder}");
                 let got = tensors_of_engine(&engine);
                 let mut expected = tensors_of_dir(&direct[&target]);
-                // What transformers does not hold cannot come back from it.
+                // The `transformers` layout has no MTP layers, so they cannot be restored from it.
                 expected
                     .retain(|name, _| got.contains_key(name) || from != LayoutName::Transformers);
                 assert!(got.len() > 20, "{folder}: {from} -> {target}");
-                same_numbers(&got, &expected);
+                assert_same_values(&got, &expected);
             }
         }
     }
 }
 
-/// As [`assert_same`], but BF16 on one side may be F32 on the other: the Kimi native layout casts all
-/// floats.
-fn same_numbers(got: &Tensors, expected: &Tensors) {
+/// As [`assert_same`], but a BF16 tensor may equal an F32 tensor: the native layout of Kimi casts
+/// all floats.
+fn assert_same_values(got: &Tensors, expected: &Tensors) {
     let widened = |tensors: &Tensors, others: &Tensors| -> Tensors {
         let widen = |(name, tensor): (&String, &Tensor)| {
             let (dtype, shape, bytes) = tensor;
@@ -124,13 +125,13 @@ fn same_numbers(got: &Tensors, expected: &Tensors) {
 }
 
 #[test]
-fn scales_of_the_original_give_its_bytes() {
+fn quantizing_with_the_scales_of_the_original_restores_its_bytes() {
     for (folder, model) in FAMILIES {
         for dtype in [Float::BF16, Float::F32] {
             let dir = tempfile::tempdir().unwrap();
             let checkpoint = restorable(folder, dir.path());
             let native = PlanOptions { dtype, ..to(LayoutName::Native) };
-            let native = written(model, &checkpoint, &native, dir.path().join("native"));
+            let native = write_view(model, &checkpoint, &native, dir.path().join("native"));
             let engine = engine(model, &native, &quantized(Some(&checkpoint)));
             let (got, expected) = (tensors_of_engine(&engine), tensors_of_dir(&checkpoint));
             assert!(got.keys().eq(expected.keys()), "{folder}");
@@ -145,11 +146,12 @@ fn scales_of_the_original_give_its_bytes() {
 }
 
 #[test]
-fn codes_that_cannot_come_back_are_the_only_ones_that_do_not() {
+fn only_codes_that_bf16_cannot_represent_change_in_a_round_trip() {
     let folder = "mimo-v2-flash";
     let checkpoint = golden(folder).join("checkpoint");
     let dir = tempfile::tempdir().unwrap();
-    let native = written(folder, &checkpoint, &to(LayoutName::Native), dir.path().join("native"));
+    let native =
+        write_view(folder, &checkpoint, &to(LayoutName::Native), dir.path().join("native"));
     let values = tensors_of_engine(&engine(folder, &checkpoint, &to(LayoutName::Hf)));
     let back = tensors_of_engine(&engine(folder, &native, &quantized(Some(&checkpoint))));
     let mut differ = 0;
@@ -159,17 +161,18 @@ fn codes_that_cannot_come_back_are_the_only_ones_that_do_not() {
                 continue;
             }
             let value = bf16::from_le_bytes([values[name].2[2 * i], values[name].2[2 * i + 1]]);
-            // A zero of any other code came of a scale that is 0 or makes it vanish in BF16.
+            // A zero with any other code is from a scale that is 0, or so small that the value is 0
+            // in BF16.
             let restorable = value.is_normal() || (value.to_f32() == 0.0 && expected & 0x7F == 0);
             assert!(!restorable, "`{name}` byte {i}: {expected:#x} came back as {got:#x}");
             differ += 1;
         }
     }
-    assert!(differ > 0, "the golden checkpoint holds codes that cannot come back");
+    assert!(differ > 0, "the golden checkpoint has codes that BF16 cannot represent");
 }
 
 #[test]
-fn int4_is_the_references() {
+fn int4_quantization_equals_the_reference() {
     let native = golden("kimi-k25-vl");
     let dir = tempfile::tempdir().unwrap();
     write(
@@ -184,13 +187,14 @@ fn int4_is_the_references() {
     let mut got = tensors_of_engine(&engine("kimi-k25-vl", dir.path(), &options));
     let expected = tensors_of(&native.join("hf.int4.safetensors"));
     for (name, (dtype, _, bytes)) in &mut got {
-        // Published checkpoints hold I32 here, the reference writes I64.
+        // Published checkpoints have I32 here, the reference writes I64.
         if name.ends_with(".weight_shape") {
             assert_eq!(dtype, "I32", "{name}");
             *bytes = bytes.chunks(4).flat_map(|b| [b, &[0; 4]].concat()).collect();
             "I64".clone_into(dtype);
         }
-        // And F32 here, with the BF16 numbers that the native layout left of them.
+        // Published checkpoints have F32 here. The values are those that the native layout rounded
+        // to BF16.
         if name.ends_with(".e_score_correction_bias") {
             assert_eq!(dtype, "F32", "{name}");
             *bytes = bytes.chunks(4).flat_map(|b| [b[2], b[3]]).collect();
@@ -201,7 +205,7 @@ fn int4_is_the_references() {
 }
 
 #[test]
-fn fp8_is_that_of_pytorch() {
+fn fp8_quantization_equals_pytorch() {
     for (folder, model) in [("mimo-v2-flash", "mimo-v2-flash"), ("deepseek-v4-base", "deepseek-v4")]
     {
         let native = golden(folder);
@@ -223,7 +227,7 @@ fn fp8_is_that_of_pytorch() {
         for tensors in [&mut got, &mut expected] {
             for (dtype, _, bytes) in tensors.values_mut() {
                 if dtype == "F8_E4M3" {
-                    // A NaN has two codes.
+                    // Both NaN codes are equal.
                     bytes.iter_mut().filter(|b| **b & 0x7F == 0x7F).for_each(|b| *b = 0x7F);
                 }
             }
@@ -254,10 +258,10 @@ fn a_second_round_trip_equals_the_first() {
         let at = |name: &str| dir.path().join(name);
         let checkpoint = restorable(folder, dir.path());
         let native = to(LayoutName::Native);
-        let first = written(model, &checkpoint, &native, at("native-1"));
-        let first = written(model, &first, &quantized(None), at("hf-1"));
-        let second = written(model, &first, &native, at("native-2"));
-        let second = written(model, &second, &quantized(None), at("hf-2"));
+        let first = write_view(model, &checkpoint, &native, at("native-1"));
+        let first = write_view(model, &first, &quantized(None), at("hf-1"));
+        let second = write_view(model, &first, &native, at("native-2"));
+        let second = write_view(model, &second, &quantized(None), at("hf-2"));
         let (first, second) = (tensors_of_dir(&first), tensors_of_dir(&second));
         assert!(first.keys().eq(second.keys()), "{folder}");
         for (name, tensor) in &first {
@@ -269,13 +273,13 @@ fn a_second_round_trip_equals_the_first() {
     }
 }
 
-/// Half a step of the code that `x`, in units of the scale, is nearest to.
+/// Half the distance between codes at `x`, in units of the scale.
 fn half_step(code: &str, x: f32) -> f32 {
     let exponent = x.abs().max(f32::MIN_POSITIVE).log2().floor();
     match code {
-        // Three bits of mantissa; below 2^-6 steps of 2^-9.
+        // A mantissa of 3 bits; below 2^-6, steps of 2^-9.
         "F8_E4M3" => (exponent.max(-6.0) - 4.0).exp2(),
-        // 0, 0.5, 1, 1.5, 2, 3, 4, 6; the power of two of the scale is at least amax / 6.
+        // Values 0, 0.5, 1, 1.5, 2, 3, 4, 6. The scale is a power of two of at least amax / 6.
         "I8" => (exponent.clamp(0.0, 2.0) - 2.0).exp2(),
         // Integers; -8 to 7.
         "I32" => 0.5,
@@ -284,7 +288,7 @@ fn half_step(code: &str, x: f32) -> f32 {
 }
 
 #[test]
-fn what_is_quantized_is_within_half_a_step() {
+fn quantization_error_is_at_most_half_a_step() {
     for (folder, model, scale) in [
         ("mimo-v2-flash", "mimo-v2-flash", "weight_scale_inv"),
         ("deepseek-v4-flash", "deepseek-v4", "scale"),
@@ -294,7 +298,7 @@ fn what_is_quantized_is_within_half_a_step() {
         let checkpoint = restorable(folder, dir.path());
         let f32s = PlanOptions { dtype: Float::F32, ..to(LayoutName::Hf) };
         let before = tensors_of_engine(&engine(model, &checkpoint, &f32s));
-        let back = written(model, &checkpoint, &quantized(None), dir.path().join("back"));
+        let back = write_view(model, &checkpoint, &quantized(None), dir.path().join("back"));
         let stored = tensors_of_dir(&back);
         let after = tensors_of_engine(&engine(model, &back, &f32s));
         let number = |b: &[u8]| f32::from_le_bytes(b.try_into().unwrap());
@@ -324,7 +328,7 @@ fn what_is_quantized_is_within_half_a_step() {
                     "F8_E8M0" => (f32::from(scales[at]) - 127.0).exp2(),
                     other => panic!("a scale of {other}"),
                 };
-                // A scale that is stored as BF16 is off by up to 2^-8 of its codes, up to 7.
+                // A BF16 scale has a relative error of up to 2^-8, and codes are at most 7.
                 let rounded = if scale_dtype == "BF16" { 7.0 / 256.0 } else { 1e-5 };
                 let bound = scale * (half_step(code, x / scale) * 1.001 + rounded);
                 assert!(
@@ -339,12 +343,12 @@ fn what_is_quantized_is_within_half_a_step() {
 }
 
 #[test]
-fn config_says_what_the_view_is() {
+fn config_json_states_the_quantization_of_the_view() {
     for (folder, model) in FAMILIES {
         let dir = tempfile::tempdir().unwrap();
         let checkpoint = golden(folder).join("checkpoint");
         let native =
-            written(model, &checkpoint, &to(LayoutName::Native), dir.path().join("native"));
+            write_view(model, &checkpoint, &to(LayoutName::Native), dir.path().join("native"));
         let mut config: serde_json::Value = serde_json::from_slice(&config_of(&native)).unwrap();
         let original = config.clone();
         config.as_object_mut().unwrap().remove("quantization_config");
@@ -359,7 +363,8 @@ fn config_says_what_the_view_is() {
             let text_config = view.get("text_config").and_then(|t| t.get("quantization_config"));
             let new = view.get("quantization_config").or(text_config);
             let Some(old) = at_top.or(nested) else {
-                // The release of this toy is plain, and its sister is FP8.
+                // The release of this toy is plain. Without an original it is quantized like its
+                // FP8 sibling.
                 let method = new.map(|new| new["quant_method"].clone());
                 assert_eq!(folder, "qwen3-vl-moe");
                 assert_eq!(method, from.is_none().then(|| "fp8".into()));
@@ -369,13 +374,14 @@ fn config_says_what_the_view_is() {
             assert_eq!(text_config.is_some(), at_top.is_none(), "{folder}");
             let (mut new, mut old) = (new.clone(), old.clone());
             if from.is_none() {
-                // TOML has no null, and the list is what this view leaves plain.
+                // TOML has no null, and the list names what this view leaves unquantized.
                 for value in [&mut new, &mut old] {
                     drop_nulls(value);
                     value.as_object_mut().unwrap().shift_remove("ignored_layers");
                 }
                 if folder == "deepseek-v4-base" {
-                    // New F32 scales are no powers of two, and config.json does not say they are.
+                    // New F32 scales are not powers of two, so config.json must not state
+                    // `scale_fmt`.
                     old.as_object_mut().unwrap().shift_remove("scale_fmt").unwrap();
                 }
             }
@@ -384,7 +390,7 @@ fn config_says_what_the_view_is() {
     }
 }
 
-/// Takes the keys whose value is null out of an object and of those within it.
+/// Removes keys whose value is null from an object and the objects within it.
 fn drop_nulls(value: &mut serde_json::Value) {
     if let Some(object) = value.as_object_mut() {
         object.retain(|_, value| !value.is_null());
@@ -392,19 +398,19 @@ fn drop_nulls(value: &mut serde_json::Value) {
     }
 }
 
-/// Where the listing of the reference's `to_hf` and ours differ, and why.
-const LISTING_DIFFERS: [(&str, &str, &str); 7] = [
-    ("mimo-v2-flash", "eh_proj.weight", "published checkpoints hold it in BF16"),
-    ("mimo-v2-flash", "k_proj.weight_scale_inv", "2 shards as the checkpoint, not 4"),
+/// Folder, part of a name, and why its dtype or shape differs from the reference's `to_hf`.
+const KNOWN_DIFFERENCES: [(&str, &str, &str); 7] = [
+    ("mimo-v2-flash", "eh_proj.weight", "published checkpoints have it in BF16"),
+    ("mimo-v2-flash", "k_proj.weight_scale_inv", "2 shards as in the checkpoint, not 4"),
     ("kimi-k25-vl", "weight_shape", "I32 as published, not I64"),
     ("kimi-k25-vl", "weight_scale", "BF16 as published, not F16"),
     ("kimi-k25-vl", "e_score_correction_bias", "F32 as published, not BF16"),
-    ("qwen3-vl-moe", "_proj", "FP8 as its FP8 release, not plain"),
+    ("qwen3-vl-moe", "_proj", "FP8 as in its FP8 release, not plain"),
     ("deepseek-v4-flash", ".scale", "E8M0 beside FP4 experts, not F32"),
 ];
 
 #[test]
-fn the_references_listing_is_reproduced() {
+fn names_dtypes_and_shapes_equal_to_hf_of_the_reference() {
     for (folder, model) in FAMILIES {
         let native = golden(folder);
         let dir = tempfile::tempdir().unwrap();
@@ -436,12 +442,12 @@ fn the_references_listing_is_reproduced() {
             let differ: Vec<&&str> =
                 names.filter(|name| got.get(*name) != expected.get(*name)).collect();
             let known = |name: &str| {
-                LISTING_DIFFERS.iter().any(|(f, part, _)| *f == folder && name.contains(part))
+                KNOWN_DIFFERENCES.iter().any(|(f, part, _)| *f == folder && name.contains(part))
             };
             let unknown: Vec<_> = differ.iter().filter(|name| !known(name)).collect();
             assert!(unknown.is_empty(), "{folder}, {key}: {unknown:?}");
-            // Only what is quantized differs without quantization, but for Kimi's biases.
-            let explained = LISTING_DIFFERS.iter().any(|(f, part, _)| {
+            // Without quantization, only Kimi's biases differ.
+            let explained = KNOWN_DIFFERENCES.iter().any(|(f, part, _)| {
                 *f == folder && (key == "quantization=True" || *part == "e_score_correction_bias")
             });
             assert_eq!(!differ.is_empty(), explained, "{folder}, {key}");
@@ -464,24 +470,24 @@ fn torch_dtype(name: &str) -> &str {
 }
 
 #[test]
-fn native_sources_may_have_any_float() {
+fn native_sources_may_be_f16_or_f32() {
     for dtype in [Float::F16, Float::F32] {
         let dir = tempfile::tempdir().unwrap();
         let checkpoint = restorable("deepseek-v4-flash", dir.path());
         let native = PlanOptions { dtype, ..to(LayoutName::Native) };
-        let native = written("deepseek-v4", &checkpoint, &native, dir.path().join("native"));
+        let native = write_view("deepseek-v4", &checkpoint, &native, dir.path().join("native"));
         let engine = engine("deepseek-v4", &native, &to(LayoutName::Hf));
         let expert = "layers.1.ffn.experts.2.w1.weight";
         let tensor = engine.plan().tensors.iter().find(|t| &*t.name == expert).unwrap();
         assert_eq!(tensor.dtype.name(), "BF16", "experts have the output dtype");
         let linear = "layers.1.attn.wq_b.weight";
         let tensor = engine.plan().tensors.iter().find(|t| &*t.name == linear).unwrap();
-        assert_eq!(tensor.dtype, dtype.dtype(), "what is not grouped keeps its own");
+        assert_eq!(tensor.dtype, dtype.dtype(), "tensors that are not grouped keep their dtype");
     }
 }
 
 #[test]
-fn a_router_bias_of_a_hash_layer_does_not_come_back() {
+fn router_biases_of_hash_layers_are_dropped_in_text_models() {
     let dir = tempfile::tempdir().unwrap();
     let golden = golden("deepseek-v4-flash");
     let mut tensors = tensors_of(&golden.join("native.safetensors"));
@@ -495,9 +501,9 @@ fn a_router_bias_of_a_hash_layer_does_not_come_back() {
         write(dir.path(), text.as_bytes(), &tensors);
         let engine = engine("deepseek-v4", dir.path(), &to(LayoutName::Hf));
         let plan = engine.plan();
-        let there = |name| plan.tensors.iter().any(|t| &*t.name == name);
-        assert!(there("layers.2.ffn.gate.bias"));
-        assert_eq!(there("layers.0.ffn.gate.bias"), comes_back, "vision_n_layers {vision}");
+        let has = |name| plan.tensors.iter().any(|t| &*t.name == name);
+        assert!(has("layers.2.ffn.gate.bias"));
+        assert_eq!(has("layers.0.ffn.gate.bias"), comes_back, "vision_n_layers {vision}");
         assert_eq!(
             plan.summary.dropped.contains_key("hash layers have no router bias"),
             !comes_back
@@ -506,9 +512,9 @@ fn a_router_bias_of_a_hash_layer_does_not_come_back() {
 }
 
 #[test]
-fn scales_of_the_largest_magnitude_show_in_the_codes() {
-    // K and V of numbers that are all different, quantized on their fused grid: the codes alone
-    // tell that grid from the plain one.
+fn verify_tells_fused_scales_from_plain_ones_by_the_largest_codes() {
+    // K and V have random values and are quantized on their fused grid, so only the codes tell that
+    // grid from the plain one.
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = restorable("mimo-v2-flash", dir.path());
     let mut native =
@@ -516,7 +522,7 @@ fn scales_of_the_largest_magnitude_show_in_the_codes() {
     let mut state = 1u32;
     let mut number = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        // From 0.5 to 1 in steps of 2^-16, before BF16.
+        // From 0.5 to 1 in steps of 2^-16, before the rounding to BF16.
         bf16::from_f32(f32::from_bits(0x3F00_0000 | (state >> 9 & 0x7F_FFFF))).to_le_bytes()
     };
     for (name, (_, _, bytes)) in &mut native {
@@ -524,8 +530,8 @@ fn scales_of_the_largest_magnitude_show_in_the_codes() {
         if fused && (name.contains("k_proj") || name.contains("v_proj")) {
             let scaled = |pair: &mut [u8]| pair.copy_from_slice(&number());
             bytes.chunks_mut(2).for_each(scaled);
-            // One largest number in each block of the fused grid; none in rows 128 to 255 of K, which
-            // are a block of the plain one.
+            // One largest value in each block of the fused grid, but none in rows 128 to 255 of K,
+            // which are one block of the plain grid.
             let rows =
                 if name.contains("k_proj") { [5, 300].as_slice() } else { &[10, 70, 140, 198] };
             for row in rows {
@@ -538,7 +544,7 @@ fn scales_of_the_largest_magnitude_show_in_the_codes() {
     }
     let source = dir.path().join("native");
     write(&source, &config_of(&checkpoint), &native);
-    let back = written("mimo-v2-flash", &source, &quantized(None), dir.path().join("back"));
+    let back = write_view("mimo-v2-flash", &source, &quantized(None), dir.path().join("back"));
     let blocks = |reading| {
         let verdict = common::verified(&back, &["--kv-scales", reading]);
         let count = |key| verdict["fp8_blocks"][key].as_u64().unwrap();

@@ -1,4 +1,4 @@
-//! The command as a person runs it: exit codes, messages, and what needs no mount.
+//! The command line: exit codes, messages, and the subcommands that do not mount.
 
 mod common;
 
@@ -26,7 +26,7 @@ fn stderr(output: &Output) -> String {
 }
 
 #[test]
-fn exit_codes_tell_usage_from_failure() {
+fn exit_codes_distinguish_usage_errors_from_failures() {
     let dir = tempfile::tempdir().unwrap();
     let at = dir.path().to_str().unwrap();
     let absent = dir.path().join("absent");
@@ -52,18 +52,21 @@ fn exit_codes_tell_usage_from_failure() {
     ];
     for (args, code, message) in table {
         let output = run(args);
-        let said = stderr(&output);
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
-        assert!(said.contains(message), "{args:?}: {said}");
+        let printed = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {printed}");
+        assert!(printed.contains(message), "{args:?}: {printed}");
         assert_eq!(stdout(&output), "", "{args:?}");
         if code == 1 {
-            assert!(said.starts_with("mount-ckpt: ") && said.lines().count() == 1, "{said}");
+            assert!(
+                printed.starts_with("mount-ckpt: ") && printed.lines().count() == 1,
+                "{printed}"
+            );
         }
     }
 }
 
 #[test]
-fn what_was_asked_for_goes_to_stdout() {
+fn requested_output_goes_to_stdout() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = checkpoint();
     let src = checkpoint.to_str().unwrap();
@@ -91,11 +94,11 @@ fn what_was_asked_for_goes_to_stdout() {
 #[test]
 fn the_long_version_names_commit_target_and_kernels() {
     assert_eq!(stdout(&run(&["-V"])), concat!("mount-ckpt ", env!("CARGO_PKG_VERSION"), "\n"));
-    let said = stdout(&run(&["--version"]));
-    let (first, second) = said.trim_end().split_once('\n').unwrap();
+    let printed = stdout(&run(&["--version"]));
+    let (first, second) = printed.trim_end().split_once('\n').unwrap();
     assert_eq!(first, concat!("mount-ckpt ", env!("CARGO_PKG_VERSION")));
 
-    // The commit of the checkout that this test is compiled in; a package has none.
+    // The commit of the checkout in which this test was compiled. A package has none.
     let git = Command::new("git")
         .args(["-c", "safe.directory=*", "rev-parse", "--short", "HEAD"])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
@@ -105,17 +108,17 @@ fn the_long_version_names_commit_target_and_kernels() {
     let commit = head.filter(|_| checkout).unwrap_or("unknown".to_owned());
     let (built, kernels) = second.split_once(", kernels: ").unwrap();
     let target = built.strip_prefix(&format!("commit {}, ", commit.trim())).unwrap();
-    assert!(target.starts_with(std::env::consts::ARCH), "{said}");
+    assert!(target.starts_with(std::env::consts::ARCH), "{printed}");
 
     let (names, used) = kernels.strip_suffix(" is used)").unwrap().split_once(" (").unwrap();
     let names: Vec<&str> = names.split(", ").collect();
     assert_eq!((names[0], names[names.len() - 1]), (used, "portable"), "fastest first");
-    // A manual page that is made on one machine is read on another.
+    // A manual page may be generated on another machine than the one it is read on.
     assert!(!stdout(&run(&["man"])).contains("kernels:"));
 }
 
 #[test]
-fn verify_reads_everything_and_finds_a_cut_shard() {
+fn verify_reads_everything_and_finds_a_truncated_shard() {
     let dir = tempfile::tempdir().unwrap();
     let broken = dir.path().join("checkpoint");
     copy_files(&checkpoint(), &broken);
@@ -134,7 +137,7 @@ fn verify_reads_everything_and_finds_a_cut_shard() {
 }
 
 #[test]
-fn an_export_goes_on_where_it_was_interrupted() {
+fn an_interrupted_export_is_resumed() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("deep/out");
     let checkpoint = checkpoint();
@@ -144,7 +147,7 @@ fn an_export_goes_on_where_it_was_interrupted() {
     let (shard, config) = (shards_of(&out).remove(0), out.join("config.json"));
     let (whole, before) = (fs::read(&shard).unwrap(), inode(&config));
 
-    // As an export that was killed leaves it: one file half written, under its other name.
+    // The state after an export was killed: one file half written, under its temporary name.
     fs::write(shard.with_extension("safetensors.partial"), &whole[..whole.len() / 2]).unwrap();
     fs::remove_file(&shard).unwrap();
     let second = run(&args);

@@ -1,5 +1,5 @@
-//! What stands beside a quantized weight, or config.json says of it, and cannot be honoured is
-//! refused, whatever `--unmapped` says.
+//! A checkpoint whose quantization has a part that is not supported, in a tensor next to a weight
+//! or in config.json, is refused, whatever `--unmapped` says.
 
 mod common;
 
@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 const LAYOUTS: [LayoutName; 3] = [LayoutName::Hf, LayoutName::Native, LayoutName::Transformers];
 
-/// All messages, by every layout and every way with tensors that no rule takes.
+/// Opens the checkpoint with every layout and every value of `--unmapped`. `Ok` is the message of a
+/// refusal, `Err` the summary of a plan that was accepted.
 fn refusals(toy: &Toy) -> Vec<Result<String, String>> {
     let ways = [Unmapped::Refuse, Unmapped::Keep, Unmapped::Drop];
     let options = LAYOUTS.iter().flat_map(|layout| {
@@ -31,17 +32,17 @@ fn refusals(toy: &Toy) -> Vec<Result<String, String>> {
         .collect()
 }
 
-/// The refusal of a zero point beside INT4 advised `--unmapped drop`; followed, 99.6 % of the
-/// weights were wrong and `verify` passed.
+/// Regression: the message about a zero point next to INT4 advised `--unmapped drop`. With that
+/// option, 99.6 % of the weights were wrong and `verify` passed.
 #[test]
-fn a_part_that_changes_every_number_is_refused() {
+fn unsupported_quantization_tensors_are_refused() {
     let kimi = "language_model.model.layers.1";
     let cases: &[(&str, &str, &str)] = &[
         ("kimi-k25-vl", "~.1.up_proj.weight", "~.1.up_proj.weight_zero_point"),
         ("kimi-k25-vl", "~.1.up_proj.weight", "~.1.up_proj.weight_g_idx"),
         ("kimi-k25-vl", "~.1.up_proj.weight", "~.1.up_proj.qzeros"),
         ("kimi-k25-vl", "~.1.up_proj.weight", "~.1.up_proj.g_idx"),
-        // Rules that take whatever stands in attention take no zero point.
+        // Rules that match all tensors of attention must not match a zero point.
         ("kimi-k25-vl", "@.self_attn.o_proj.weight", "@.self_attn.o_proj.weight_zero_point"),
         ("kimi-k25-vl", "@.self_attn.o_proj.weight", "@.self_attn.o_proj.weight_g_idx"),
         ("deepseek-v3", "~.1.up_proj.weight", "~.1.up_proj.weight_zero_point"),
@@ -57,7 +58,7 @@ fn a_part_that_changes_every_number_is_refused() {
         ),
         ("gpt-oss", "~.gate_up_proj", "~.gate_up_proj_zero_point"),
         ("gpt-oss", "~.down_proj", "~.down_proj_global_scale"),
-        // A second scale is one too many, whichever of the two is right.
+        // A second scale is refused, since it is unknown which of the two is right.
         ("deepseek-v3", "~.1.up_proj.weight", "~.1.up_proj.weight_scale"),
     ];
     for (family, matrix, part) in cases {
@@ -75,9 +76,9 @@ fn a_part_that_changes_every_number_is_refused() {
     }
 }
 
-/// Scales of activations change no weight: they are for the user to decide on.
+/// Scales of activations do not change weights, so `--unmapped` decides about them.
 #[test]
-fn a_scale_of_activations_is_no_such_part() {
+fn activation_scales_follow_the_unmapped_option() {
     for name in ["~.1.up_proj.input_scale", "model.layers.1.self_attn.o_proj.input_scale"] {
         let mut toy = Toy::golden("deepseek-v3");
         toy.add(name, Dtype::F32, &[]);
@@ -86,9 +87,9 @@ fn a_scale_of_activations_is_no_such_part() {
     }
 }
 
-/// `symmetric`, `num_bits`, `format` and `actorder` of config.json were never read.
+/// Regression: `symmetric`, `num_bits`, `format` and `actorder` of config.json were ignored.
 #[test]
-fn what_config_json_says_of_packed_int4_is_heeded() {
+fn unsupported_int4_settings_in_config_json_are_refused() {
     let weights = "text_config.quantization_config.config_groups.group_0.weights";
     let format = "text_config.quantization_config.format";
     let cases: &[(&str, &str, Value, bool)] = &[
@@ -116,7 +117,7 @@ fn what_config_json_says_of_packed_int4_is_heeded() {
             }
         }
     }
-    // The same at the top level, and of plain weights, of which it says nothing.
+    // The same at the top level of config.json. For plain weights these keys do not matter.
     let mut toy = Toy::golden("kimi-k25-vl");
     toy.set(&format!("{weights}.symmetric"), false);
     let stated = toy.config["text_config"]["quantization_config"].take();

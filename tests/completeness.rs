@@ -1,4 +1,5 @@
-//! What a checkpoint lacks is said, and what releases and their copies leave out is not missed.
+//! Tensors that a model needs are reported if they are missing. Tensors that releases, or copies of
+//! them, leave out are not required.
 
 mod common;
 
@@ -18,7 +19,7 @@ fn to(layout: LayoutName) -> PlanOptions {
     PlanOptions { to: Some(layout), ..PlanOptions::default() }
 }
 
-/// A tensor's name without the end that payloads, scales and shapes have.
+/// The matrix that a payload, scale or shape tensor belongs to; other names unchanged.
 fn matrix_of(name: &str, names: &BTreeSet<&str>) -> String {
     let ends = ["_scale_inv", "_packed", "_scale", "_shape", "_blocks", "_scales"];
     let of_weight = |m: &&str| m.ends_with(".weight") || m.ends_with("_proj");
@@ -29,7 +30,7 @@ fn matrix_of(name: &str, names: &BTreeSet<&str>) -> String {
     weight.filter(|w| names.contains(&**w)).unwrap_or_else(|| name.to_owned())
 }
 
-/// Numbers of layers and blocks as `N`.
+/// The name with the numbers of layers and blocks replaced by `N`.
 fn folded(name: &str) -> String {
     let parts: Vec<&str> = name.split('.').collect();
     let of_layer = |i: usize| {
@@ -40,33 +41,33 @@ fn folded(name: &str) -> String {
     (0..parts.len()).map(fold).collect::<Vec<_>>().join(".")
 }
 
-/// What each family may lack: its MTP layers share the model's embedding and head or have no sinks,
-/// and biases that stand once in a vision tower are not known.
+/// Parts of the names of tensors that a family may lack: its MTP layers may share the embedding and
+/// the head of the model.
 const MAY_LACK: &[(&str, &[&str])] = &[
     ("deepseek-v3", &["model.layers.N.embed_tokens.", "model.layers.N.shared_head.head."]),
     ("glm4-moe", &["model.layers.N.embed_tokens.", "model.layers.N.shared_head.head."]),
 ];
 
-/// A norm, an embedding, a head, a projection, a router, shared experts or a layer's whole MLP were
-/// missing, and the mount came up without a word.
+/// Regression: a checkpoint without a norm, an embedding, a head, a projection, a router, shared
+/// experts or the MLP of a layer was mounted without a message.
 #[test]
-fn whatever_a_model_needs_is_missed_in_its_published_layout() {
-    assert_needed(LayoutName::Hf, LayoutName::Native);
+fn every_needed_tensor_is_required_in_the_published_layout() {
+    assert_every_tensor_is_required(LayoutName::Hf, LayoutName::Native);
 }
 
 #[test]
-fn whatever_a_model_needs_is_missed_in_the_native_layout() {
-    assert_needed(LayoutName::Native, LayoutName::Hf);
+fn every_needed_tensor_is_required_in_the_native_layout() {
+    assert_every_tensor_is_required(LayoutName::Native, LayoutName::Hf);
 }
 
 #[test]
-fn whatever_a_model_needs_is_missed_in_the_layout_of_transformers() {
-    assert_needed(LayoutName::Transformers, LayoutName::Hf);
+fn every_needed_tensor_is_required_in_the_transformers_layout() {
+    assert_every_tensor_is_required(LayoutName::Transformers, LayoutName::Hf);
 }
 
-/// Leaves out every matrix in turn: in the first and the last layer that has it, and of one expert.
-fn assert_needed(layout: LayoutName, target: LayoutName) {
-    let mut silent = Vec::new();
+/// Omits each matrix in turn: in the first and the last layer that has it, and in one expert.
+fn assert_every_tensor_is_required(layout: LayoutName, target: LayoutName) {
+    let mut accepted = Vec::new();
     for family in FAMILIES {
         let toy = Toy::in_layout(family, layout);
         let allowed = MAY_LACK.iter().find(|(m, _)| *m == toy.model).map_or(&[][..], |r| r.1);
@@ -78,18 +79,18 @@ fn assert_needed(layout: LayoutName, target: LayoutName) {
             matrices.entry(matrix_of(name, &names)).or_default().insert(name);
         }
         matrices.retain(|m, _| !m.contains(".experts.0.") && !m.contains(".experts.2."));
-        let mut alike: BTreeMap<String, Vec<&String>> = BTreeMap::new();
+        let mut by_kind: BTreeMap<String, Vec<&String>> = BTreeMap::new();
         for matrix in matrices.keys() {
-            alike.entry(folded(matrix)).or_default().push(matrix);
+            by_kind.entry(folded(matrix)).or_default().push(matrix);
         }
-        for (kind, of_layers) in &alike {
+        for (kind, of_layers) in &by_kind {
             let may_lack = allowed.iter().any(|a| kind.contains(a));
             let ends: BTreeSet<&&String> =
                 of_layers.first().into_iter().chain(of_layers.last()).collect();
             for matrix in ends {
                 list_without(&toy, dir.path(), &matrices[*matrix]);
                 match plan(toy.model, dir.path(), &to(target)) {
-                    Ok(_) if !may_lack => silent.push(format!("{family} `{matrix}`")),
+                    Ok(_) if !may_lack => accepted.push(format!("{family} `{matrix}`")),
                     Err(e) if may_lack => panic!("{family} `{matrix}`: {e}"),
                     Err(e) => assert!(e.to_string().contains("missing"), "{matrix}: {e}"),
                     Ok(_) => {}
@@ -97,10 +98,11 @@ fn assert_needed(layout: LayoutName, target: LayoutName) {
             }
         }
     }
-    assert_eq!(silent, Vec::<String>::new());
+    assert_eq!(accepted, Vec::<String>::new());
 }
 
-/// Writes the index of a toy without some names: what an index does not list is not there.
+/// Writes the index of a toy without some names. Tensors that the index does not list are not part
+/// of the checkpoint.
 fn list_without(toy: &Toy, dir: &Path, names: &BTreeSet<&str>) {
     let listed = toy.tensors.iter().filter(|(name, _)| !names.contains(&***name));
     let map: BTreeMap<&String, String> = listed.map(|(n, t)| (n, shard_name(t.shard))).collect();
@@ -108,36 +110,38 @@ fn list_without(toy: &Toy, dir: &Path, names: &BTreeSet<&str>) {
     fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
 }
 
-/// Rows of a table: a family, what was left out of its checkpoint and config.json, and why.
+/// A family, and what is omitted from its checkpoint and config.json.
 type Case = (&'static str, fn(&mut Toy) -> &mut Toy);
 
 #[test]
-fn what_releases_and_their_copies_leave_out_is_not_missed() {
+fn tensors_that_releases_leave_out_are_not_required() {
     let cases: &[Case] = &[
-        // MTP layers are removed, with and without config.json saying so.
+        // MTP layers are missing, with and without a change of config.json.
         ("deepseek-v3", |t| t.drop_all("model.layers.2.")),
         ("deepseek-v3", |t| t.drop_all("model.layers.2.").set("num_nextn_predict_layers", 0)),
         ("glm4-moe", |t| t.drop_all("model.layers.2.").unset("num_nextn_predict_layers")),
         ("deepseek-v4-flash", |t| t.drop_all("mtp.")),
         ("mimo-v2-flash", |t| t.drop_all("model.mtp.")),
-        // Or only what they have of the model's own.
+        // MTP layers without their copy of the embedding and the head.
         ("deepseek-v3", |t| t.drop_all("layers.2.embed").drop_all("layers.2.shared_head.head")),
         ("glm4-moe", |t| t.drop_all("layers.2.embed").drop_all("layers.2.shared_head.head")),
-        // The embedding is the head.
+        // The head is tied to the embedding.
         ("qwen3-moe", |t| t.drop_all("lm_head").set("tie_word_embeddings", true)),
         ("gpt-oss", |t| t.drop_all("lm_head").set("tie_word_embeddings", true)),
         ("deepseek-v4-flash", |t| t.drop_all("head.w").set("tie_word_embeddings", true)),
         ("qwen3-vl-moe", |t| t.drop_all("lm_head").set("tie_word_embeddings", true)),
         ("kimi-k25-vl", |t| t.drop_all("lm_head").set("tie_word_embeddings", true)),
-        // Fewer layers, and a config.json that says so: V3's dense one, V4's hash layers.
-        ("deepseek-v3", |t| cut(t, "model.layers.", 1, 3).set("num_nextn_predict_layers", 0)),
-        ("glm4-moe", |t| cut(t, "model.layers.", 1, 3).set("num_nextn_predict_layers", 0)),
-        ("qwen3-moe", |t| cut(t, "model.layers.", 1, 2)),
-        ("mimo-v2-flash", |t| cut(t, "model.layers.", 1, 3)),
-        ("mimo-v2-flash", |t| cut(t, "model.layers.", 2, 3)),
-        ("deepseek-v4-flash", |t| cut(t, "layers.", 1, 4)),
-        ("deepseek-v4-flash", |t| cut(t, "layers.", 2, 4)),
-        ("deepseek-v4-base", |t| cut(t, "layers.", 3, 4)),
+        // Fewer layers, as config.json states: only V3's dense layer, only V4's hash layers.
+        ("deepseek-v3", |t| {
+            first_layers(t, "model.layers.", 1, 3).set("num_nextn_predict_layers", 0)
+        }),
+        ("glm4-moe", |t| first_layers(t, "model.layers.", 1, 3).set("num_nextn_predict_layers", 0)),
+        ("qwen3-moe", |t| first_layers(t, "model.layers.", 1, 2)),
+        ("mimo-v2-flash", |t| first_layers(t, "model.layers.", 1, 3)),
+        ("mimo-v2-flash", |t| first_layers(t, "model.layers.", 2, 3)),
+        ("deepseek-v4-flash", |t| first_layers(t, "layers.", 1, 4)),
+        ("deepseek-v4-flash", |t| first_layers(t, "layers.", 2, 4)),
+        ("deepseek-v4-base", |t| first_layers(t, "layers.", 3, 4)),
         // No shared experts.
         ("deepseek-v3", |t| t.drop_all("shared_experts").set("n_shared_experts", 0)),
         ("deepseek-v3", |t| t.drop_all("shared_experts").unset("n_shared_experts")),
@@ -151,7 +155,7 @@ fn what_releases_and_their_copies_leave_out_is_not_missed() {
         ("glm4-moe", |t| t.drop_all("k_norm").drop_all("q_norm").unset("use_qk_norm")),
         ("glm4-moe", |t| t.drop_all("proj.bias").set("attention_bias", false)),
         ("gpt-oss", |t| t.drop_all("_proj.bias").set("attention_bias", false)),
-        // Attention without a low rank.
+        // Attention without low-rank projections.
         ("deepseek-v3", |t| {
             t.drop_all("q_b_proj").drop_all("q_a_layernorm").rename_all("q_a_proj", "q_proj")
         }),
@@ -161,21 +165,21 @@ fn what_releases_and_their_copies_leave_out_is_not_missed() {
             t.copy("layers.2.ffn.gate.bias", "layers.0.ffn.gate.bias")
                 .copy("layers.2.ffn.gate.bias", "layers.1.ffn.gate.bias")
         }),
-        // Hash layers that were trained with a router's bias.
+        // Hash layers with a router bias.
         ("deepseek-v4-flash", |t| {
             t.copy("layers.2.ffn.gate.bias", "layers.0.ffn.gate.bias")
                 .copy("layers.2.ffn.gate.bias", "layers.1.ffn.gate.bias")
         }),
-        // Sinks nowhere.
+        // No attention sinks.
         ("mimo-v2-flash", |t| t.drop_all("sink_bias").set("add_swa_attention_sink_bias", false)),
-        // The text model alone.
+        // Only the language model.
         ("kimi-k25-vl", |t| t.drop_all("vision_tower").drop_all("mm_projector")),
         ("kimi-k25-vl", |t| {
             t.drop_all("vision_tower").drop_all("mm_projector").unset("vision_config")
         }),
         ("qwen3-vl-moe", |t| t.drop_all("visual")),
         ("qwen3-vl-moe", |t| t.drop_all("visual").unset("vision_config")),
-        // A buffer that some layers have.
+        // A buffer that only some layers have.
         ("deepseek-v3", |t| {
             t.add("model.layers.1.self_attn.rotary_emb.inv_freq", Dtype::F32, &[8])
         }),
@@ -191,8 +195,8 @@ fn what_releases_and_their_copies_leave_out_is_not_missed() {
     }
 }
 
-/// Keeps the first layers and says so.
-fn cut<'t>(toy: &'t mut Toy, layers: &str, keep: usize, all: usize) -> &'t mut Toy {
+/// Keeps the first `keep` layers, and states that in config.json.
+fn first_layers<'t>(toy: &'t mut Toy, layers: &str, keep: usize, all: usize) -> &'t mut Toy {
     for layer in keep..all {
         let start = format!("{layers}{layer}.");
         toy.tensors.retain(|name, _| !name.starts_with(&start));
@@ -200,12 +204,13 @@ fn cut<'t>(toy: &'t mut Toy, layers: &str, keep: usize, all: usize) -> &'t mut T
     toy.set("num_hidden_layers", keep)
 }
 
-/// A tensor that no rule takes became one that every layer needs, whatever `--unmapped` said.
+/// Regression: a tensor without a rule in one layer became required in every layer, whatever
+/// `--unmapped` said.
 #[test]
-fn a_stranger_in_one_layer_is_not_missed_in_another() {
+fn an_unmapped_tensor_in_one_layer_is_not_required_in_another() {
     for family in FAMILIES {
         let mut toy = Toy::golden(family);
-        let experts = toy.whole("~");
+        let experts = toy.full_name("~");
         let layer = experts.split_once(".1.").unwrap().0.to_owned() + ".1";
         toy.add(&format!("{layer}.stranger.weight"), Dtype::BF16, &[4]);
         for layout in LAYOUTS {
@@ -219,9 +224,10 @@ fn a_stranger_in_one_layer_is_not_missed_in_another() {
     }
 }
 
-/// With the `--unmapped` that the refusal advised, such a checkpoint mounted without a layer.
+/// Regression: with the `--unmapped` that the message advised, such a checkpoint was mounted
+/// without any layer.
 #[test]
-fn a_prefix_of_another_model_leaves_no_layer() {
+fn names_with_the_prefix_of_another_model_are_missing_layers() {
     let cases = [
         ("qwen3-vl-moe", "model.language_model.", "model.", "model.language_model.layers.0"),
         ("kimi-k25-vl", "language_model.model.", "model.", "language_model.model.layers.0"),
@@ -244,9 +250,9 @@ fn a_prefix_of_another_model_leaves_no_layer() {
     }
 }
 
-/// What may be missing is named, and the rest is still missed.
+/// The summary names tensors that may be missing; other missing tensors are still errors.
 #[test]
-fn what_is_allowed_to_be_missing_is_named() {
+fn allow_missing_reports_its_tensors_and_keeps_other_checks() {
     let dir = tempfile::tempdir().unwrap();
     let mut toy = Toy::golden("qwen3-moe");
     toy.drop("model.norm.weight").drop("model.layers.1.self_attn.q_proj.weight");

@@ -1,4 +1,5 @@
-//! config.json of a view says what was written, whatever the source's config.json said.
+//! config.json of a view states the quantization and dtype of the view, whatever the config.json of
+//! the source states.
 
 mod common;
 
@@ -13,17 +14,17 @@ fn written(toy: &Toy) -> tempfile::TempDir {
     dir
 }
 
-/// A view of a toy.
+/// Exports a view of a toy.
 fn view(toy: &Toy, options: &[&str]) -> tempfile::TempDir {
     exported(written(toy).path(), options).unwrap_or_else(|e| panic!("{}: {e}", toy.model))
 }
 
-const BACK: [&str; 4] = ["--to", "hf", "--quantize", "checkpoint"];
+const QUANTIZE: [&str; 4] = ["--to", "hf", "--quantize", "checkpoint"];
 
-/// `quantization_config` was copied from the source: groups of 128 were stated beside scales of
-/// groups of 32, blocks of 64 rows beside blocks of 128, bitsandbytes beside FP8.
+/// Regression: `quantization_config` was copied from the source. It stated groups of 128 for scales
+/// of groups of 32, blocks of 64 rows for blocks of 128, and bitsandbytes for FP8.
 #[test]
-fn a_quantized_view_states_the_blocks_that_it_has() {
+fn config_json_states_the_block_size_of_a_quantized_view() {
     let groups = json!({ "group_0": { "weights": {
         "num_bits": 8, "type": "int", "symmetric": false, "group_size": 128
     } } });
@@ -41,7 +42,7 @@ fn a_quantized_view_states_the_blocks_that_it_has() {
             let place =
                 if text { "text_config.quantization_config" } else { "quantization_config" };
             toy.set(place, stale.clone());
-            let view = view(&toy, &BACK);
+            let view = view(&toy, &QUANTIZE);
             let config = config_of(view.path());
             let stated = if text { &config["text_config"] } else { &config };
             let stated = &stated["quantization_config"];
@@ -57,17 +58,17 @@ fn a_quantized_view_states_the_blocks_that_it_has() {
                 assert_eq!(stated.get("scale_fmt"), None, "{family} {stale}");
                 assert_eq!(stated.get("config_groups"), None, "{family} {stale}");
             }
-            // A view that states other blocks than it has is refused when it is read again.
+            // Opening a checkpoint with wrong block sizes in config.json fails.
             exported(view.path(), &["--to", "native"]).unwrap_or_else(|e| panic!("{family}: {e}"));
         }
     }
 }
 
-/// `scale_fmt: ue8m0` was copied, and no scale was a power of two.
+/// Regression: `scale_fmt: ue8m0` was copied, although no scale was a power of two.
 #[test]
-fn powers_of_two_are_stated_where_all_scales_are_such() {
+fn scale_fmt_is_stated_only_where_all_scales_are_powers_of_two() {
     for (family, stated) in [("deepseek-v4-flash", true), ("deepseek-v4-base", false)] {
-        let view = view(&Toy::in_layout(family, LayoutName::Native), &BACK);
+        let view = view(&Toy::in_layout(family, LayoutName::Native), &QUANTIZE);
         let config = config_of(view.path());
         let format = config["quantization_config"].get("scale_fmt");
         assert_eq!(format, stated.then(|| json!("ue8m0")).as_ref(), "{family}");
@@ -83,10 +84,11 @@ fn powers_of_two_are_stated_where_all_scales_are_such() {
     }
 }
 
-/// Kimi K2 Thinking's attention, shared experts and dense layers became FP8 beside a config.json
-/// that says compressed-tensors and leaves them out: any loader takes the codes for weights.
+/// Regression: attention, shared experts and dense layers of Kimi K2 Thinking were written as FP8,
+/// while config.json stated compressed-tensors and excluded them. A loader would read the codes as
+/// weights.
 #[test]
-fn int4_experts_of_a_release_stand_beside_plain_layers() {
+fn kimi_k2_quantizes_only_its_experts_to_int4() {
     let mut toy = Toy::in_layout("deepseek-v3", LayoutName::Native);
     toy.set("model_type", "kimi_k2").set(
         "quantization_config",
@@ -94,7 +96,7 @@ fn int4_experts_of_a_release_stand_beside_plain_layers() {
     );
     let plain = view(&toy, &["--to", "hf"]);
     let plain = tensors_of_dir(plain.path());
-    let view = view(&toy, &BACK);
+    let view = view(&toy, &QUANTIZE);
     let tensors = tensors_of_dir(view.path());
     assert!(tensors.contains_key("model.layers.1.mlp.experts.0.up_proj.weight_packed"));
     assert!(tensors.contains_key("model.layers.1.self_attn.o_proj.weight"));
@@ -108,16 +110,16 @@ fn int4_experts_of_a_release_stand_beside_plain_layers() {
         }
     }
     assert_eq!(config_of(view.path())["quantization_config"]["format"], "pack-quantized");
-    // FP8 may be compressed-tensors too.
+    // A compressed-tensors config with the format `float-quantized` gives FP8, not INT4.
     toy.set("quantization_config.format", "float-quantized");
-    let view = self::view(&toy, &BACK);
+    let view = self::view(&toy, &QUANTIZE);
     let name = "model.layers.1.mlp.experts.0.up_proj.weight";
     assert_eq!(tensors_of_dir(view.path())[name].0, "F8_E4M3");
     assert_eq!(config_of(view.path())["quantization_config"]["quant_method"], "fp8");
 }
 
-/// Plain weights kept the `quantization_config` that fp8_cast_bf16.py leaves, and a loader
-/// dequantizes twice.
+/// Regression: plain weights kept the `quantization_config` that fp8_cast_bf16.py leaves behind, so
+/// a loader would dequantize them.
 #[test]
 fn a_plain_view_states_no_quantization() {
     let left = json!({ "quant_method": "fp8", "weight_block_size": [128, 128] });
@@ -126,12 +128,13 @@ fn a_plain_view_states_no_quantization() {
         "compression_config",
         "text_config.quantization_config",
         "vision_config.quantization_config",
-        // Composites of composites.
+        // Configs nested in nested configs.
         "thinker_config.text_config.quantization_config",
     ];
     for family in FAMILIES {
         let mut toy = Toy::in_layout(family, LayoutName::Native);
-        // Top-level keys of these families are looked up there first.
+        // An added `text_config` does not matter otherwise: keys are looked up at the top level
+        // first.
         for place in places {
             toy.set(place, left.clone());
         }
@@ -146,12 +149,12 @@ fn a_plain_view_states_no_quantization() {
     }
 }
 
-/// A part of a quantized view that holds nothing quantized said that it was.
+/// Regression: a filtered view without quantized tensors stated a quantization.
 #[test]
-fn a_part_without_quantized_tensors_states_no_quantization() {
+fn a_filtered_view_without_quantized_tensors_states_no_quantization() {
     let toy = Toy::in_layout("deepseek-v3", LayoutName::Native);
     for (part, states) in [(".*norm.*", false), (".*norm.*|.*o_proj.*", true)] {
-        let view = view(&toy, &[&BACK[..], &["--include", part]].concat());
+        let view = view(&toy, &[&QUANTIZE[..], &["--include", part]].concat());
         let config = config_of(view.path());
         assert_eq!(config.get("quantization_config").is_some(), states, "{part}");
     }
@@ -170,15 +173,15 @@ fn files_that_state_a_quantization_are_left_out() {
     for name in names.iter().chain(&["generation_config.json"]) {
         std::fs::write(dir.path().join(name), r#"{"quantization":{"quant_algo":"FP8"}}"#).unwrap();
     }
-    for options in [&["--to", "native"][..], &["--to", "hf"], &BACK] {
+    for options in [&["--to", "native"][..], &["--to", "hf"], &QUANTIZE] {
         let view = exported(dir.path(), options).unwrap();
-        let there = |name: &&&str| view.path().join(name).exists();
-        assert_eq!(names.iter().find(there), None, "{options:?}");
+        let exists = |name: &&&str| view.path().join(name).exists();
+        assert_eq!(names.iter().find(exists), None, "{options:?}");
         assert!(view.path().join("generation_config.json").exists());
     }
 }
 
-/// config.json said bfloat16 of F32 and F16 weights.
+/// Regression: config.json stated bfloat16 for F32 and F16 weights.
 #[test]
 fn the_dtype_of_a_view_is_stated() {
     let cases = [
@@ -193,22 +196,23 @@ fn the_dtype_of_a_view_is_stated() {
             let view = |toy: &Toy| view(toy, &["--to", "native", "--dtype", option]);
             let stated = |toy: &Toy| config_of(view(toy).path()).pointer(key).cloned();
             assert_eq!(stated(&toy), Some(name.into()), "{family}");
-            // What a tool left that took the payloads' dtype.
+            // A value that a tool may have copied from the dtype of the payloads.
             toy.set(&key[1..], "torch.float8_e4m3fn");
             assert_eq!(stated(&toy), Some(name.into()), "{family}");
         }
     }
 }
 
-/// Python writes these constants, which are no JSON: such a config.json was refused.
+/// Regression: a config.json with these constants, which Python writes but JSON does not have, was
+/// refused.
 #[test]
-fn constants_of_python_are_read_and_written() {
+fn infinity_and_nan_in_config_json_are_kept() {
     let dir = written(&Toy::golden("qwen3-moe"));
     let path = dir.path().join("config.json");
     let text = std::fs::read_to_string(&path).unwrap();
     let odd = r#"{"a": Infinity, "b": [-Infinity, "Infinity", "\"NaN"], "c": {"d": NaN}, "#;
     std::fs::write(&path, text.replacen('{', odd, 1)).unwrap();
-    // Two views: the source's own bytes, and a config.json that is written anew.
+    // The first view passes the source's bytes through, the second has a new config.json.
     for dtype in ["bf16", "f32"] {
         let view = exported(dir.path(), &["--to", "native", "--dtype", dtype]).unwrap();
         let text = std::fs::read_to_string(view.path().join("config.json")).unwrap();

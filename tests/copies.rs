@@ -1,4 +1,5 @@
-//! Which copy of a tensor counts, and which files are of a checkpoint.
+//! Which shard provides a tensor that is stored more than once, and which shards belong to a
+//! checkpoint.
 
 mod common;
 
@@ -28,7 +29,8 @@ fn set_index(dir: &Path, index: &Value) {
     fs::write(dir.join(INDEX), index.to_string()).unwrap();
 }
 
-/// Writes an overlay shard of BF16 and FP8 tensors that the index lists, their old copies left.
+/// Writes another shard with newer copies of some tensors, and makes the index point to them. The
+/// old copies remain in their shards.
 fn overlay(dir: &Path, tensors: &[(&str, Dtype, &[usize], &[u8])]) {
     let view =
         |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes).unwrap();
@@ -42,9 +44,9 @@ fn overlay(dir: &Path, tensors: &[(&str, Dtype, &[usize], &[u8])]) {
     set_index(dir, &index);
 }
 
-/// Such a checkpoint was refused: the tensor is in two shards.
+/// Regression: such a checkpoint was refused because the tensor is in two shards.
 #[test]
-fn a_tensor_is_the_copy_that_the_index_names() {
+fn the_index_decides_which_copy_of_a_tensor_is_read() {
     let toy = Toy::golden("mimo-v2-flash");
     let norm = "model.norm.weight";
     let expert = "model.layers.1.mlp.experts.1.up_proj.weight";
@@ -67,7 +69,7 @@ fn a_tensor_is_the_copy_that_the_index_names() {
     let view = tensors_of_dir(view.path());
     assert_eq!(view[norm].2, threes);
     assert_eq!(view[expert].2, [0x00, 0x3F].repeat(ones.len()));
-    // The scales that are taken from it are the overlay's too.
+    // `--scales-from` uses the index, too.
     let dir = dir.path().to_str().unwrap();
     let options = ["--to", "hf", "--quantize", "checkpoint", "--scales-from", dir];
     let view = exported(Path::new(dir), &options).unwrap();
@@ -75,9 +77,9 @@ fn a_tensor_is_the_copy_that_the_index_names() {
     assert_eq!((&view[expert].2, &view[&scale].2), (&ones, &halves));
 }
 
-/// Tensors that no index lists were served.
+/// Regression: tensors that the index does not list were served.
 #[test]
-fn a_tensor_that_the_index_does_not_list_is_not_there() {
+fn a_tensor_that_the_index_does_not_list_is_ignored() {
     let mut toy = Toy::golden("qwen3-moe");
     toy.add("lm_head.bias", Dtype::BF16, &[40]);
     let dir = written(&toy);
@@ -97,9 +99,10 @@ fn a_tensor_that_the_index_does_not_list_is_not_there() {
     assert!(message.contains(why), "{message}");
 }
 
-/// The advice was to complete the download, though every shard was there under another count.
+/// Regression: the message advised to complete the download, although all shards existed under
+/// other names.
 #[test]
-fn an_index_of_other_shards_is_called_out_of_date() {
+fn an_index_that_names_other_shards_is_reported_as_out_of_date() {
     let dir = written(&Toy::golden("qwen3-moe"));
     let mut stale = index(dir.path());
     for file in stale["weight_map"].as_object_mut().unwrap().values_mut() {
@@ -116,9 +119,9 @@ fn an_index_of_other_shards_is_called_out_of_date() {
     assert!(message.contains("complete the download"), "{message}");
 }
 
-/// safetensors reads a null as no metadata.
+/// safetensors accepts `"__metadata__": null`.
 #[test]
-fn null_metadata_is_none() {
+fn null_metadata_is_accepted() {
     let dir = written(&Toy::golden("qwen3-moe"));
     for shard in 0..3 {
         let path = dir.path().join(shard_name(shard));

@@ -1,4 +1,5 @@
-//! Families that are data alone: their other releases, and what their tables refuse.
+//! Families that need only a mapping file: their other releases, and the checkpoints that they
+//! refuse.
 
 mod common;
 
@@ -37,7 +38,7 @@ fn to(layout: LayoutName) -> PlanOptions {
     PlanOptions { to: Some(layout), ..PlanOptions::default() }
 }
 
-/// The tensors under other names; those without one are left out.
+/// Renames tensors; those for which `name` returns `None` are omitted.
 fn renamed(tensors: &Tensors, name: impl Fn(&str) -> Option<String>) -> Tensors {
     tensors.iter().filter_map(|(n, t)| Some((name(n)?, t.clone()))).collect()
 }
@@ -47,7 +48,7 @@ fn f32s(shape: &[usize]) -> Tensor {
 }
 
 #[test]
-fn names_beside_the_table_are_refused() {
+fn names_without_a_rule_are_refused() {
     let cases = [
         ("deepseek-v3", "model.layers.1.mlp.experts.3.gate_proj.weight"),
         ("deepseek-v3", "model.layers.1.mlp.experts.03.gate_proj.weight"),
@@ -78,9 +79,10 @@ fn names_beside_the_table_are_refused() {
     }
 }
 
-/// They were dropped as if they belonged to a depth that the config does not have.
+/// Regression: they were dropped as if they belonged to an MTP layer beyond the number in
+/// config.json.
 #[test]
-fn names_beside_the_table_of_an_mtp_layer_are_refused() {
+fn names_without_a_rule_in_an_mtp_layer_are_refused() {
     let cases = [
         ("deepseek-v3", "deepseek-v3", "model.layers.2.mlp.experts.3.gate_proj.weight"),
         ("glm4-moe", "glm4-moe", "model.layers.2.shared_head.bias"),
@@ -109,9 +111,9 @@ fn mtp_layers_beyond_the_config_are_dropped_and_counted() {
     assert!(plan.to_string().contains(reason), "{plan}");
 }
 
-/// Kimi K2 Thinking has DeepSeek V3's names and Kimi K2.5's INT4 experts.
+/// Kimi K2 Thinking has the names of DeepSeek V3 and the INT4 experts of Kimi K2.5.
 #[test]
-fn int4_release_of_kimi_k2() {
+fn int4_release_of_kimi_k2_equals_the_language_model_of_kimi_k25() {
     let text = |name: &str| {
         let name = name.strip_prefix("language_model.")?;
         (!name.contains("proj.0.")).then(|| name.to_owned())
@@ -120,7 +122,7 @@ fn int4_release_of_kimi_k2() {
     let mut config = config["text_config"].clone();
     config["model_type"] = json!("kimi_k2");
     let dir = directory(&config, &renamed(&tensors, text));
-    // The VL model's native layout casts floats that this one keeps: transformers' casts none.
+    // The native layout of Kimi K2.5 casts floats, that of K2 does not; `transformers` casts none.
     let source = golden("kimi-k25-vl").join("checkpoint");
     let vl = tensors_of_engine(&engine("kimi-k25-vl", &source, &to(LayoutName::Transformers)));
     let expected = renamed(&vl, |name| {
@@ -132,9 +134,9 @@ fn int4_release_of_kimi_k2() {
     assert_same(&got, &expected, Zeros::Signed);
 }
 
-/// The reference casts the raw codes of these releases and drops their scales.
+/// The reference is wrong for these releases: it casts the codes and drops the scales.
 #[test]
-fn fp8_release_of_qwen3_moe() {
+fn fp8_release_of_qwen3_moe_is_dequantized() {
     let name = |name: &str| {
         let name = name.replace("block_sparse_moe.", "mlp.");
         let parts = [(".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj.")];
@@ -149,7 +151,8 @@ fn fp8_release_of_qwen3_moe() {
     assert_same(&native("qwen3-moe", dir.path()), &renamed(&golden, name), Zeros::Signed);
 }
 
-/// GLM-4.5-FP8 and its kin: one scale for each row, under a name of its own. They were refused.
+/// GLM-4.5-FP8 and similar releases have one scale per row, under another name. Regression: they
+/// were refused.
 #[test]
 fn fp8_release_of_glm_has_a_scale_for_each_row() {
     let (config, mut tensors) = published("glm4-moe");
@@ -185,7 +188,7 @@ fn bf16_release_of_gpt_oss_is_verbatim() {
 }
 
 #[test]
-fn biases_of_stacked_experts_are_cut_and_not_cast() {
+fn biases_of_stacked_experts_are_sliced_and_not_cast() {
     let options = PlanOptions {
         dtype: Float::F32,
         expert_parallel: Some(ExpertParallel { size: 2, rank: Some(1) }),
@@ -210,7 +213,7 @@ fn biases_of_stacked_experts_are_cut_and_not_cast() {
 }
 
 #[test]
-fn unmapped_transposed_matrix_is_kept_as_the_rules_would_know_it() {
+fn an_unmapped_matrix_keeps_the_orientation_of_its_decoder() {
     let (mut config, tensors) = published("gpt-oss");
     config["num_hidden_layers"] = json!(1);
     let dir = directory(&config, &tensors);
@@ -226,9 +229,10 @@ fn unmapped_transposed_matrix_is_kept_as_the_rules_would_know_it() {
     assert_same(&pair(&got, "gate_up_proj"), &pair(&golden, "gate_and_up_projs"), Zeros::Signed);
 }
 
-/// Training frameworks copy config.json beside the weights that they save.
+/// Training frameworks copy config.json, with its quantization, to the plain weights that they
+/// save.
 #[test]
-fn grouped_directory_loses_the_quantization_of_its_config() {
+fn a_native_checkpoint_loses_a_stale_quantization_config() {
     let (config, _) = published("deepseek-v3");
     let tensors = tensors_of(&golden("deepseek-v3").join("native.safetensors"));
     let dir = directory(&config, &tensors);
@@ -237,7 +241,7 @@ fn grouped_directory_loses_the_quantization_of_its_config() {
 }
 
 #[test]
-fn native_directory_is_quantized_as_its_release_is() {
+fn a_native_checkpoint_is_quantized_like_its_release() {
     let options = PlanOptions {
         quantize: Some(Quantize { original: None, scale_dtype: None }),
         ..to(LayoutName::Hf)
@@ -253,7 +257,8 @@ fn native_directory_is_quantized_as_its_release_is() {
         let got = tensors_of_engine(&engine);
         assert_eq!(listing(&got), listing(&tensors), "{model}");
         assert_eq!(config_of_view(engine)["quantization_config"], quantization, "{model}");
-        // Read as a checkpoint, it is what it was, but for what eight or four bits cannot hold.
+        // Read as a checkpoint again, it has the tensors of the native layout. Values differ by
+        // quantization.
         let mut config = published(model).0;
         config["quantization_config"] = quantization;
         let again = directory(&config, &got);
@@ -261,7 +266,7 @@ fn native_directory_is_quantized_as_its_release_is() {
         let golden = tensors_of(&golden(model).join("native.safetensors"));
         assert_eq!(names(&native(model, again.path())), names(&golden), "{model}");
     }
-    // No release of this family is quantized in a way that the mapping can write.
+    // The mapping cannot write the quantization of any release of this family.
     let dir = directory(&published("glm4-moe").0, &published("glm4-moe").1);
     let message = plan("glm4-moe", dir.path(), &options).unwrap_err().to_string();
     assert_eq!(
@@ -271,9 +276,9 @@ fn native_directory_is_quantized_as_its_release_is() {
     );
 }
 
-/// Codes that lie under extreme scales do not survive BF16; all of those are in these tensors.
+/// BF16 cannot represent codes under extreme scales. Only these tensors have such scales.
 #[test]
-fn scales_of_the_release_give_its_bytes() {
+fn quantizing_with_the_scales_of_the_release_restores_its_bytes() {
     let extremes = [
         ("deepseek-v3", vec!["model.layers.1.mlp.experts.0.gate_proj.weight"]),
         ("gpt-oss", vec!["model.layers.0.mlp.experts.gate_up_proj_blocks"]),

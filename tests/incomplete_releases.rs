@@ -1,10 +1,10 @@
-//! Releases at their true size that lack something: refused, and the message names what is missing.
-//! Both the published files and those of the native layout.
+//! Releases at full size with missing tensors, in the published and in the native layout: they are
+//! refused, and the message names what is missing.
 //!
-//! Opening a release takes longer than looking for what is missing, so a checkpoint here lacks many
-//! tensors at once, a few of each layer. The message names five and counts all; where the count is
-//! wrong, five at a time are left out, and each must be named. Experts and whole parts of a layer are
-//! left out alone.
+//! Opening a release takes longer than the search for missing tensors, so one checkpoint lacks many
+//! tensors, a few per layer. The message names five and counts all. If the count is wrong, the test
+//! omits five tensors at a time, and the message must name each of them. Experts, and whole
+//! sections of a layer, are omitted one at a time.
 
 #[path = "common/release.rs"]
 mod release;
@@ -16,36 +16,37 @@ mod table;
 use std::collections::{BTreeMap, BTreeSet};
 
 use mount_ckpt::{LayoutName, PlanOptions};
-use release::{Entry, Release, folded, plan};
+use release::{Entry, Release, logical_tensors, plan};
 use sparse::Sparse;
 
-/// Names that a message lists of one kind of problem.
+/// How many names a message lists for one kind of problem.
 const LISTED: usize = 5;
 
-/// Checkpoints over which the single tensors of a release are spread.
-const ROUNDS: usize = 3;
+/// Over how many checkpoints the omitted tensors of a release are distributed.
+const CHECKPOINTS: usize = 3;
 
-/// Layers of one kind: all have the same tensors.
+/// Numbers of layers that have the same tensors.
 type Kind = &'static [u64];
 
-/// A release, and the layers that lose something.
+/// A release, and the layers from which tensors are omitted.
 struct Case {
     name: &'static str,
-    /// What stands before the index of a layer in the published names, and kinds of such layers.
+    /// Prefix of the layers in published names, and the kinds of layer.
     lists: &'static [(&'static str, &'static [Kind])],
-    /// What a layer's experts and its whole MLP begin with, within the layer.
+    /// Prefixes of the experts and of the MLP within a layer.
     experts: &'static str,
     mlp: &'static str,
-    /// The same in the native layout.
+    /// The same for the native layout.
     native_lists: &'static [(&'static str, &'static [Kind])],
     native_experts: &'static str,
     native_mlp: &'static str,
-    /// What a layer may lack: an MTP layer without an embedding or a head uses the model's own.
+    /// Tensors that a layer may lack: an MTP layer may share the embedding and the head of the
+    /// model.
     may_lack: &'static [&'static str],
 }
 
-/// A release whose layers have the same prefixes, experts and MLP in both layouts, and lack nothing.
-const fn alike(lists: &'static [(&'static str, &'static [Kind])]) -> Case {
+/// A release whose layers have the same prefixes in both layouts, and may not lack anything.
+const fn same_in_both_layouts(lists: &'static [(&'static str, &'static [Kind])]) -> Case {
     Case {
         name: "",
         lists,
@@ -58,29 +59,29 @@ const fn alike(lists: &'static [(&'static str, &'static [Kind])]) -> Case {
     }
 }
 
-/// A checkpoint directory, and which of its matrices each stored tensor belongs to.
-struct Whole {
+/// A sparse checkpoint, and the stored tensors of each of its matrices.
+struct StoredCheckpoint {
     sparse: Sparse,
-    /// Names of the stored tensors of each matrix.
+    /// Matrix -> names of its stored tensors.
     matrices: BTreeMap<String, Vec<String>>,
 }
 
-impl Whole {
-    fn published(release: &Release) -> Whole {
+impl StoredCheckpoint {
+    fn published(release: &Release) -> StoredCheckpoint {
         let stored = release.tensors();
-        let folded = folded(&stored);
+        let logical_tensors = logical_tensors(&stored);
         let mut matrices: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (matrix, payload) in &folded.payloads {
+        for (matrix, payload) in &logical_tensors.payloads {
             matrices.entry(matrix.clone()).or_default().push(payload.clone());
         }
-        for (part, matrix) in &folded.parts {
+        for (part, matrix) in &logical_tensors.parts {
             matrices.get_mut(matrix).unwrap().push(part.clone());
         }
-        Whole { sparse: release.write(), matrices }
+        StoredCheckpoint { sparse: release.write(), matrices }
     }
 
-    /// The native layout of a checkpoint.
-    fn native(published: &Whole, release: &Release) -> Whole {
+    /// The same checkpoint in the native layout.
+    fn native(published: &StoredCheckpoint, release: &Release) -> StoredCheckpoint {
         let (_, plan) = plan(published.sparse.path(), &to(LayoutName::Native)).unwrap();
         let ids = plan.directories[0].tensors.iter();
         let tensors = ids.map(|id| plan.tensor(*id));
@@ -92,10 +93,10 @@ impl Whole {
         config.as_object_mut().unwrap().shift_remove("quantization_config");
         let files = [("config.json".to_owned(), serde_json::to_vec(&config).unwrap())];
         let matrices = entries.iter().map(|(name, ..)| (name.clone(), vec![name.clone()]));
-        Whole { sparse: Sparse::write(&entries, &files), matrices: matrices.collect() }
+        StoredCheckpoint { sparse: Sparse::write(&entries, &files), matrices: matrices.collect() }
     }
 
-    /// What is said of the checkpoint without some matrices, for a view in a layout.
+    /// Plans a view of the checkpoint without some matrices. Returns the message if it is refused.
     fn without(&self, lacks: &BTreeSet<&str>, layout: LayoutName) -> Result<(), String> {
         let stored = lacks.iter().flat_map(|matrix| &self.matrices[*matrix]);
         let stored: BTreeSet<&str> = stored.map(String::as_str).collect();
@@ -114,36 +115,36 @@ fn to(layout: LayoutName) -> PlanOptions {
     PlanOptions { to: Some(layout), ..PlanOptions::default() }
 }
 
-/// Matrices that a checkpoint lacks, each with what a message may say of it.
+/// An omitted matrix, and texts of which the message must contain one.
 type Single<'a> = (&'a str, Vec<String>);
 
-/// What a checkpoint lacks.
-enum Damage<'a> {
-    /// Single matrices, each of which is missed.
-    Singles(Vec<Single<'a>>),
-    /// A part of a layer or of all: the message says one of these.
-    Part(BTreeSet<&'a str>, Vec<String>),
+/// What is omitted from a checkpoint.
+enum Omission<'a> {
+    /// Single matrices. The message must report each.
+    Tensors(Vec<Single<'a>>),
+    /// A section of one or all layers. The message must contain one of the texts.
+    Section(BTreeSet<&'a str>, Vec<String>),
 }
 
-/// Whether a part of a name is a number.
+/// Whether a component of a name is a number.
 fn is_index(part: &str) -> bool {
     part.bytes().all(|b| b.is_ascii_digit())
 }
 
-/// Matrices without an index in their names: those of the whole model.
-fn of_the_model(whole: &Whole) -> Vec<&str> {
+/// Matrices without a number in their names: those outside of layers.
+fn of_the_model(whole: &StoredCheckpoint) -> Vec<&str> {
     let names = whole.matrices.keys().map(String::as_str);
     names.filter(|name| !name.split('.').any(is_index)).collect()
 }
 
-/// Matrices of a layer by their names within it; of the experts only number 7.
-fn of_a_layer<'a>(whole: &'a Whole, start: &str) -> Vec<&'a str> {
+/// Names of a layer's matrices, without the prefix of the layer. Of the experts, only number 7.
+fn of_a_layer<'a>(whole: &'a StoredCheckpoint, start: &str) -> Vec<&'a str> {
     let names = whole.within(start).into_iter().map(|name| &name[start.len()..]);
     names.filter(|name| name.split('.').filter(|p| is_index(p)).all(|part| part == "7")).collect()
 }
 
-/// What a message may say of a missing matrix: its name or, of two of which there must be one, the
-/// other's.
+/// A missing matrix with its name. If one of two tensors is required, the message may name the
+/// other one.
 fn single(name: &str) -> Single<'_> {
     let other = name.strip_suffix("gate.tid2eid").map(|start| match start.ends_with("ffn.") {
         true => format!("`{start}gate.bias`"),
@@ -152,49 +153,50 @@ fn single(name: &str) -> Single<'_> {
     (name, [format!("`{name}`")].into_iter().chain(other).collect())
 }
 
-/// All single matrices of the model and of a layer of each kind.
+/// Omits each matrix outside of layers and each matrix of every kind of layer.
 fn singles<'a>(
-    whole: &'a Whole,
+    whole: &'a StoredCheckpoint,
     lists: &[(&str, &'static [Kind])],
     may_lack: &[&str],
-) -> Vec<Damage<'a>> {
-    let mut rounds: Vec<Vec<Single<'a>>> = vec![Vec::new(); ROUNDS];
+) -> Vec<Omission<'a>> {
+    let mut rounds: Vec<Vec<Single<'a>>> = vec![Vec::new(); CHECKPOINTS];
     let mut alone = Vec::new();
     for (i, name) in of_the_model(whole).into_iter().enumerate() {
-        rounds[i % ROUNDS].push(single(name));
+        rounds[i % CHECKPOINTS].push(single(name));
     }
     for (start, kinds) in lists {
         for kind in *kinds {
             let first = of_a_layer(whole, &format!("{start}{}.", kind[0]));
             let first = first.into_iter().filter(|name| !may_lack.contains(name));
             for (i, name) in first.enumerate() {
-                let layer = kind[(i / ROUNDS) % kind.len()];
+                let layer = kind[(i / CHECKPOINTS) % kind.len()];
                 let full = format!("{start}{layer}.{name}");
                 let found = whole.matrices.get_key_value(&full);
                 let (full, _) = found.unwrap_or_else(|| panic!("no `{full}`"));
-                // What stands beside experts is not asked for where there are none.
+                // Other tensors of the MLP are not required in a layer without experts, so experts
+                // are omitted separately.
                 match name.contains(".experts.") {
                     true => alone.push(vec![single(full)]),
-                    false => rounds[i % ROUNDS].push(single(full)),
+                    false => rounds[i % CHECKPOINTS].push(single(full)),
                 }
             }
         }
     }
     rounds.extend(alone);
-    rounds.into_iter().filter(|round| !round.is_empty()).map(Damage::Singles).collect()
+    rounds.into_iter().filter(|round| !round.is_empty()).map(Omission::Tensors).collect()
 }
 
-/// Whole parts of layers: a message names the layer, or something of it.
+/// Omits whole sections of layers. The message must name the layer or one of its tensors.
 fn parts<'a>(
-    whole: &'a Whole,
+    whole: &'a StoredCheckpoint,
     lists: &[(&str, &'static [Kind])],
     experts: &str,
     mlp: &str,
-) -> Vec<Damage<'a>> {
+) -> Vec<Omission<'a>> {
     let (start, kinds) = lists[0];
     let layer = kinds[0][0];
     let one = |part: &str| whole.within(&format!("{start}{layer}.{part}"));
-    // A missing layer has its published name.
+    // Messages show a missing layer under its published name.
     let itself = || format!("layers.{layer}`");
     let of_it = |part: &str| vec![format!("`{start}{layer}.{part}"), itself()];
     let of_any = |name: &&str| {
@@ -208,25 +210,30 @@ fn parts<'a>(
         (one(""), vec![itself()]),
         (every, vec![experts.to_owned()]),
     ];
-    parts.into_iter().map(|(lacks, named)| Damage::Part(lacks, named)).collect()
+    parts.into_iter().map(|(lacks, named)| Omission::Section(lacks, named)).collect()
 }
 
-/// How many tensors a message says are missing.
+/// The number of missing tensors in a message.
 fn counted(message: &str) -> usize {
     let missing = message.split("; ").filter(|kind| kind.contains(" missing tensor"));
     missing.filter_map(|kind| kind.split(' ').next()?.parse::<usize>().ok()).sum()
 }
 
-/// Checkpoints that a plan accepts, or whose message does not say what is missing.
-fn faults(what: &str, whole: &Whole, damages: &[Damage<'_>], layout: LayoutName) -> Vec<String> {
+/// Lists checkpoints that were accepted, or whose message does not name what is missing.
+fn unexpected_results(
+    what: &str,
+    whole: &StoredCheckpoint,
+    omissions: &[Omission<'_>],
+    layout: LayoutName,
+) -> Vec<String> {
     let mut faults = Vec::new();
     let mut fault = |fault: String| {
         println!("  FAILS {what}: {fault}");
         faults.push(format!("{what}: {fault}"));
     };
-    for damage in damages {
-        match damage {
-            Damage::Part(lacks, named) => {
+    for omission in omissions {
+        match omission {
+            Omission::Section(lacks, named) => {
                 assert!(!lacks.is_empty(), "{what}: nothing to leave out for {named:?}");
                 let first = lacks.first().unwrap();
                 match whole.without(lacks, layout) {
@@ -235,7 +242,7 @@ fn faults(what: &str, whole: &Whole, damages: &[Damage<'_>], layout: LayoutName)
                     Err(message) => fault(format!("none of {named:?} is named: {message}")),
                 }
             }
-            Damage::Singles(singles) => {
+            Omission::Tensors(singles) => {
                 let lacks = |part: &[Single<'_>]| -> Result<(), String> {
                     whole.without(&part.iter().map(|(name, _)| *name).collect(), layout)
                 };
@@ -262,16 +269,16 @@ fn faults(what: &str, whole: &Whole, damages: &[Damage<'_>], layout: LayoutName)
 impl Case {
     fn check(&self) {
         let release = Release::read(self.name);
-        let published = Whole::published(&release);
-        let native = Whole::native(&published, &release);
-        let mut damages = singles(&published, self.lists, self.may_lack);
-        damages.extend(parts(&published, self.lists, self.experts, self.mlp));
+        let published = StoredCheckpoint::published(&release);
+        let native = StoredCheckpoint::native(&published, &release);
+        let mut omissions = singles(&published, self.lists, self.may_lack);
+        omissions.extend(parts(&published, self.lists, self.experts, self.mlp));
         let what = format!("{}, published", self.name);
-        let mut failures = faults(&what, &published, &damages, LayoutName::Native);
-        let mut damages = singles(&native, self.native_lists, self.may_lack);
-        damages.extend(parts(&native, self.native_lists, self.native_experts, self.native_mlp));
+        let mut failures = unexpected_results(&what, &published, &omissions, LayoutName::Native);
+        let mut omissions = singles(&native, self.native_lists, self.may_lack);
+        omissions.extend(parts(&native, self.native_lists, self.native_experts, self.native_mlp));
         let what = format!("{}, native", self.name);
-        failures.extend(faults(&what, &native, &damages, LayoutName::Hf));
+        failures.extend(unexpected_results(&what, &native, &omissions, LayoutName::Hf));
         assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
     }
 }
@@ -289,7 +296,7 @@ fn deepseek_v3_without_a_tensor_is_refused() {
     Case {
         name: "deepseek-v3",
         may_lack: &["embed_tokens.weight", "shared_head.head.weight"],
-        ..alike(lists)
+        ..same_in_both_layouts(lists)
     }
     .check();
 }
@@ -300,7 +307,7 @@ fn deepseek_v3_without_a_tensor_is_refused() {
     ignore = "true sizes: cargo test --release --test incomplete_releases"
 )]
 fn deepseek_v4_flash_without_a_tensor_is_refused() {
-    // With an indexer, with a compressor alone, with neither, with an indexer and routed by token id.
+    // With an indexer; with only a compressor; with neither; with an indexer and hash routing.
     const KINDS: &[Kind] = &[&[20, 22, 24, 26, 28], &[21, 23, 25, 27, 29], &[0, 1], &[2]];
     Case {
         name: "deepseek-v4-flash",
@@ -326,7 +333,7 @@ fn glm_4_5_without_a_tensor_is_refused() {
     Case {
         name: "glm-4.5",
         may_lack: &["embed_tokens.weight", "shared_head.head.weight"],
-        ..alike(lists)
+        ..same_in_both_layouts(lists)
     }
     .check();
 }
@@ -338,7 +345,7 @@ fn glm_4_5_without_a_tensor_is_refused() {
 )]
 fn gpt_oss_20b_without_a_tensor_is_refused() {
     let lists: &'static [(&str, &[Kind])] = &[("model.layers.", &[&[10, 11, 12, 13, 14]])];
-    Case { name: "gpt-oss-20b", ..alike(lists) }.check();
+    Case { name: "gpt-oss-20b", ..same_in_both_layouts(lists) }.check();
 }
 
 #[test]
@@ -376,7 +383,7 @@ fn mimo_v2_flash_without_a_tensor_is_refused() {
         ("model.layers.", &[&[6, 7, 8, 9, 10], &[11, 17, 23, 29, 35], &[0]]),
         ("model.mtp.layers.", &[&[1, 2]]),
     ];
-    Case { name: "mimo-v2-flash", ..alike(lists) }.check();
+    Case { name: "mimo-v2-flash", ..same_in_both_layouts(lists) }.check();
 }
 
 #[test]
@@ -406,7 +413,7 @@ fn minimax_m2_7_without_a_tensor_is_refused() {
 )]
 fn qwen3_235b_without_a_tensor_is_refused() {
     let lists: &'static [(&str, &[Kind])] = &[("model.layers.", &[&[30, 31, 32, 33, 34]])];
-    Case { name: "qwen3-235b-a22b", ..alike(lists) }.check();
+    Case { name: "qwen3-235b-a22b", ..same_in_both_layouts(lists) }.check();
 }
 
 #[test]
@@ -420,5 +427,5 @@ fn qwen3_vl_30b_without_a_tensor_is_refused() {
         ("model.visual.blocks.", &[&[10, 11, 12, 13, 14]]),
         ("model.visual.deepstack_merger_list.", &[&[0, 1, 2]]),
     ];
-    Case { name: "qwen3-vl-30b-a3b", ..alike(lists) }.check();
+    Case { name: "qwen3-vl-30b-a3b", ..same_in_both_layouts(lists) }.check();
 }

@@ -1,6 +1,5 @@
-//! Reads of many rows, forward through many experts: decoded in place, from stored rows that are
-//! kept, and with work ahead of the reader. All must give the bytes that small reads from behind
-//! give, for which none of this is done.
+//! Large sequential reads: decoded in place, from cached source rows, and with prefetch. They must
+//! give the same bytes as small reads in reverse order, which use none of these.
 
 mod common;
 
@@ -13,7 +12,7 @@ use mount_ckpt::{Engine, EngineOptions, Mapping, PlanOptions, TensorId};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-/// Extents of a checkpoint's experts.
+/// Sizes of a checkpoint's experts.
 #[derive(Clone, Copy)]
 struct Size {
     experts: usize,
@@ -21,15 +20,15 @@ struct Size {
     intermediate: usize,
 }
 
-/// More experts than a reader must have gone through before rows are read ahead of it; extents that
-/// are no multiple of a block of 128, nor rows of a page in any type.
+/// More experts than a reader must have read before the next ones are prefetched. The sizes are not
+/// multiples of a block of 128, and rows are not multiples of a page in any dtype.
 const MANY: Size = Size { experts: 12, hidden: 544, intermediate: 512 };
 
-/// Experts that are larger than what of them counts as leading columns, 8 MiB.
+/// Experts that are larger than the limit for leading columns, 8 MiB.
 const LARGE: Size = Size { experts: 2, hidden: 1120, intermediate: 2560 };
 
-/// A family's config.json and the names of gate, up and down of an expert with their parts: suffix,
-/// element type, and columns of the matrix to an element and rows of the matrix to a row.
+/// A family: config.json, names of gate, up and down, and the stored tensors of each: suffix,
+/// dtype, and how many columns and rows of the matrix one element covers.
 struct Family {
     model: &'static str,
     config: Value,
@@ -85,7 +84,7 @@ fn families(size: Size) -> [Family; 3] {
     ]
 }
 
-/// Codes and scales that differ from place to place.
+/// A tensor with pseudo-random codes or scales.
 fn tensor(dtype: Dtype, shape: Vec<usize>, seed: usize) -> Tensor {
     let bytes = (shape.iter().product::<usize>() * dtype.bitsize()).div_ceil(8);
     let mut state = seed as u64 + 1;
@@ -96,7 +95,7 @@ fn tensor(dtype: Dtype, shape: Vec<usize>, seed: usize) -> Tensor {
     };
     let bytes = (0..bytes).map(|i| match dtype {
         Dtype::F8_E8M0 => 112 + random() % 16,
-        // Numbers around 0.01.
+        // Values around 0.01.
         Dtype::F32 if i % 4 == 3 => 0x3C,
         Dtype::BF16 if i % 2 == 1 => 0x3C,
         _ => random(),
@@ -129,13 +128,13 @@ fn write(family: &Family, size: Size, dir: &Path) {
 
 fn engine(family: &Family, dir: &Path, options: EngineOptions) -> Engine {
     let mapping = Mapping::named(family.model).unwrap();
-    // Experts alone.
+    // The checkpoint has only experts.
     let allow_missing = vec![regex::Regex::new("").unwrap()];
     let plan = PlanOptions { allow_missing, ..PlanOptions::default() };
     common::open(&mapping, dir, &plan, options).unwrap()
 }
 
-/// Reads a tensor in pieces, by threads that take turns, or from behind.
+/// Reads a tensor in pieces: forward, backward, or by several threads that take turns.
 fn read(engine: &Engine, id: TensorId, first: usize, piece: usize, order: Order) -> Vec<u8> {
     let size = usize::try_from(engine.plan().tensor(id).bytes()).unwrap();
     let mut out = vec![0; size];
@@ -169,7 +168,7 @@ enum Order {
 }
 
 #[test]
-fn large_reads_give_what_small_ones_give() {
+fn large_and_small_reads_give_the_same_bytes() {
     const MIB: usize = 1 << 20;
     for family in families(MANY) {
         let dir = tempfile::tempdir().unwrap();
@@ -181,8 +180,8 @@ fn large_reads_give_what_small_ones_give() {
         for (id, tensor) in (0..).map(TensorId).zip(&small.plan().tensors) {
             let expected = read(&small, id, 0, 40_000, Order::Backward);
             assert!(expected.iter().any(|&b| b != 0), "{}", tensor.name);
-            // Cache, keep, threads; first and further pieces; order.
-            for (cache, keep, threads, first, piece, order) in [
+            // Cache size, direct I/O, threads; size of the first and of the other pieces; order.
+            for (cache, direct_io, threads, first, piece, order) in [
                 (256 << 20, false, 2, 0, MIB, Order::Forward),
                 (256 << 20, false, 2, 4096, MIB, Order::Forward),
                 (256 << 20, false, 1, 1001, 700_001, Order::Forward),
@@ -193,10 +192,10 @@ fn large_reads_give_what_small_ones_give() {
                 (256 << 20, true, 2, 0, MIB, Order::Threads(2)),
                 (4 << 20, true, 2, 4096, MIB / 8, Order::Forward),
             ] {
-                let engine = options(cache, keep, threads);
+                let engine = options(cache, direct_io, threads);
                 let got = read(&engine, id, first, piece, order);
                 let how = format!("{}: {first} and {piece} bytes, {order:?}", tensor.name);
-                assert!(got == expected, "{how}, cache {cache}, keep {keep}");
+                assert!(got == expected, "{how}, cache {cache}, direct_io {direct_io}");
                 assert_eq!(engine.counters().errors, 0, "{how}");
             }
         }
@@ -204,7 +203,7 @@ fn large_reads_give_what_small_ones_give() {
 }
 
 #[test]
-fn leading_columns_and_the_rest_make_a_whole() {
+fn leading_and_remaining_columns_give_the_whole_tensor() {
     for family in families(LARGE) {
         let dir = tempfile::tempdir().unwrap();
         write(&family, LARGE, dir.path());
@@ -212,17 +211,21 @@ fn leading_columns_and_the_rest_make_a_whole() {
             engine(&family, dir.path(), EngineOptions { cache_bytes, direct_io, threads })
         };
         let id = stacked(&options(0, true, 0), "gate");
-        // Too little memory for rows to be kept at all.
+        // With a cache of 0 bytes, no source rows are cached.
         let expected = read(&options(0, true, 0), id, 0, 64 << 20, Order::Forward);
-        for (keep, first, order) in [
+        for (direct_io, first, order) in [
             (false, 0, Order::Forward),
             (false, 5000, Order::Forward),
             (false, 0, Order::Threads(2)),
             (true, 5000, Order::Forward),
         ] {
-            let engine = options(256 << 20, keep, 2);
+            let engine = options(256 << 20, direct_io, 2);
             let got = read(&engine, id, first, 1 << 20, order);
-            assert!(got == expected, "{}: keep {keep}, from {first}, {order:?}", family.model);
+            assert!(
+                got == expected,
+                "{}: direct_io {direct_io}, from {first}, {order:?}",
+                family.model
+            );
         }
     }
 }
@@ -235,7 +238,7 @@ fn stacked(engine: &Engine, part: &str) -> TensorId {
 }
 
 #[test]
-fn a_reader_that_goes_forward_reads_every_stored_byte_about_once() {
+fn a_sequential_reader_reads_stored_bytes_at_most_about_twice() {
     for family in families(MANY) {
         let dir = tempfile::tempdir().unwrap();
         write(&family, MANY, dir.path());
@@ -246,7 +249,8 @@ fn a_reader_that_goes_forward_reads_every_stored_byte_about_once() {
         }
         let stored = std::fs::metadata(dir.path().join("model.safetensors")).unwrap().len();
         let counters = engine.counters();
-        // The first strips of a plane are read alone, and its rows with them once more.
+        // The first chunks of an expert are read separately, and their rows a second time with the
+        // others.
         let read = counters.source_bytes as f64 / stored as f64;
         assert!((0.95..2.1).contains(&read), "{}: {read}", family.model);
     }

@@ -1,5 +1,5 @@
-//! Every shipped mapping, over every layout: what a view holds, which layout a directory is taken
-//! for, and the way there and back.
+//! Every shipped mapping with every layout: the tensors of a view, the detected layout of a
+//! directory, and conversion there and back.
 
 mod common;
 
@@ -52,14 +52,14 @@ fn config(folder: &str) -> String {
     std::fs::read_to_string(golden(folder).join("checkpoint/config.json")).unwrap()
 }
 
-/// A directory in a grouped layout, with the config.json of the published checkpoint.
+/// A checkpoint directory with these tensors and the config.json of the published checkpoint.
 fn directory(folder: &str, tensors: &Tensors) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     write_checkpoint(dir.path(), &config(folder), tensors);
     dir
 }
 
-/// What a published checkpoint decodes to, told from its own names and shapes.
+/// Names, dtypes and shapes after decoding, derived from those of the published tensors only.
 fn decoded(published: &Tensors) -> Listing {
     const PARTS: [&str; 5] = [".scale", "_scale_inv", "weight_scale", "_scales", "_shape"];
     let float = "BF16".to_owned();
@@ -112,7 +112,7 @@ fn hf_view_of_a_published_checkpoint_is_its_decoded_tensors() {
 }
 
 #[test]
-fn native_directory_is_known_and_goes_back_to_hf() {
+fn a_native_checkpoint_is_detected_and_converts_to_hf() {
     for (folder, model) in CHECKPOINTS {
         let hf = view(model, &golden(folder).join("checkpoint"), &to(LayoutName::Hf));
         let dir = directory(folder, &tensors_of(&golden(folder).join("native.safetensors")));
@@ -121,7 +121,7 @@ fn native_directory_is_known_and_goes_back_to_hf() {
         assert_eq!((summary.from, summary.to), (LayoutName::Native, LayoutName::Hf), "{folder}");
         let back = tensors_of_engine(&engine);
         if model == "kimi-k25-vl" {
-            // Its native layout has cast what was F32.
+            // Its native layout casts F32 to BF16.
             let shapes =
                 |t: &Tensors| listing(t).into_iter().map(|(n, (_, s))| (n, s)).collect::<Vec<_>>();
             assert_eq!(shapes(&back), shapes(&hf));
@@ -133,18 +133,19 @@ fn native_directory_is_known_and_goes_back_to_hf() {
 }
 
 #[test]
-fn transformers_directory_is_known_and_goes_back_to_hf() {
+fn a_transformers_checkpoint_is_detected_and_converts_to_hf() {
     for (folder, model) in CHECKPOINTS {
         let source = golden(folder).join("checkpoint");
         let mut hf = view(model, &source, &to(LayoutName::Hf));
         let transformers = view(model, &source, &to(LayoutName::Transformers));
         let dir = directory(folder, &transformers);
         let engine = engine(model, dir.path(), &to(LayoutName::Hf));
-        // The BF16 releases of gpt-oss are what transformers has in memory: one layout, two names.
+        // For gpt-oss, the published BF16 layout and the in-memory layout of transformers are the
+        // same.
         let expected = if model == "gpt-oss" { LayoutName::Hf } else { LayoutName::Transformers };
         assert_eq!(engine.plan().summary.from, expected, "{folder}");
         let back = tensors_of_engine(&engine);
-        // What transformers has no place for is gone.
+        // Tensors without a place in transformers, such as MTP layers, are dropped.
         hf.retain(|name, _| back.contains_key(name));
         assert_same(&back, &hf, Zeros::Signed);
         let dropped = decoded(&published(folder)).len() - back.len();
@@ -154,7 +155,7 @@ fn transformers_directory_is_known_and_goes_back_to_hf() {
 }
 
 #[test]
-fn native_directory_goes_to_transformers_as_the_published_checkpoint_does() {
+fn native_and_published_checkpoints_give_the_same_transformers_view() {
     for (folder, model) in CHECKPOINTS {
         let source = golden(folder).join("checkpoint");
         let expected = view(model, &source, &to(LayoutName::Transformers));

@@ -1,4 +1,5 @@
-//! The life of a mount, as its users see it. Needs /dev/fuse and says so where it is missing.
+//! Mounting and unmounting, as users see it. Needs /dev/fuse; without it, each test prints that it
+//! was skipped.
 
 mod common;
 
@@ -16,16 +17,16 @@ fn checkpoint() -> PathBuf {
     golden("qwen3-vl-moe").join("checkpoint")
 }
 
-/// The one mount point of a test.
-struct Place(Scratch);
+/// A scratch directory with one mount point.
+struct MountPoint(Scratch);
 
-impl Place {
-    fn new() -> Option<Place> {
-        Scratch::new().map(Place)
+impl MountPoint {
+    fn new() -> Option<MountPoint> {
+        Scratch::new().map(MountPoint)
     }
 
     fn at(&self) -> PathBuf {
-        self.0.point("mnt")
+        self.0.mount_point("mnt")
     }
 
     fn mount(&self, options: &[&str]) -> Output {
@@ -38,7 +39,7 @@ impl Place {
 
     fn foreground(&self) -> Process {
         let plain = self.0.command("mnt", checkpoint(), &["-f"]);
-        // Under nohup(1) this process ignores SIGHUP, and so would what it starts.
+        // Under nohup(1) this process ignores SIGHUP, and its children would inherit that.
         let mut command = Command::new("env");
         command.arg("--default-signal=HUP").arg(plain.get_program()).args(plain.get_args());
         self.0.foreground("mnt", command)
@@ -54,43 +55,43 @@ fn send(child: &Child, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
 }
 
-fn ended_well(place: &Place) {
-    wait_for("word of the end in the log", || place.0.log("mnt").contains("unmounted `"));
+fn wait_for_unmount_in_log(point: &MountPoint) {
+    wait_for("unmount message in the log", || point.0.log("mnt").contains("unmounted `"));
 }
 
 #[test]
 fn the_command_returns_once_the_mount_answers() {
-    let Some(place) = Place::new() else { return };
-    let output = place.mount(&[]);
+    let Some(point) = MountPoint::new() else { return };
+    let output = point.mount(&[]);
     let line = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(line.starts_with("mounted `") && line.lines().count() == 1, "{line}");
-    assert!(line.contains(&format!("at `{}`: ", place.at().display())), "{line}");
-    // At once, without waiting: this is what the line promises.
-    assert!(!fs::read(place.at().join("config.json")).unwrap().is_empty());
-    fs::read(place.at().join(".mount-ckpt/stats.json")).unwrap();
+    assert!(line.contains(&format!("at `{}`: ", point.at().display())), "{line}");
+    // Without waiting: when the line is printed, the mount must be ready.
+    assert!(!fs::read(point.at().join("config.json")).unwrap().is_empty());
+    fs::read(point.at().join(".mount-ckpt/stats.json")).unwrap();
 
-    let listed = place.command(&["status"]);
+    let listed = point.command(&["status"]);
     assert!(String::from_utf8_lossy(&listed.stdout).contains(": "), "{listed:?}");
-    let json = place.command(&["status", "--json"]);
+    let json = point.command(&["status", "--json"]);
     assert!(serde_json::from_slice::<serde_json::Value>(&json.stdout).unwrap().is_object());
-    let again = place.mount(&[]);
+    let again = point.mount(&[]);
     assert_eq!(again.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&again.stderr).contains("already shows"), "{again:?}");
 
-    let output = place.command(&["umount"]);
+    let output = point.command(&["umount"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    assert!(!place.is_mounted());
-    ended_well(&place);
+    assert!(!point.is_mounted());
+    wait_for_unmount_in_log(&point);
 }
 
 #[test]
-fn an_export_is_what_a_mount_shows() {
-    let Some(place) = Place::new() else { return };
-    let out = place.0.path().join("out");
+fn export_writes_the_files_that_a_mount_shows() {
+    let Some(point) = MountPoint::new() else { return };
+    let out = point.0.path().join("out");
     let exported = Command::new(BINARY).arg("export").arg(checkpoint()).arg(&out).output().unwrap();
     assert_eq!(exported.status.code(), Some(0), "{exported:?}");
-    place.mount(&["-o", "ro,noatime"]);
+    point.mount(&["-o", "ro,noatime"]);
     let names = |dir: &Path| {
         let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
         let mut names: Vec<_> =
@@ -98,9 +99,9 @@ fn an_export_is_what_a_mount_shows() {
         names.sort();
         names
     };
-    assert_eq!(names(&out), names(&place.at()));
+    assert_eq!(names(&out), names(&point.at()));
     for name in names(&out) {
-        let (copy, shown) = (fs::read(out.join(&name)), fs::read(place.at().join(&name)));
+        let (copy, shown) = (fs::read(out.join(&name)), fs::read(point.at().join(&name)));
         assert!(copy.unwrap() == shown.unwrap(), "{name:?}");
     }
 }
@@ -108,21 +109,20 @@ fn an_export_is_what_a_mount_shows() {
 #[test]
 fn signals_unmount_and_end_with_success() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        let Some(place) = Place::new() else { return };
-        let child = place.foreground();
+        let Some(point) = MountPoint::new() else { return };
+        let child = point.foreground();
         send(&child, signal);
         assert_eq!(child.end().code(), Some(0), "{signal}");
-        assert!(!place.is_mounted(), "{signal}");
+        assert!(!point.is_mounted(), "{signal}");
     }
 }
 
-/// The scheduling policies of a process's threads that answer requests: the 41st field of their
-/// `stat`, proc(5).
+/// The scheduling policies of the threads that answer requests: field 41 of their `stat`, proc(5).
 fn request_policies(child: &Child) -> Vec<i32> {
     let threads = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
     let stats = threads.map(|t| fs::read_to_string(t.unwrap().path().join("stat")).unwrap());
     let policy = |stat: String| {
-        // Fields from the third on follow the name in parentheses.
+        // Field 2 is the name in parentheses; the others follow it.
         let (name, fields) = stat.rsplit_once(')').unwrap();
         let policy = fields.split_whitespace().nth(41 - 3).unwrap().parse().unwrap();
         (name.contains("(fuser-") && !name.ends_with("-bg")).then_some(policy)
@@ -130,9 +130,9 @@ fn request_policies(child: &Child) -> Vec<i32> {
     stats.filter_map(policy).collect()
 }
 
-/// A reader whose page is there is not interrupted by the threads that work for it.
+/// With SCHED_BATCH, waking a request thread does not preempt a reader.
 #[test]
-fn request_threads_are_batch_threads_unless_readers_wait_for_them() {
+fn request_threads_use_sched_batch_unless_direct_io() {
     let Some(scratch) = Scratch::new() else { return };
     for (name, options, policy) in [
         ("cached", &["-f", "--threads", "3"][..], libc::SCHED_BATCH),
@@ -146,33 +146,33 @@ fn request_threads_are_batch_threads_unless_readers_wait_for_them() {
 
 #[test]
 fn a_log_file_is_appended_to() {
-    let Some(place) = Place::new() else { return };
-    fs::write(place.0.path().join("mnt.log"), "before\n").unwrap();
-    assert_eq!(place.mount(&[]).status.code(), Some(0));
-    let log = place.0.log("mnt");
+    let Some(point) = MountPoint::new() else { return };
+    fs::write(point.0.path().join("mnt.log"), "before\n").unwrap();
+    assert_eq!(point.mount(&[]).status.code(), Some(0));
+    let log = point.0.log("mnt");
     assert!(log.starts_with("before\n") && log.contains("mounted `"), "{log}");
 }
 
 #[test]
 fn an_unmount_from_outside_ends_the_process_with_success() {
-    let Some(place) = Place::new() else { return };
-    let child = place.foreground();
-    nix::mount::umount(&place.at()).unwrap();
+    let Some(point) = MountPoint::new() else { return };
+    let child = point.foreground();
+    nix::mount::umount(&point.at()).unwrap();
     assert_eq!(child.end().code(), Some(0));
 }
 
 #[test]
-fn a_mount_in_use_is_detached_and_served_on() {
-    let Some(place) = Place::new() else { return };
-    let child = place.foreground();
-    let want = fs::read(place.at().join("config.json")).unwrap();
-    let mut file = File::open(place.at().join("config.json")).unwrap();
-    let refused = place.command(&["umount"]);
+fn a_mount_in_use_is_detached_and_still_served() {
+    let Some(point) = MountPoint::new() else { return };
+    let child = point.foreground();
+    let want = fs::read(point.at().join("config.json")).unwrap();
+    let mut file = File::open(point.at().join("config.json")).unwrap();
+    let refused = point.command(&["umount"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("is in use"), "{refused:?}");
 
     send(&child, Signal::SIGTERM);
-    wait_for("detached mount", || !place.is_mounted());
+    wait_for("detached mount", || !point.is_mounted());
     let mut got = Vec::new();
     file.read_to_end(&mut got).unwrap();
     assert_eq!(got, want);
@@ -180,85 +180,88 @@ fn a_mount_in_use_is_detached_and_served_on() {
     assert_eq!(child.end().code(), Some(0));
 }
 
-/// A session that outlives its mount must not take down the mount that came after it.
+/// A process that still serves a detached mount must not unmount a newer one at the same path.
 #[test]
 fn the_end_of_a_detached_mount_leaves_the_next_one_alone() {
-    let Some(place) = Place::new() else { return };
-    let child = place.foreground();
-    let file = File::open(place.at().join("config.json")).unwrap();
+    let Some(point) = MountPoint::new() else { return };
+    let child = point.foreground();
+    let file = File::open(point.at().join("config.json")).unwrap();
     send(&child, Signal::SIGTERM);
-    wait_for("detached mount", || !place.is_mounted());
-    let next = place.mount(&[]);
+    wait_for("detached mount", || !point.is_mounted());
+    let next = point.mount(&[]);
     assert_eq!(next.status.code(), Some(0), "{next:?}");
     drop(file);
     assert_eq!(child.end().code(), Some(0));
-    assert!(place.is_mounted());
-    assert!(place.at().join("config.json").exists());
+    assert!(point.is_mounted());
+    assert!(point.at().join("config.json").exists());
 }
 
 #[test]
-fn what_a_killed_process_leaves_is_named_and_taken_down() {
-    let Some(place) = Place::new() else { return };
-    let child = place.foreground();
+fn the_mount_of_a_killed_process_is_reported_and_can_be_unmounted() {
+    let Some(point) = MountPoint::new() else { return };
+    let child = point.foreground();
     send(&child, Signal::SIGKILL);
     assert_eq!(child.end().code(), None);
-    let refused = place.mount(&[]);
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(refused.status.code() == Some(1) && said.contains("is left over"), "{said}");
-    assert_eq!(place.command(&["umount"]).status.code(), Some(0));
-    assert_eq!(place.mount(&[]).status.code(), Some(0));
+    let refused = point.mount(&[]);
+    let printed = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && printed.contains("is left over"), "{printed}");
+    assert_eq!(point.command(&["umount"]).status.code(), Some(0));
+    assert_eq!(point.mount(&[]).status.code(), Some(0));
 }
 
 #[test]
 fn a_mount_that_fails_in_the_background_says_why() {
-    let Some(place) = Place::new() else { return };
-    let empty = place.0.path().join("empty");
+    let Some(point) = MountPoint::new() else { return };
+    let empty = point.0.path().join("empty");
     fs::create_dir(&empty).unwrap();
     for options in [&[][..], &["-f"][..]] {
         let output =
-            Command::new(BINARY).args(options).arg(&empty).arg(place.at()).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.starts_with("mount-ckpt: ") && said.contains("config.json"), "{said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
+            Command::new(BINARY).args(options).arg(&empty).arg(point.at()).output().unwrap();
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{printed}");
+        assert!(
+            printed.starts_with("mount-ckpt: ") && printed.contains("config.json"),
+            "{printed}"
+        );
+        assert_eq!(printed.lines().count(), 1, "{printed}");
     }
-    assert!(!place.is_mounted());
+    assert!(!point.is_mounted());
 }
 
 #[test]
-fn a_mount_hides_files_only_when_told() {
-    let Some(place) = Place::new() else { return };
-    fs::write(place.at().join("file"), "").unwrap();
-    let refused = place.mount(&[]);
+fn a_mount_point_with_files_is_refused_without_nonempty() {
+    let Some(point) = MountPoint::new() else { return };
+    fs::write(point.at().join("file"), "").unwrap();
+    let refused = point.mount(&[]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("is not empty"), "{refused:?}");
-    assert_eq!(place.mount(&["-o", "nonempty"]).status.code(), Some(0));
-    assert!(!place.at().join("file").exists());
+    assert_eq!(point.mount(&["-o", "nonempty"]).status.code(), Some(0));
+    assert!(!point.at().join("file").exists());
 }
 
-/// mount(8) runs mount.fuse3, which runs the command as fstab would have it.
+/// mount(8) runs mount.fuse3, which runs the command as it does for an entry of fstab.
 #[test]
 fn mount_8_mounts() {
-    let Some(place) = Place::new() else { return };
+    let Some(point) = MountPoint::new() else { return };
     if !nix::unistd::geteuid().is_root() || !Path::new("/sbin/mount.fuse3").exists() {
         not_tested("mount(8) needs root and mount.fuse3");
         return;
     }
-    // mount(8) clears PATH, so `-t fuse.mount-ckpt` finds only what is installed; `COMMAND#SRC` is
-    // the same helper with the command's place said.
+    // mount(8) clears PATH, so `-t fuse.mount-ckpt` finds only an installed command. `COMMAND#SRC`
+    // uses the same helper with the path of the command.
     let source = format!("{BINARY}#{}", checkpoint().display());
     for options in ["model=auto,_netdev,noatime", "rw,nofail,x-systemd.automount", "ro,user"] {
         let output = Command::new("mount")
             .args(["-t", "fuse", "-o", options, &source])
-            .arg(place.at())
+            .arg(point.at())
             .output()
             .unwrap();
         assert!(output.status.success(), "{options}: {output:?}");
-        assert!(place.at().join("config.json").exists(), "{options}");
+        assert!(point.at().join("config.json").exists(), "{options}");
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let at = format!(" {} ", place.at().display());
+        let at = format!(" {} ", point.at().display());
         let line = table.lines().find(|line| line.contains(&at)).unwrap();
         assert!(line.contains(" - fuse.mount-ckpt ") && line.contains(" ro,"), "{line}");
-        assert!(Command::new("umount").arg(place.at()).status().unwrap().success(), "{options}");
+        assert!(Command::new("umount").arg(point.at()).status().unwrap().success(), "{options}");
     }
 }

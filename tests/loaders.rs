@@ -1,10 +1,10 @@
-//! The loaders that people use, from PyPI and unmodified, on real mounts. The scripts and what each
-//! proves are in `tests/loaders`.
+//! The unmodified loaders from PyPI on real mounts. `tests/loaders/README.md` describes the
+//! scripts.
 //!
-//! Most of these tests are ignored, since the first of them installs the loaders (about 6 GB):
-//! `cargo test --test loaders -- --ignored` runs them. They need `/dev/fuse`, `python3` with `venv`,
-//! and PyPI once for each set of requirements; where something is missing they say so on stderr,
-//! and fail under CI.
+//! Most of these tests are ignored, since the first one installs the loaders (about 6 GB). `cargo
+//! test --test loaders -- --ignored` runs them. They need `/dev/fuse`, `python3` with `venv`, and
+//! PyPI once for each set of requirements. If something is missing, they print that they were
+//! skipped; with `CI` set they fail.
 
 mod common;
 #[path = "loaders/environment.rs"]
@@ -20,10 +20,10 @@ use common::mount::{BINARY, Scratch, not_tested};
 use common::{FAMILIES as GOLDEN, golden};
 use environment::Python;
 
-/// The families with a native layout of their own, as tests/reference names them.
-const SEEDS: [&str; 4] = ["mimo-v2-flash", "deepseek-v4", "kimi-k25-vl", "qwen3-vl-moe"];
+/// Families with a native layout of their own, under their names in tests/reference.
+const ADAPTER_FAMILIES: [&str; 4] = ["mimo-v2-flash", "deepseek-v4", "kimi-k25-vl", "qwen3-vl-moe"];
 
-/// The families of tests/reference.
+/// All families of tests/reference.
 const FAMILIES: [&str; 10] = [
     "mimo-v2-flash",
     "deepseek-v4",
@@ -37,13 +37,13 @@ const FAMILIES: [&str; 10] = [
     "gpt-oss",
 ];
 
-/// A path of the repository.
-fn here(path: &str) -> PathBuf {
+/// The path of a file of the repository.
+fn in_repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// Runs a command to its end, shows what it printed, and fails with it.
-fn must(command: &mut Command) -> String {
+/// Runs a command, prints its stdout, and panics if it fails.
+fn run_checked(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     let (out, err) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -52,13 +52,13 @@ fn must(command: &mut Command) -> String {
     out.into_owned()
 }
 
-/// Checkpoints as published, toy size, made by transformers_views.py once in a run of the tests.
+/// Published checkpoints at toy size. transformers_views.py writes them once per run of the tests.
 fn reference() -> Option<&'static Path> {
     static MADE: OnceLock<Option<tempfile::TempDir>> = OnceLock::new();
     let made = MADE.get_or_init(|| {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let script = here("tests/reference/transformers_views.py");
-        must(Python::Base.command()?.arg(script).arg("make").arg(dir.path()));
+        let script = in_repository("tests/reference/transformers_views.py");
+        run_checked(Python::Base.command()?.arg(script).arg("make").arg(dir.path()));
         Some(dir)
     });
     made.as_ref().map(tempfile::TempDir::path)
@@ -67,7 +67,7 @@ fn reference() -> Option<&'static Path> {
 /// `GOLDEN=MOUNT` for every golden folder, mounted in its native layout.
 fn golden_mounts(scratch: &Scratch) -> Vec<String> {
     let mount = |folder: &&str| {
-        // Several shards, with tensors that share one and tensors that have their own.
+        // A shard size that puts several tensors into some shards and one tensor into others.
         let options = ["--to", "native", "--shard-size", "300kB"];
         let at = scratch.mount(folder, golden(folder).join("checkpoint"), &options);
         format!("{}={}", golden(folder).display(), at.display())
@@ -83,7 +83,7 @@ fn safetensors_reads_every_golden_view() {
     else {
         return;
     };
-    must(script.args(golden_mounts(&scratch)));
+    run_checked(script.args(golden_mounts(&scratch)));
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn streamers_read_every_golden_view() {
     else {
         return;
     };
-    must(script.args(golden_mounts(&scratch)));
+    run_checked(script.args(golden_mounts(&scratch)));
 }
 
 #[test]
@@ -111,17 +111,17 @@ fn transformers_loads_its_own_layout_and_the_published_names() {
         };
         script.arg(format!("{family}={}={}", mount("transformers"), mount("hf")));
     }
-    must(&mut script);
+    run_checked(&mut script);
 }
 
 #[test]
 #[ignore = "installs PyTorch and other loaders, about 6 GB"]
-fn ranks_of_dcp_read_their_experts_alone() {
+fn dcp_ranks_read_only_their_experts() {
     let (Some(scratch), Some(mut make)) = (Scratch::new(), Python::Base.script("dcp_experts.py"))
     else {
         return;
     };
-    must(make.arg("make").arg(scratch.path()));
+    run_checked(make.arg("make").arg(scratch.path()));
     let checkpoint = scratch.path().join("checkpoint");
     let readers = [
         (Python::Base, "torch.distributed.checkpoint:HuggingFaceStorageReader"),
@@ -131,7 +131,7 @@ fn ranks_of_dcp_read_their_experts_alone() {
         ),
     ];
     for (python, reader) in readers {
-        // New mounts, since a second reader would find the first one's pages in the kernel.
+        // New mounts for each reader, since the pages of the first one stay in the page cache.
         let scratch = Scratch::new().unwrap();
         let mut script = python.script("dcp_experts.py").unwrap();
         script.arg("load").arg(&checkpoint);
@@ -139,7 +139,7 @@ fn ranks_of_dcp_read_their_experts_alone() {
             script.arg(scratch.mount(rank, &checkpoint, &["--read-ahead", "512KiB"]));
         }
         script.arg(scratch.mount("slices", &checkpoint, &["--ep-size", "2"]));
-        must(script.arg(reader));
+        run_checked(script.arg(reader));
     }
 }
 
@@ -148,7 +148,7 @@ fn ranks_of_dcp_read_their_experts_alone() {
 fn automodel_agrees_with_and_loads_native_views() {
     let (Some(scratch), Some(reference)) = (Scratch::new(), reference()) else { return };
     let mut script = Python::Automodel.script("automodel.py").unwrap();
-    for family in SEEDS {
+    for family in ADAPTER_FAMILIES {
         let checkpoint = reference.join(family).join("checkpoint");
         let mount = scratch.mount(family, &checkpoint, &["--to", "native"]);
         let mut argument = format!("{family}={}={}", checkpoint.display(), mount.display());
@@ -158,7 +158,7 @@ fn automodel_agrees_with_and_loads_native_views() {
         }
         script.arg(argument);
     }
-    must(&mut script);
+    run_checked(&mut script);
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn saves_of_training_libraries_come_back_as_published() {
     transformers.arg("make").arg(reference).arg(&saves);
     let mut automodel = Python::Automodel.script("automodel_saves.py").unwrap();
     automodel.arg(reference).arg(&saves);
-    // Base has the class and the names of Flash.
+    // Base has the same class and names as Flash.
     for family in FAMILIES.into_iter().filter(|family| *family != "deepseek-v4-base") {
         let checkpoint = reference.join(family).join("checkpoint");
         let in_memory =
@@ -180,12 +180,12 @@ fn saves_of_training_libraries_come_back_as_published() {
         automodel.arg(format!("{family}={}", published.display()));
     }
     let made = thread::scope(|scope| {
-        let other = scope.spawn(|| must(&mut automodel));
-        must(&mut transformers) + &other.join().unwrap()
+        let other = scope.spawn(|| run_checked(&mut automodel));
+        run_checked(&mut transformers) + &other.join().unwrap()
     });
     let mut check = Python::Base.script("saves.py").unwrap();
     check.arg("check").arg(reference).arg(&saves);
-    // All of them before the first failure: a change to a mapping shows in several.
+    // Collect all failures, since one change to a mapping shows in several saves.
     let mut refused = Vec::new();
     for save in made.lines() {
         let name = save.replace('/', "-");
@@ -200,7 +200,7 @@ fn saves_of_training_libraries_come_back_as_published() {
     assert!(output.status.success() && refused.is_empty(), "{wrong}\nrefused:\n{refused}");
     print!("{}", String::from_utf8_lossy(&output.stdout));
 
-    // Without one rank's file there are tensors that look whole and are not.
+    // Without the file of one rank, the remaining pieces of some tensors look like whole tensors.
     for family in ["mimo-v2-flash", "gpt-oss"] {
         let save = saves.join(family).join("automodel/native-2-ranks/model");
         fs::remove_dir_all(save.join("consolidated")).unwrap();
@@ -210,7 +210,7 @@ fn saves_of_training_libraries_come_back_as_published() {
             fs::rename(&lost, &aside).unwrap();
             let name = format!("{family}-without-{gone}");
             let mounted = scratch.try_mount(&name, &save, &["--to", "hf"]);
-            assert!(mounted.is_err(), "{family} is mounted without `{}`", lost.display());
+            assert!(mounted.is_err(), "{family} was mounted without `{}`", lost.display());
             fs::rename(&aside, &lost).unwrap();
         }
     }
@@ -222,17 +222,18 @@ fn the_examples_load_a_view() {
     let (Some(scratch), Some(reference)) = (Scratch::new(), reference()) else { return };
     let checkpoint = reference.join("deepseek-v4/checkpoint");
     let mut example = Python::Base.command().unwrap();
-    example.arg(here("examples/load_transformers.py"));
-    must(example.arg(scratch.mount("transformers", &checkpoint, &["--to", "transformers"])));
+    example.arg(in_repository("examples/load_transformers.py"));
+    run_checked(example.arg(scratch.mount("transformers", &checkpoint, &["--to", "transformers"])));
 
     let mut example = Python::Base.command().unwrap();
-    // Both ranks are here, whatever the machine's name resolves to.
+    // Both ranks run on this machine, whatever its host name resolves to.
     example.env("GLOO_SOCKET_IFNAME", "lo");
-    // What torchrun is.
+    // The module behind the command torchrun.
     example.args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]);
-    example.arg(here("examples/load_dcp.py"));
-    let said = must(example.arg(scratch.mount("native", &checkpoint, &["--to", "native"])));
-    assert!(said.contains("rank 0 of 2") && said.contains("rank 1 of 2"), "{said}");
+    example.arg(in_repository("examples/load_dcp.py"));
+    let printed =
+        run_checked(example.arg(scratch.mount("native", &checkpoint, &["--to", "native"])));
+    assert!(printed.contains("rank 0 of 2") && printed.contains("rank 1 of 2"), "{printed}");
 }
 
 #[test]
@@ -245,19 +246,19 @@ fn an_entry_of_the_hub_cache_is_a_source() {
     let folder = golden("mimo-v2-flash");
     let cache = scratch.path().join("hub");
     make.arg(folder.join("checkpoint")).arg(&cache).arg("XiaomiMiMo/MiMo-V2-Flash");
-    let snapshot = must(&mut make);
+    let snapshot = run_checked(&mut make);
     let mut by_name = scratch.command("name", "XiaomiMiMo/MiMo-V2-Flash", &[]);
-    must(by_name.env("HF_HUB_CACHE", &cache));
+    run_checked(by_name.env("HF_HUB_CACHE", &cache));
     let entry = cache.join("models--XiaomiMiMo--MiMo-V2-Flash");
     let mut script = Python::Base.script("safetensors_files.py").unwrap();
     for at in [
-        scratch.point("name"),
+        scratch.mount_point("name"),
         scratch.mount("entry", entry, &[]),
         scratch.mount("snapshot", snapshot.trim(), &[]),
     ] {
         script.arg(format!("{}={}", folder.display(), at.display()));
     }
-    must(&mut script);
+    run_checked(&mut script);
 }
 
 #[test]
@@ -272,9 +273,9 @@ fn tools_copy_and_check_the_right_bytes() {
     let checkpoint = golden("mimo-v2-flash").join("checkpoint");
     let options = ["--to", "native", "--shard-size", "300kB"];
     let export = scratch.path().join("export");
-    must(Command::new(BINARY).arg("export").args(options).arg(&checkpoint).arg(&export));
-    let mut script = Command::new(here("tests/loaders/file_tools.sh"));
+    run_checked(Command::new(BINARY).arg("export").args(options).arg(&checkpoint).arg(&export));
+    let mut script = Command::new(in_repository("tests/loaders/file_tools.sh"));
     script.arg(export);
     script.arg(scratch.mount("native", &checkpoint, &options)).arg(scratch.path());
-    must(&mut script);
+    run_checked(&mut script);
 }

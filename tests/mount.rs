@@ -1,4 +1,5 @@
-//! Views through a real mount, read as any program would: `std::fs`, `pread` at odd places, mmap.
+//! Reads views through a real mount with the calls that programs use: `std::fs`, `pread` at odd
+//! offsets, mmap.
 
 mod common;
 
@@ -10,7 +11,7 @@ use common::{
 };
 
 #[test]
-fn every_family_is_golden_through_a_mount() {
+fn every_family_equals_its_golden_data_through_a_mount() {
     let cases = [
         ("mimo-v2-flash", Zeros::Signed),
         ("deepseek-v4-flash", Zeros::Equal),
@@ -24,7 +25,7 @@ fn every_family_is_golden_through_a_mount() {
         let at = scratch.mount(folder, &source, &["--shard-size", "200KB"]);
         let expected = tensors_of(&golden(folder).join("native.safetensors"));
         assert_same(&tensors_of_dir(&at), &expected, zeros);
-        assert!(shards_of(&at).len() > 1, "{folder}: one shard tests no boundary");
+        assert!(shards_of(&at).len() > 1, "{folder}: one shard has no shard boundary");
 
         let index = std::fs::read(at.join("model.safetensors.index.json")).unwrap();
         let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
@@ -125,7 +126,7 @@ fn expert_parallel_directories_are_checkpoints_of_their_own() {
 }
 
 #[test]
-fn an_expert_shard_cuts_axis_1() {
+fn an_expert_shard_slices_axis_1() {
     let source = golden("qwen3-vl-moe").join("checkpoint");
     let options = ["--ep-shard-size", "4", "--ep-shard-rank", "1"];
     let Some(scratch) = Scratch::new() else { return };
@@ -152,7 +153,7 @@ fn an_expert_shard_cuts_axis_1() {
 }
 
 #[test]
-fn a_mount_of_a_mount_is_the_checkpoint_again() {
+fn mounting_a_native_view_with_quantize_restores_the_checkpoint() {
     let Some(scratch) = Scratch::new() else { return };
     for (folder, options) in [("qwen3-vl-moe", &[][..]), ("deepseek-v4-base", &["--dtype", "f32"])]
     {
@@ -171,7 +172,7 @@ fn a_mount_of_a_mount_is_the_checkpoint_again() {
 }
 
 #[test]
-fn a_shard_that_is_cut_under_the_mount_is_an_error_and_no_end() {
+fn a_truncated_shard_gives_eio_and_other_tensors_stay_readable() {
     let Some(scratch) = Scratch::new() else { return };
     let source = scratch.path().join("checkpoint");
     copy_files(&golden("mimo-v2-flash").join("checkpoint"), &source);
@@ -180,7 +181,7 @@ fn a_shard_that_is_cut_under_the_mount_is_an_error_and_no_end() {
     std::fs::OpenOptions::new().write(true).open(&shard).unwrap().set_len(5000).unwrap();
     let error = std::fs::read(&shards_of(&at)[0]).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
-    // What the cut shard does not serve is still there.
+    // Tensors in other shards can still be read.
     let whole = tensors_of(&golden("mimo-v2-flash").join("native.safetensors"));
     let name = "model.norm.weight";
     let one = at.join(".mount-ckpt/tensors").join(format!("{name}.safetensors"));

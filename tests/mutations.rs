@@ -1,5 +1,5 @@
-//! Any single change of a golden checkpoint gives a view whose every tensor can be read, or a
-//! message; never a panic.
+//! After any single change of a golden checkpoint, opening it gives an error message, or a view
+//! whose tensors can be read or give an error. It never panics.
 
 mod common;
 
@@ -16,15 +16,15 @@ const FAMILIES: [&str; 5] =
 #[derive(Clone, Debug)]
 enum Change {
     Drop,
-    /// A part of the name is replaced.
+    /// Replaces a part of the name.
     Rename(&'static str, &'static str),
-    /// A copy under another name is added.
+    /// Adds a copy under another name.
     Copy(&'static str, &'static str),
     Reshape(Vec<usize>),
-    /// Two extents are exchanged, one is changed, or an axis is added or taken away.
+    /// Changes the shape along one axis.
     Axis(AxisChange, Index),
     Retype(Dtype),
-    /// A number of config.json.
+    /// Replaces an integer of config.json.
     Config(Index, u64),
 }
 
@@ -99,7 +99,7 @@ fn changed_shape(mut shape: Vec<usize>, change: AxisChange, at: Index) -> Vec<us
     shape
 }
 
-/// All integers of config.json, by their dotted keys.
+/// Dotted keys of all integers of config.json.
 fn integers(value: &serde_json::Value, key: &str, out: &mut Vec<String>) {
     for (name, value) in value.as_object().into_iter().flatten() {
         let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
@@ -114,7 +114,7 @@ fn integers(value: &serde_json::Value, key: &str, out: &mut Vec<String>) {
 fn apply(toy: &mut Toy, which: Index, change: Change) {
     let name = toy.tensors.keys().nth(which.index(toy.tensors.len())).unwrap().clone();
     let tensor = toy.tensor(&name).clone();
-    // Sub-byte tensors that fill no byte are no files at all.
+    // safetensors cannot store tensors that do not end at a byte boundary.
     let whole = |dtype: Dtype, shape: &[usize]| {
         (shape.iter().product::<usize>() * dtype.bitsize()).is_multiple_of(8)
     };
@@ -148,14 +148,14 @@ fn apply(toy: &mut Toy, which: Index, change: Change) {
     }
 }
 
-/// Mounts, and reads all that is there.
+/// Opens an engine, and reads all tensors.
 fn read_all(toy: &Toy, options: &PlanOptions) {
     match toy.mount(options, |_| {}) {
         Ok(mounted) => {
             let plan = mounted.engine.plan();
             for id in (0..).map(TensorId).take(plan.tensors.len()) {
                 let bytes = usize::try_from(plan.tensor(id).bytes()).unwrap();
-                // An error is an answer, too.
+                // An error is allowed, a panic is not.
                 let _ = mounted.engine.read(id, 0, &mut vec![0; bytes]);
             }
             let _ = plan.to_string();
@@ -164,7 +164,7 @@ fn read_all(toy: &Toy, options: &PlanOptions) {
     }
 }
 
-/// The same 96 changes every time; `MUTATIONS=N` tries N others.
+/// The same 96 changes in every run. `MUTATIONS=N` tries N random ones instead.
 fn config() -> ProptestConfig {
     let others = std::env::var("MUTATIONS").ok().and_then(|n| n.parse().ok());
     let rng_seed = if others.is_some() { RngSeed::Random } else { RngSeed::Fixed(1) };

@@ -1,4 +1,4 @@
-//! What the options of a view change, and how a mapping is found.
+//! The options of a view, and how a mapping is selected.
 
 mod common;
 
@@ -22,7 +22,7 @@ fn checkpoint(folder: &str) -> std::path::PathBuf {
 }
 
 #[test]
-fn the_published_names_without_quantization() {
+fn hf_views_have_published_names_and_no_quantization() {
     let cases = [
         ("mimo-v2-flash", "mimo-v2-flash", 75, &["weight_scale_inv"][..]),
         ("deepseek-v4-flash", "deepseek-v4", 188, &[".scale"]),
@@ -49,7 +49,7 @@ fn the_published_names_without_quantization() {
 }
 
 #[test]
-fn what_is_not_quantized_is_verbatim_under_its_own_names() {
+fn hf_views_of_unquantized_checkpoints_are_verbatim() {
     let engine = engine("qwen3-vl-moe", &checkpoint("qwen3-vl-moe"), &to(LayoutName::Hf));
     let plan = engine.plan();
     assert!(plan.tensors.iter().all(|t| t.is_verbatim()));
@@ -61,7 +61,7 @@ fn what_is_not_quantized_is_verbatim_under_its_own_names() {
 }
 
 #[test]
-fn one_rounding_to_any_dtype() {
+fn values_are_rounded_once_to_the_output_dtype() {
     for (folder, model) in
         [("mimo-v2-flash", "mimo-v2-flash"), ("deepseek-v4-flash", "deepseek-v4")]
     {
@@ -91,7 +91,7 @@ fn one_rounding_to_any_dtype() {
     }
 }
 
-/// The tensors of the native view that are decoded or grouped: only these have the output dtype.
+/// Tensors of the native view that are decoded or grouped. Only these have the output dtype.
 fn computed(folder: &str, model: &str) -> BTreeSet<String> {
     let engine = engine(model, &checkpoint(folder), &PlanOptions::default());
     let computed = engine.plan().tensors.iter().filter(|t| !t.is_verbatim());
@@ -101,7 +101,7 @@ fn computed(folder: &str, model: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn names_are_filtered_from_their_start() {
+fn filters_match_from_the_start_of_a_name() {
     let names = |include: &[&str], exclude: &[&str]| -> Vec<String> {
         let regexes = |texts: &[&str]| texts.iter().map(|t| Regex::new(t).unwrap()).collect();
         let options = PlanOptions {
@@ -123,7 +123,7 @@ fn names_are_filtered_from_their_start() {
     assert!(without.contains(&"lm_head.weight".to_owned()));
 }
 
-/// The mapping that a config.json chooses.
+/// The name of the mapping that is selected for a config.json.
 fn chosen(config: &str) -> Result<String, String> {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config).unwrap();
@@ -155,7 +155,7 @@ fn config_json_chooses_the_mapping() {
 }
 
 #[test]
-fn mtp_beyond_the_configs_depth_is_left_out_and_counted() {
+fn mtp_layers_beyond_the_depth_in_config_json_are_dropped_and_counted() {
     let dir = tempfile::tempdir().unwrap();
     copy_files(&checkpoint("deepseek-v4-base"), dir.path());
     let config = dir.path().join("config.json");
@@ -169,14 +169,14 @@ fn mtp_beyond_the_configs_depth_is_left_out_and_counted() {
     let dropped: Vec<_> = plan.summary.dropped.iter().collect();
     assert_eq!(dropped.len(), 1);
     assert_eq!(dropped[0].0, "MTP depth at or above num_nextn_predict_layers");
-    let said = plan.summary.to_string();
-    assert!(said.contains("tensors left out: MTP depth at or above"), "{said}");
+    let summary = plan.summary.to_string();
+    assert!(summary.contains("tensors left out: MTP depth at or above"), "{summary}");
 }
 
 #[test]
 fn stacked_fp8_experts_are_dequantized_with_their_scales() {
-    // The FP8 release of Qwen3-VL-MoE: codes [experts, hidden, 2 * intermediate], a scale for
-    // each 128x128 block of each expert; neither extent is a multiple of 128 here.
+    // The FP8 release of Qwen3-VL-MoE has codes `[experts, hidden, 2 * intermediate]` and one scale
+    // for each 128x128 block of each expert. Neither size is a multiple of 128 here.
     let (experts, hidden, cols) = (3usize, 200usize, 144usize);
     let grid = [hidden.div_ceil(128), cols.div_ceil(128)];
     let codes: Vec<u8> = (0..experts * hidden * cols)
@@ -212,7 +212,7 @@ fn stacked_fp8_experts_are_dequantized_with_their_scales() {
     let tensors = tensors.map(|(name, view)| (name, view.unwrap()));
     safetensors::serialize_to_file(tensors, None, &dir.path().join("model.safetensors")).unwrap();
 
-    // All else is beside the point.
+    // The checkpoint has only experts.
     let allow_missing = vec![regex::Regex::new("").unwrap()];
     let options = PlanOptions { allow_missing, ..PlanOptions::default() };
     let engine = engine("qwen3-vl-moe", Path::new(dir.path()), &options);

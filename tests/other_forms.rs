@@ -1,4 +1,4 @@
-//! Forms in which other tools save the same model: the same bits, or refused.
+//! Other forms in which tools save the same model: they give the same bits, or are refused.
 
 mod common;
 
@@ -27,7 +27,7 @@ fn assert_same_views(family: &str, one: &Toy, other: &Toy, layouts: &[LayoutName
     }
 }
 
-/// Exchanges the last two axes.
+/// Swaps the last two axes.
 fn transposed(tensor: &ToyTensor) -> ToyTensor {
     let [outer @ .., rows, cols] = &tensor.shape[..] else { panic!("{:?}", tensor.shape) };
     let width = tensor.bytes.len() / tensor.shape.iter().product::<usize>();
@@ -45,10 +45,10 @@ fn is_expert(name: &str, tensor: &ToyTensor) -> bool {
     name.contains(".experts.") && tensor.shape.len() >= 2 && !name.ends_with("bias")
 }
 
-/// Experts stacked the other way round were cut along the wrong axis and served.
+/// Regression: transposed stacked experts were split along the wrong axis and served.
 #[test]
-fn experts_that_lie_the_other_way_round_are_refused() {
-    // The toys of the other two families have square experts.
+fn transposed_experts_are_refused() {
+    // The toys of the other two families have square experts, where a transposition does not show.
     let families = FAMILIES.iter().filter(|f| !["deepseek-v3", "minimax-m2"].contains(f));
     for family in families {
         for layout in LAYOUTS {
@@ -56,7 +56,8 @@ fn experts_that_lie_the_other_way_round_are_refused() {
                 LayoutName::Hf => plain(family),
                 LayoutName::Native | LayoutName::Transformers => Toy::in_layout(family, layout),
             };
-            // Transposed as a whole, Qwen3-VL's published experts are those of transformers.
+            // If all its experts are transposed, Qwen3-VL's published layout is that of
+            // transformers.
             let sets: &[&str] =
                 if *family == "qwen3-vl-moe" { &["down", "up"] } else { &["", "down", "up"] };
             for set in sets {
@@ -81,7 +82,7 @@ fn experts_that_lie_the_other_way_round_are_refused() {
     }
 }
 
-/// A published checkpoint whose weights are plain.
+/// A published checkpoint with its weights dequantized.
 fn plain(family: &'static str) -> Toy {
     let mut toy = Toy::golden(family);
     toy.tensors = view(&toy, LayoutName::Hf)
@@ -94,9 +95,9 @@ fn plain(family: &'static str) -> Toy {
     toy
 }
 
-/// config.json of transformers 5 has `num_local_experts` where the release has `num_experts`.
+/// transformers 5 writes `num_local_experts` where the release has `num_experts`.
 #[test]
-fn a_key_that_was_renamed_is_read_too() {
+fn num_local_experts_is_read_as_num_experts() {
     for (family, place) in [("qwen3-moe", ""), ("qwen3-vl-moe", "/text_config")] {
         let toy = Toy::golden(family);
         let mut renamed = toy.clone();
@@ -107,9 +108,9 @@ fn a_key_that_was_renamed_is_read_too() {
     }
 }
 
-/// Block scales that compressed-tensors and Quark name `weight_scale` were refused.
+/// Regression: block scales named `weight_scale`, as in compressed-tensors and Quark, were refused.
 #[test]
-fn scales_under_their_other_names_are_the_same_scales() {
+fn all_names_of_block_scales_give_the_same_bits() {
     for family in ["deepseek-v3", "mimo-v2-flash", "minimax-m2"] {
         let toy = Toy::golden(family);
         let mut other = toy.clone();
@@ -135,9 +136,9 @@ fn scales_under_their_other_names_are_the_same_scales() {
     }
 }
 
-/// Files from before safetensors had E8M0 hold the same bytes as U8; such scales were refused.
+/// Regression: E8M0 scales stored as U8, as before safetensors had E8M0, were refused.
 #[test]
-fn powers_of_two_may_be_bytes() {
+fn e8m0_scales_may_be_stored_as_u8() {
     for family in ["deepseek-v3", "deepseek-v4-base", "mimo-v2-flash", "minimax-m2"] {
         let mut powers = Toy::golden(family);
         let weights: Vec<String> = powers
@@ -152,7 +153,7 @@ fn powers_of_two_may_be_bytes() {
             let spelled = [format!("{weight}_scale_inv"), weight.replace(".weight", ".scale")];
             let scale = spelled.iter().find(|s| powers.tensors.contains_key(*s)).unwrap();
             let n = powers.tensors[scale].bytes.len() / 4;
-            // Between 2^-7 and 2^8, another for each block.
+            // From 2^-7 to 2^8, different in neighbouring blocks.
             let codes: Vec<u8> = (0..n).map(|i| 120 + u8::try_from(i % 16).unwrap()).collect();
             let values: Vec<u8> = codes
                 .iter()
@@ -173,9 +174,9 @@ fn powers_of_two_may_be_bytes() {
     }
 }
 
-/// Copies of V4 with every name below `model.` were refused.
+/// Regression: copies of V4 with the prefix `model.` on every name were refused.
 #[test]
-fn names_of_v4_may_stand_below_model() {
+fn deepseek_v4_names_may_have_a_model_prefix() {
     for family in ["deepseek-v4-flash", "deepseek-v4-base"] {
         let toy = Toy::golden(family);
         for mtp in ["mtp.0.", "layers.4."] {
@@ -189,9 +190,9 @@ fn names_of_v4_may_stand_below_model() {
     }
 }
 
-/// Qwen3-VL-MoE saved with a tensor for each expert was refused.
+/// Regression: Qwen3-VL-MoE saved with one tensor per expert was refused.
 #[test]
-fn experts_that_a_release_stacks_may_stand_apart() {
+fn stacked_experts_may_be_stored_one_by_one() {
     let toy = Toy::golden("qwen3-vl-moe");
     let mut apart = toy.clone();
     for layer in 0..2 {
@@ -200,7 +201,7 @@ fn experts_that_a_release_stacks_may_stand_apart() {
             [("gate_up_proj", &["gate_proj", "up_proj"][..]), ("down_proj", &["down_proj"])]
         {
             let tensor = apart.tensors.remove(&format!("{start}.{stacked}")).unwrap();
-            // [experts, in, out] becomes [out, in] for each, gate before up.
+            // `[experts, in, out]` becomes `[out, in]` for each expert, gate before up.
             let turned = transposed(&tensor);
             let [experts, rows, cols] = turned.shape[..] else { panic!() };
             let rows = rows / names.len();

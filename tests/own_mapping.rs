@@ -1,5 +1,5 @@
-//! A mapping of one's own, for a model that is like none of the shipped ones: every operation and
-//! every kind of row.
+//! A user's own mapping file for a model unlike the shipped ones. It uses every operation and every
+//! kind of row.
 
 mod common;
 
@@ -85,7 +85,7 @@ const CONFIG: &str =
 
 type Tensors = BTreeMap<String, Tensor>;
 
-/// Numbers from `start` on.
+/// Consecutive numbers from `start`.
 fn ramp(shape: &[usize], start: u16) -> Tensor {
     let count = u16::try_from(shape.iter().product::<usize>()).unwrap();
     let bytes = (start..start + count).flat_map(|n| f32::from(n).to_le_bytes()).collect();
@@ -112,7 +112,7 @@ fn published() -> Tensors {
     add("layers.0.moe.1.gate", ramp(&[2, 3], 20));
     add("layers.0.moe.1.up", ramp(&[2, 3], 30));
     add("layers.0.moe_bias", ramp(&[2, 4], 0));
-    // Codes 0 to 7 are -8 to -1; the scale is 1.
+    // Codes 0 to 7 are the values -8 to -1; the scale is 1.
     let packed = 0x7654_3210_u32.to_le_bytes().to_vec();
     add("layers.0.dense.weight_packed", ("I32".to_owned(), vec![1, 1], packed));
     let scale = 0x3C00_u16.to_le_bytes().to_vec();
@@ -137,7 +137,7 @@ fn to(layout: LayoutName) -> PlanOptions {
 }
 
 #[test]
-fn layouts_are_what_the_table_says() {
+fn layouts_follow_the_mapping_file() {
     let dense: &[f32] = &[-8., -7., -6., -5., -4., -3., -2., -1.];
     let native: [(&str, &[usize], &[f32]); 5] = [
         ("layers.0.dense.weight", &[1, 8], dense),
@@ -180,7 +180,7 @@ fn layouts_are_what_the_table_says() {
 }
 
 #[test]
-fn every_layout_goes_to_every_other() {
+fn every_layout_converts_to_every_other() {
     let (_, _, hf) = view(&published(), &to(LayoutName::Hf));
     let names: Vec<_> = hf.keys().map(String::as_str).collect();
     assert_eq!(names[..2], ["layers.0.dense.weight", "layers.0.moe.0.gate"]);
@@ -190,13 +190,13 @@ fn every_layout_goes_to_every_other() {
     {
         let (found, _, back) = view(layout, &PlanOptions::default());
         assert_eq!(found, from);
-        let there: Vec<_> = back.keys().cloned().collect();
-        let expected: Tensors = hf.clone().into_iter().filter(|(n, _)| there.contains(n)).collect();
-        // The experts were cast on the way there.
+        let kept: Vec<_> = back.keys().cloned().collect();
+        let expected: Tensors = hf.clone().into_iter().filter(|(n, _)| kept.contains(n)).collect();
+        // Compare values, since the experts were cast.
         for (name, tensor) in &back {
             assert_eq!(numbers(tensor), numbers(&expected[name]), "{name}");
         }
-        // Layers that the config does not have are gone, and MTP where transformers has none.
+        // Layers beyond those in config.json are dropped; `transformers` also drops MTP.
         assert_eq!(hf.len() - back.len(), if from == LayoutName::Native { 1 } else { 2 });
     }
     let (_, _, across) = view(&native, &to(LayoutName::Transformers));
@@ -204,7 +204,7 @@ fn every_layout_goes_to_every_other() {
 }
 
 #[test]
-fn experts_and_their_biases_are_cut() {
+fn experts_and_their_biases_are_sliced_by_rank() {
     let options = PlanOptions {
         expert_parallel: Some(ExpertParallel { size: 2, rank: Some(1) }),
         ..to(LayoutName::Native)
@@ -217,7 +217,7 @@ fn experts_and_their_biases_are_cut() {
 }
 
 #[test]
-fn way_back_quantizes_what_the_release_does() {
+fn quantizing_follows_the_mapping_file() {
     let (_, _, native) = view(&published(), &to(LayoutName::Native));
     let options = PlanOptions {
         quantize: Some(Quantize { original: None, scale_dtype: None }),

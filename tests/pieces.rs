@@ -1,4 +1,4 @@
-//! Tensors that processes of a training run wrote to shards of their own, each the part that it held.
+//! Tensors in pieces: each process of a training run saved its part to its own shard.
 
 mod common;
 
@@ -13,7 +13,8 @@ use safetensors::tensor::TensorView;
 
 type Tensors = BTreeMap<String, Tensor>;
 
-/// Writes a shard as torch.distributed.checkpoint does: each tensor with its first row in the whole.
+/// Writes a shard as torch.distributed.checkpoint does. The third element of a tensor is its first
+/// row within the whole tensor.
 fn write_shard(dir: &Path, rank: usize, tensors: &[(String, Tensor, usize)]) {
     let offsets = tensors.iter().map(|(name, (_, shape, _), row)| {
         let offsets: Vec<usize> =
@@ -30,7 +31,8 @@ fn write_shard(dir: &Path, rank: usize, tensors: &[(String, Tensor, usize)]) {
     safetensors::serialize_to_file(views, Some(metadata), &path).unwrap();
 }
 
-/// A save by two processes: of the tensors that `cut` takes each has half of the rows.
+/// A save by two processes. Each stores half of the rows of the tensors for which `cut` returns
+/// true.
 fn saved(model: &str, tensors: &Tensors, cut: impl Fn(&Tensor) -> bool) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let metadata = dir.path().join(".hf_metadata");
@@ -64,7 +66,7 @@ fn back() -> PlanOptions {
 }
 
 #[test]
-fn pieces_are_the_tensor_that_they_were_cut_from() {
+fn pieces_of_several_ranks_join_to_the_whole_tensor() {
     let whole = tensors_of(&golden("qwen3-moe").join("native.safetensors"));
     let cut = saved("qwen3-moe", &whole, |_| true);
     let uncut = saved("qwen3-moe", &whole, |_| false);
@@ -74,9 +76,9 @@ fn pieces_are_the_tensor_that_they_were_cut_from() {
     assert_same(&view(&cut), &view(&uncut), Zeros::Signed);
 }
 
-/// Nothing in the shards says how many processes there were.
+/// The shards do not state the number of processes.
 #[test]
-fn the_shard_of_a_process_is_missed() {
+fn a_missing_shard_of_a_rank_is_refused() {
     let whole = tensors_of(&golden("qwen3-moe").join("native.safetensors"));
     let refused = |rank: usize| {
         let dir = saved("qwen3-moe", &whole, |_| true);
@@ -91,7 +93,7 @@ fn the_shard_of_a_process_is_missed() {
     assert!(message.contains(expected), "{message}");
 }
 
-/// Codes and scales are cut on grids of their own.
+/// Codes and scales are split at rows that do not match.
 #[test]
 fn pieces_of_a_quantized_matrix_are_refused() {
     let tensors = tensors_of_dir(&golden("minimax-m2").join("checkpoint"));

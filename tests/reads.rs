@@ -1,4 +1,4 @@
-//! Any split of a read gives the bytes of the whole, whatever the cache holds.
+//! Any split of a read gives the same bytes, whatever is in the cache.
 
 mod common;
 
@@ -11,7 +11,7 @@ use mount_ckpt::{
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
-/// Folder of `tests/golden`, mapping, and whether the view is quantized again.
+/// Folder of `tests/golden`, mapping, and whether the view is quantized.
 const VIEWS: [(&str, &str, bool); 6] = [
     ("mimo-v2-flash", "mimo-v2-flash", false),
     ("mimo-v2-flash", "mimo-v2-flash", true),
@@ -43,7 +43,7 @@ fn whole(engine: &Engine, id: TensorId) -> Vec<u8> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, cases: 64, ..Default::default() })]
     #[test]
-    fn any_split_is_the_whole(
+    fn any_split_of_a_read_gives_the_same_bytes(
         view in select(&VIEWS[..]),
         tensor in any::<Index>(),
         cuts in proptest::collection::vec(any::<Index>(), 0..12),
@@ -52,10 +52,10 @@ proptest! {
         direct_io in any::<bool>(),
     ) {
         let kept = EngineOptions { cache_bytes: 1 << 30, direct_io: true, threads: 2 };
-        let once = engine(view, kept);
-        let n = once.plan().tensors.len();
+        let reference = engine(view, kept);
+        let n = reference.plan().tensors.len();
         let id = TensorId(u32::try_from(tensor.index(n)).unwrap());
-        let expected = whole(&once, id);
+        let expected = whole(&reference, id);
 
         let split = engine(view, EngineOptions { cache_bytes, direct_io, threads: 2 });
         let mut edges: Vec<usize> = cuts.iter().map(|i| i.index(expected.len() + 1)).collect();
@@ -70,12 +70,12 @@ proptest! {
             let at = u64::try_from(piece.start).unwrap();
             split.read(id, at, &mut got[piece]).unwrap();
         }
-        prop_assert!(got == expected, "`{}`", once.plan().tensor(id).name);
+        prop_assert!(got == expected, "`{}`", reference.plan().tensor(id).name);
     }
 }
 
 #[test]
-fn a_read_behind_the_end_is_refused() {
+fn a_read_beyond_the_end_is_refused() {
     let engine = engine(VIEWS[0], EngineOptions { cache_bytes: 0, direct_io: false, threads: 2 });
     let bytes = engine.plan().tensor(TensorId(0)).bytes();
     let error = engine.read(TensorId(0), bytes - 1, &mut [0; 2]).unwrap_err().to_string();

@@ -1,12 +1,12 @@
-//! The published releases at their true size: every layout shows every tensor of theirs, and what
-//! was saved in a layout goes back to the files that it came from.
+//! Published releases at full size: views in every layout have every tensor, and a checkpoint saved
+//! in a layout converts back to the published tensors.
 //!
-//! `tests/releases/README.md` says where the tables come from. Their checkpoints have holes for data,
-//! so only names, dtypes, shapes, sizes and config.json are compared; `families.rs` compares numbers,
-//! on toys.
+//! `tests/releases/README.md` gives the sources of the tables. The checkpoints are sparse files, so
+//! only names, dtypes, shapes, sizes and config.json are compared; `families.rs` compares values,
+//! with small checkpoints.
 //!
-//! Each test prints the time and the peak memory of its plans. They mean something one at a time:
-//! `cargo test --release --test releases -- --nocapture --test-threads 1`.
+//! Each test prints the time and the peak memory of its plans. They are meaningful only if one test
+//! runs at a time: `cargo test --release --test releases -- --nocapture --test-threads 1`.
 
 mod common;
 #[path = "common/release.rs"]
@@ -27,7 +27,7 @@ use mount_ckpt::{
     Checkpoint, Engine, EngineOptions, LayoutName, Plan, PlanOptions, Quantize, TensorPlan,
     Unmapped, View, ViewOptions,
 };
-use release::{Entry, Folded, Release, Tensors, folded, plan, total_bytes};
+use release::{Entry, LogicalTensors, Release, Tensors, logical_tensors, plan, total_bytes};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
@@ -35,11 +35,12 @@ use sparse::Sparse;
 
 const LAYOUTS: [LayoutName; 3] = [LayoutName::Native, LayoutName::Transformers, LayoutName::Hf];
 
-/// Lists in a `quantization_config` of what stays plain: those of the releases follow no one rule.
+/// Keys of a `quantization_config` that list unquantized modules. The releases have no common rule
+/// for them.
 const IGNORE_LISTS: [&str; 3] = ["ignore", "ignored_layers", "modules_to_not_convert"];
 
-/// A view and the plan behind it.
-struct Shown {
+/// An engine with its plan, and the text files of its view.
+struct PlannedView {
     engine: Arc<Engine>,
     config: Value,
     config_text: Vec<u8>,
@@ -58,8 +59,8 @@ struct Metadata {
     total_size: u64,
 }
 
-/// The view of a checkpoint, planned as the command line does.
-fn show(dir: &Path, options: &PlanOptions) -> Result<Shown, String> {
+/// Plans a view of a checkpoint as the command line does.
+fn show(dir: &Path, options: &PlanOptions) -> Result<PlannedView, String> {
     let start = Instant::now();
     let (checkpoint, plan) = plan(dir, options)?;
     let planned = start.elapsed();
@@ -69,7 +70,7 @@ fn show(dir: &Path, options: &PlanOptions) -> Result<Shown, String> {
     let view = view.map_err(|e| e.to_string())?;
     let seconds = [planned, start.elapsed() - planned].map(|t| t.as_secs_f64());
     let config_text = file_of_view(&view, "config.json");
-    Ok(Shown {
+    Ok(PlannedView {
         config: serde_json::from_slice(&config_text).unwrap(),
         index: serde_json::from_slice(&file_of_view(&view, "model.safetensors.index.json"))
             .unwrap(),
@@ -79,7 +80,7 @@ fn show(dir: &Path, options: &PlanOptions) -> Result<Shown, String> {
     })
 }
 
-impl Shown {
+impl PlannedView {
     fn plan(&self) -> &Plan {
         self.engine.plan()
     }
@@ -98,21 +99,21 @@ impl Shown {
         self.entries().into_iter().map(|(name, dtype, shape)| (name, (dtype, shape))).collect()
     }
 
-    /// Matrices of the source that the view has nothing of.
-    fn lost(&self, matrices: &Folded) -> BTreeSet<String> {
+    /// Matrices of the source from which the view has no tensor.
+    fn unserved(&self, matrices: &LogicalTensors) -> BTreeSet<String> {
         let plan = self.plan();
         let served: BTreeSet<&str> = plan.tensors.iter().flat_map(|t| plan.made_of(t)).collect();
         let all = matrices.payloads.keys();
         all.filter(|matrix| !served.contains(matrix.as_str())).cloned().collect()
     }
 
-    /// Tensors that the mapping's rules left out.
+    /// The number of tensors that rules of the mapping dropped.
     fn dropped(&self) -> u64 {
         self.plan().summary.dropped.values().sum()
     }
 }
 
-/// What differs from what it should be, of a whole test.
+/// All differences that a test has found.
 #[derive(Default)]
 struct Failures(Vec<String>);
 
@@ -128,7 +129,7 @@ impl Failures {
         }
     }
 
-    /// Notes the first differences between two lists of tensors.
+    /// Adds the first differences between two lists of tensors.
     fn same(&mut self, what: &str, got: &Tensors, expected: &Tensors) {
         let only = |a: &Tensors, b: &Tensors| -> Vec<String> {
             a.keys().filter(|name| !b.contains_key(*name)).cloned().collect()
@@ -148,24 +149,28 @@ impl Failures {
         }
     }
 
-    /// The config.json of a plain view: the release's without its quantization.
+    /// config.json of an unquantized view must be that of the release without its quantization.
     fn plain_config(&mut self, what: &str, got: &Value, release: &Value) {
-        let (quantization, rest) = split(got);
+        let (quantization, rest) = split_quantization(got);
         self.equal(&format!("{what}: quantization_config"), &quantization, &Vec::new());
-        self.equal(&format!("{what}: config.json"), &rest, &split(release).1);
+        self.equal(&format!("{what}: config.json"), &rest, &split_quantization(release).1);
     }
 
-    /// The config.json of a view that is quantized as the release is.
-    fn quantized_config(&mut self, what: &str, got: &Value, release: &Value, to_the_letter: bool) {
-        let ((mut got, rest), (mut expected, expected_rest)) = (split(got), split(release));
+    /// config.json of a quantized view must be that of the release. Unless `exact`, nulls and lists
+    /// of unquantized modules are not compared.
+    fn quantized_config(&mut self, what: &str, got: &Value, release: &Value, exact: bool) {
+        let ((mut got, rest), (mut expected, expected_rest)) =
+            (split_quantization(got), split_quantization(release));
         self.equal(&format!("{what}: config.json"), &rest, &expected_rest);
-        if !to_the_letter {
-            got.iter_mut().chain(&mut expected).for_each(|(_, value)| *value = bare(value));
+        if !exact {
+            got.iter_mut()
+                .chain(&mut expected)
+                .for_each(|(_, value)| *value = without_ignore_lists(value));
         }
         self.equal(&format!("{what}: quantization_config"), &got, &expected);
     }
 
-    /// The index of a view names its tensors and says how large they are.
+    /// The index of a view must list all its tensors, with the correct total size.
     fn index(&mut self, what: &str, got: &Index, tensors: &Tensors) {
         self.equal(&format!("{what}: total_size"), &got.metadata.total_size, &total_bytes(tensors));
         let named = tensors.keys().filter(|name| got.weight_map.contains_key(*name)).count();
@@ -178,7 +183,7 @@ impl Failures {
     }
 }
 
-/// Elements of each dtype.
+/// The number of elements of each dtype.
 fn elements(tensors: &Tensors) -> BTreeMap<&str, u64> {
     let mut sums = BTreeMap::new();
     for (dtype, shape) in tensors.values() {
@@ -187,8 +192,9 @@ fn elements(tensors: &Tensors) -> BTreeMap<&str, u64> {
     sums
 }
 
-/// `quantization_config` objects with the key of the object that they stand in, and everything else.
-fn split(config: &Value) -> (Vec<(String, Value)>, Value) {
+/// Splits off `quantization_config` objects, with the key of the object that contains them. Returns
+/// them and the rest.
+fn split_quantization(config: &Value) -> (Vec<(String, Value)>, Value) {
     const KEY: &str = "quantization_config";
     let mut rest = config.clone();
     let top = rest.as_object_mut().unwrap();
@@ -202,14 +208,14 @@ fn split(config: &Value) -> (Vec<(String, Value)>, Value) {
     (found, rest)
 }
 
-/// Without nulls and lists of what stays plain.
-fn bare(value: &Value) -> Value {
+/// Removes nulls and lists of unquantized modules.
+fn without_ignore_lists(value: &Value) -> Value {
     match value {
         Value::Object(object) => {
             let kept = object
                 .iter()
                 .filter(|(key, value)| !value.is_null() && !IGNORE_LISTS.contains(&key.as_str()));
-            kept.map(|(key, value)| (key.clone(), bare(value))).collect()
+            kept.map(|(key, value)| (key.clone(), without_ignore_lists(value))).collect()
         }
         other => other.clone(),
     }
@@ -220,7 +226,7 @@ fn peak() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    // Another kernel than Linux has no such file, and the numbers are only printed.
+    // This file exists only on Linux, and the numbers are only printed.
     let _ = fs::write("/proc/self/clear_refs", "5");
     kib.unwrap_or(0) / 1024
 }
@@ -229,26 +235,26 @@ fn to(layout: LayoutName) -> PlanOptions {
     PlanOptions { to: Some(layout), ..PlanOptions::default() }
 }
 
-/// A release and what of it is expected to be lost.
+/// A release, and the differences that are expected after a round trip.
 struct Case {
     name: &'static str,
-    /// Parts of the names that the layout `transformers` leaves out: it has no MTP layers.
-    no_transformers: &'static [&'static str],
-    /// Whether the mapping can quantize as the release is, without an original.
+    /// Parts of the names of tensors that the `transformers` layout drops; it has no MTP layers.
+    dropped_by_transformers: &'static [&'static str],
+    /// Whether the mapping can write the release's quantization without an original.
     back_by_mapping: bool,
-    /// Whether the mapping casts every floating-point tensor of the native layout.
+    /// Whether the native layout casts every floating-point tensor.
     native_is_bf16: bool,
-    /// Whether the F32 scales that the mapping makes are no powers of two as the release's are, which
-    /// config.json then does not say.
+    /// Whether the mapping writes F32 scales that are not powers of two, unlike the release's, so
+    /// that config.json must not state `scale_fmt`.
     loses_scale_fmt: bool,
-    /// Whether the mapping quantizes in the family's first scheme, which is not the release's.
+    /// Whether the mapping writes the first scheme of the family, which is not the release's.
     other_scheme: bool,
 }
 
 const fn case(name: &'static str) -> Case {
     Case {
         name,
-        no_transformers: &[],
+        dropped_by_transformers: &[],
         back_by_mapping: true,
         native_is_bf16: false,
         loses_scale_fmt: false,
@@ -257,11 +263,11 @@ const fn case(name: &'static str) -> Case {
 }
 
 impl Case {
-    const fn without(self, parts: &'static [&'static str]) -> Case {
-        Case { no_transformers: parts, ..self }
+    const fn transformers_drops(self, parts: &'static [&'static str]) -> Case {
+        Case { dropped_by_transformers: parts, ..self }
     }
 
-    const fn by_original_only(self) -> Case {
+    const fn needs_original(self) -> Case {
         Case { back_by_mapping: false, ..self }
     }
 
@@ -279,7 +285,9 @@ impl Case {
 
     fn loses(&self, layout: LayoutName, name: &str) -> bool {
         match layout {
-            LayoutName::Transformers => self.no_transformers.iter().any(|p| name.contains(p)),
+            LayoutName::Transformers => {
+                self.dropped_by_transformers.iter().any(|p| name.contains(p))
+            }
             LayoutName::Native | LayoutName::Hf => false,
         }
     }
@@ -289,13 +297,13 @@ impl Case {
         kept.map(|(name, tensor)| (name.clone(), tensor.clone())).collect()
     }
 
-    /// Shows a release in every layout, and what was saved in it goes back.
+    /// Plans a view in every layout, saves it, and converts it back.
     fn check(&self, release: &Release, failures: &mut Failures) {
         let stored = release.tensors();
         let sparse = release.write();
         let tb = total_bytes(&stored) as f64 / 1e12;
         println!("{}: {} tensors, {tb:.3} TB", self.name, stored.len());
-        let matrices = folded(&stored);
+        let matrices = logical_tensors(&stored);
         let quantized = matrices.tensors != stored;
         for layout in LAYOUTS {
             let what = format!("{}, {layout}", self.name);
@@ -324,15 +332,19 @@ impl Case {
         &self,
         what: &str,
         layout: LayoutName,
-        shown: &Shown,
-        matrices: &Folded,
+        shown: &PlannedView,
+        matrices: &LogicalTensors,
         failures: &mut Failures,
     ) {
         let (got, mut expected) = (shown.tensors(), self.kept(layout, &matrices.tensors));
         let dropped = matrices.tensors.len() - expected.len();
         failures.equal(&format!("{what}: dropped"), &shown.dropped(), &(dropped as u64));
         let lost = matrices.tensors.keys().filter(|name| self.loses(layout, name));
-        failures.equal(&format!("{what}: lost"), &shown.lost(matrices), &lost.cloned().collect());
+        failures.equal(
+            &format!("{what}: lost"),
+            &shown.unserved(matrices),
+            &lost.cloned().collect(),
+        );
         if layout == LayoutName::Native && self.native_is_bf16 {
             let floats = expected.values_mut().filter(|(dtype, _)| dtype == "F32");
             floats.for_each(|(dtype, _)| *dtype = "BF16".to_owned());
@@ -346,7 +358,7 @@ impl Case {
         failures.index(what, &shown.index, &got);
     }
 
-    /// The way back of what was saved in a layout: plain, or quantized as the original is.
+    /// Converts a saved layout back: unquantized, or quantized as the original.
     fn check_back(
         &self,
         from: LayoutName,
@@ -376,7 +388,9 @@ impl Case {
                     continue;
                 }
                 Ok(_) if needs_original => {
-                    failures.add(format!("{what}: expected that --scales-from is asked for"));
+                    failures.add(format!(
+                        "{what}: expected a message that asks for the original checkpoint"
+                    ));
                     continue;
                 }
                 Err(message) => {
@@ -400,13 +414,13 @@ impl Case {
             }
             match by_original {
                 None => failures.plain_config(&what, config, &release),
-                Some(letter) => failures.quantized_config(&what, config, &release, letter),
+                Some(exact) => failures.quantized_config(&what, config, &release, exact),
             }
         }
     }
 }
 
-fn report(what: &str, shown: &Shown) {
+fn report(what: &str, shown: &PlannedView) {
     let ([plan, view], peak) = (shown.seconds, peak());
     println!("  {what}: plan {plan:.2} s, view {view:.2} s, peak {peak} MiB");
 }
@@ -421,138 +435,138 @@ fn check(cases: &[Case]) {
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn deepseek_v3_is_shown_and_goes_back() {
+fn deepseek_v3_round_trips() {
     check(&[
-        case("deepseek-v3").without(&["model.layers.61."]),
-        case("deepseek-v3-bf16-cast").without(&["model.layers.61."]),
+        case("deepseek-v3").transformers_drops(&["model.layers.61."]),
+        case("deepseek-v3-bf16-cast").transformers_drops(&["model.layers.61."]),
     ]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn deepseek_v3_1_is_shown_and_goes_back() {
-    check(&[case("deepseek-v3.1").loses_scale_fmt().without(&["model.layers.61."])]);
+fn deepseek_v3_1_round_trips() {
+    check(&[case("deepseek-v3.1").loses_scale_fmt().transformers_drops(&["model.layers.61."])]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn kimi_k2_is_shown_and_goes_back() {
-    check(&[case("kimi-k2-instruct").without(&["rotary_emb.inv_freq"])]);
+fn kimi_k2_round_trips() {
+    check(&[case("kimi-k2-instruct").transformers_drops(&["rotary_emb.inv_freq"])]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn deepseek_v4_flash_is_shown_and_goes_back() {
-    check(&[case("deepseek-v4-flash").without(&["mtp."])]);
+fn deepseek_v4_flash_round_trips() {
+    check(&[case("deepseek-v4-flash").transformers_drops(&["mtp."])]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn deepseek_v4_pro_is_shown_and_goes_back() {
-    check(&[case("deepseek-v4-pro").without(&["mtp."])]);
+fn deepseek_v4_pro_round_trips() {
+    check(&[case("deepseek-v4-pro").transformers_drops(&["mtp."])]);
 }
 
-/// A config.json that does not name the dtype of its experts is that of FP4 ones.
+/// Without `expert_dtype` in config.json, the experts are FP4.
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn deepseek_v4_pro_without_expert_dtype_is_shown_and_goes_back() {
-    check(&[case("deepseek-v4-pro-no-expert-dtype").without(&["mtp."])]);
+fn deepseek_v4_pro_without_expert_dtype_round_trips() {
+    check(&[case("deepseek-v4-pro-no-expert-dtype").transformers_drops(&["mtp."])]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn deepseek_v4_flash_0731_is_shown_and_goes_back() {
+fn deepseek_v4_flash_0731_round_trips() {
     check(&[
-        case("deepseek-v4-flash-0731").without(&["mtp."]),
-        case("deepseek-v4-flash-0731-reap160").without(&["mtp."]),
+        case("deepseek-v4-flash-0731").transformers_drops(&["mtp."]),
+        case("deepseek-v4-flash-0731-reap160").transformers_drops(&["mtp."]),
     ]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn deepseek_v4_base_is_shown_and_goes_back() {
-    check(&[case("deepseek-v4-flash-base").loses_scale_fmt().without(&["mtp."])]);
+fn deepseek_v4_base_round_trips() {
+    check(&[case("deepseek-v4-flash-base").loses_scale_fmt().transformers_drops(&["mtp."])]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn glm_4_5_is_shown_and_goes_back() {
+fn glm_4_5_round_trips() {
     check(&[
-        case("glm-4.5").without(&["model.layers.92."]),
-        case("glm-4.5-air").without(&["model.layers.46."]),
-        // Pruned to 96 experts by transformers, which dropped the MTP layer.
+        case("glm-4.5").transformers_drops(&["model.layers.92."]),
+        case("glm-4.5-air").transformers_drops(&["model.layers.46."]),
+        // Pruned to 96 experts with transformers, which dropped the MTP layer.
         case("glm-4.5-air-reap96"),
     ]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn glm_4_5_fp8_is_shown_and_goes_back_by_its_original() {
+fn glm_4_5_fp8_round_trips_with_its_original() {
     check(&[
-        case("glm-4.5-fp8").without(&["model.layers.92."]).by_original_only(),
-        case("glm-4.5-air-fp8").without(&["model.layers.46."]).by_original_only(),
+        case("glm-4.5-fp8").transformers_drops(&["model.layers.92."]).needs_original(),
+        case("glm-4.5-air-fp8").transformers_drops(&["model.layers.46."]).needs_original(),
     ]);
 }
 
-/// GLM-4.6 and others leave their MTP layer without embedding and head: they are the model's own.
+/// The MTP layer of GLM-4.6 and others shares the embedding and the head of the model.
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn an_mtp_layer_without_embedding_and_head_is_shown_and_goes_back() {
+fn an_mtp_layer_without_embedding_and_head_round_trips() {
     let mut release = Release::read("glm-4.5");
     let shared = ["model.layers.92.embed_tokens.weight", "model.layers.92.shared_head.head.weight"];
     let before = release.entries.len();
     release.entries.retain(|(name, ..)| !shared.contains(&name.as_str()));
     assert_eq!(release.entries.len(), before - 2);
     let mut failures = Failures::default();
-    case("glm-4.5").without(&["model.layers.92."]).check(&release, &mut failures);
+    case("glm-4.5").transformers_drops(&["model.layers.92."]).check(&release, &mut failures);
     failures.finish();
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn gpt_oss_is_shown_and_goes_back() {
+fn gpt_oss_round_trips() {
     check(&[case("gpt-oss-20b"), case("gpt-oss-20b-bf16"), case("gpt-oss-120b")]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn kimi_k2_5_is_shown_and_goes_back() {
+fn kimi_k2_5_round_trips() {
     check(&[case("kimi-k2.5").cast_in_native()]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn kimi_k2_6_is_shown_and_goes_back() {
+fn kimi_k2_6_round_trips() {
     check(&[case("kimi-k2.6").cast_in_native()]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn kimi_k2_thinking_is_shown_and_goes_back() {
+fn kimi_k2_thinking_round_trips() {
     check(&[case("kimi-k2-thinking").other_scheme()]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn mimo_v2_flash_is_shown_and_goes_back() {
-    check(&[case("mimo-v2-flash").without(&["model.mtp."])]);
+fn mimo_v2_flash_round_trips() {
+    check(&[case("mimo-v2-flash").transformers_drops(&["model.mtp."])]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn minimax_m2_is_shown_and_goes_back() {
+fn minimax_m2_round_trips() {
     check(&[case("minimax-m2.7")]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn qwen3_moe_is_shown_and_goes_back() {
+fn qwen3_moe_round_trips() {
     check(&[case("qwen3-235b-a22b"), case("qwen3-30b-a3b"), case("qwen3-30b-a3b-v5config")]);
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn qwen3_moe_fp8_is_shown_and_goes_back() {
+fn qwen3_moe_fp8_round_trips() {
     check(&[
         case("qwen3-235b-a22b-fp8"),
         case("qwen3-235b-a22b-2507-fp8"),
@@ -562,11 +576,12 @@ fn qwen3_moe_fp8_is_shown_and_goes_back() {
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn qwen3_vl_moe_is_shown_and_goes_back() {
+fn qwen3_vl_moe_round_trips() {
     check(&[case("qwen3-vl-30b-a3b"), case("qwen3-vl-30b-a3b-fp8"), case("qwen3-vl-235b-a22b")]);
 }
 
-/// Releases whose quantization has no decoder here, and the ends of its tensors' names.
+/// Releases whose quantization is not supported, and a suffix of the tensors that the message must
+/// name.
 const REFUSED: [(&str, &str); 11] = [
     ("deepseek-v3.1-nvfp4", "weight_scale_2"),
     ("deepseek-v4-flash-nvfp4", "weight_scale_2"),
@@ -583,7 +598,7 @@ const REFUSED: [(&str, &str); 11] = [
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "true sizes: cargo test --release --test releases")]
-fn quantizations_without_a_decoder_are_refused_by_name() {
+fn unsupported_quantizations_are_refused_with_their_tensors() {
     let mut failures = Failures::default();
     for (name, part) in REFUSED {
         let sparse = Release::read(name).write();

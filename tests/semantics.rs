@@ -1,5 +1,5 @@
-//! What `src/mount/README.md` promises to readers of a mount, where no other test proves it. Needs
-//! /dev/fuse and says so where it is missing.
+//! Tests of the promises in `src/mount/README.md` that no other test covers. Needs /dev/fuse;
+//! without it, each test prints that it was skipped.
 
 mod common;
 
@@ -21,7 +21,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Whence, lseek};
 use serde_json::Value;
 
-/// The mount of a [`Fixture`].
+/// Name of the mount of a [`Fixture`].
 const NAME: &str = "view";
 const SHARD: &str = "model-00001-of-00001.safetensors";
 
@@ -31,7 +31,7 @@ struct Fixture {
 }
 
 impl Fixture {
-    /// A copy that is not mounted yet; `None` without /dev/fuse.
+    /// A copy that is not mounted yet. `None` without /dev/fuse.
     fn new() -> Option<Fixture> {
         let fixture = Fixture { scratch: Scratch::new()? };
         copy_files(&golden("mimo-v2-flash").join("checkpoint"), &fixture.source(""));
@@ -45,7 +45,7 @@ impl Fixture {
         Some(fixture)
     }
 
-    /// A mounted copy and the process in the foreground that serves it.
+    /// A mounted copy, and the foreground process that serves it.
     fn foreground() -> Option<(Fixture, Process)> {
         let fixture = Fixture::new()?;
         let process = fixture.scratch.foreground(NAME, fixture.command(&["-f"]));
@@ -74,7 +74,7 @@ impl Fixture {
         self.scratch.log(NAME)
     }
 
-    /// Bytes that the process has served, except those of status files.
+    /// Number of bytes that the process has served, without status files.
     fn served_bytes(&self) -> u64 {
         let stats = fs::read(self.at(".mount-ckpt/stats.json")).unwrap();
         let stats: Value = serde_json::from_slice(&stats).unwrap();
@@ -90,7 +90,7 @@ fn errno(result: std::io::Result<impl Sized>) -> Option<i32> {
     result.err().and_then(|error| error.raw_os_error())
 }
 
-/// What two mounts have to agree on for one file.
+/// Properties of a file that must be the same in two mounts.
 #[derive(PartialEq)]
 struct FileFacts {
     size: u64,
@@ -125,14 +125,14 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, FileFacts> {
     files
 }
 
-/// A shard as an editor or `hf download` replaces it: another file is renamed to its name.
+/// Replaces a shard as an editor or `hf download` does: renames another file to its name.
 fn replace(path: &Path, bytes: &[u8]) {
     let other = path.with_extension("new");
     fs::write(&other, bytes).unwrap();
     fs::rename(&other, path).unwrap();
 }
 
-/// Each citation is a file of the repository and a test in it: `` `tests/mount.rs: name` ``.
+/// A citation is a file of the repository and a test in it: `` `tests/mount.rs: name` ``.
 #[test]
 fn every_test_that_the_page_cites_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -172,7 +172,7 @@ fn pages_are_kept_from_one_open_to_the_next() {
     let Some(fixture) = Fixture::mounted(&[]) else { return };
     let first = fs::read(fixture.at(SHARD)).unwrap();
     let size = u64::try_from(first.len()).unwrap();
-    // A reply may be counted a moment after its reader has it.
+    // A reply may be counted shortly after the reader has received it.
     wait_for("count of all bytes", || fixture.served_bytes() >= size);
     let served = fixture.served_bytes();
     assert!(fs::read(fixture.at(SHARD)).unwrap() == first);
@@ -180,7 +180,7 @@ fn pages_are_kept_from_one_open_to_the_next() {
 }
 
 #[test]
-fn a_shard_that_is_replaced_is_served_as_it_was() {
+fn a_replaced_shard_is_served_as_it_was() {
     let Some(fixture) = Fixture::mounted(&[]) else { return };
     for n in 1..=3 {
         let shard = fixture.source(&format!("model-0000{n}-of-00003.safetensors"));
@@ -192,7 +192,7 @@ fn a_shard_that_is_replaced_is_served_as_it_was() {
 }
 
 #[test]
-fn a_shard_that_is_cut_is_eio_and_a_line_in_the_log() {
+fn a_truncated_shard_gives_eio_and_a_log_line() {
     let Some(fixture) = Fixture::mounted(&[]) else { return };
     let shard = fixture.source("model-00003-of-00003.safetensors");
     OpenOptions::new().write(true).open(&shard).unwrap().set_len(5000).unwrap();
@@ -205,12 +205,12 @@ fn a_shard_that_is_cut_is_eio_and_a_line_in_the_log() {
     for part in [shard.to_str().unwrap(), tensor, "offset 6696", "5000 bytes"] {
         assert!(line.contains(part), "`{part}` is missing in `{line}`");
     }
-    assert!(fs::read(fixture.at("config.json")).is_ok(), "the process goes on");
+    assert!(fs::read(fixture.at("config.json")).is_ok(), "the process keeps serving");
 }
 
-/// In a process of its own, since the signal kills it.
+/// The reader is a separate process, since the signal kills it.
 #[test]
-fn a_mapped_reader_of_a_cut_shard_gets_sigbus() {
+fn a_mapped_reader_of_a_truncated_shard_gets_sigbus() {
     const READER: &str = "import mmap, sys
 with open(sys.argv[1], 'rb') as file:
     sum(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)[:])";
@@ -224,7 +224,7 @@ with open(sys.argv[1], 'rb') as file:
     assert!(whole.success());
     let shard = fixture.source("model-00003-of-00003.safetensors");
     OpenOptions::new().write(true).open(&shard).unwrap().set_len(5000).unwrap();
-    // Another file than the one that the page cache holds.
+    // Not the file that is in the page cache already.
     let status =
         read(&fixture.at(".mount-ckpt/tensors/model.layers.0.mlp.down_proj.weight.safetensors"))
             .unwrap();
@@ -232,20 +232,20 @@ with open(sys.argv[1], 'rb') as file:
 }
 
 #[test]
-fn a_passed_through_file_that_changed_before_its_first_open_is_eio() {
+fn a_passed_through_file_that_changed_before_its_first_open_gives_eio() {
     let Some(fixture) = Fixture::mounted(&[]) else { return };
     let [changed, kept] = ["generation_config.json", "tokenizer_config.json"];
     fs::write(fixture.source(changed), "{}").unwrap();
     assert_eq!(errno(File::open(fixture.at(changed))), Some(libc::EIO));
     assert!(fixture.log_text().contains("generation_config.json` changed"));
-    // One that was opened before stays open, so a file that takes its name changes nothing.
+    // A file that was opened before stays open, so replacing it has no effect.
     let before = fs::read(fixture.at(kept)).unwrap();
     replace(&fixture.source(kept), b"{}");
     assert!(fs::read(fixture.at(kept)).unwrap() == before);
 }
 
 #[test]
-fn a_status_file_has_no_size_and_one_text_for_each_open() {
+fn a_status_file_has_size_0_and_one_snapshot_for_each_open() {
     let Some(fixture) = Fixture::mounted(&[]) else { return };
     let stats = fixture.at(".mount-ckpt/stats.json");
     assert_eq!(stats.metadata().unwrap().len(), 0);
@@ -264,7 +264,7 @@ fn a_status_file_has_no_size_and_one_text_for_each_open() {
     file.read_to_string(&mut text).unwrap();
     assert_eq!(text, whole);
     let config = fixture.at("config.json").metadata().unwrap().len();
-    assert!(fixture.served_bytes() >= bytes(&whole) + config, "a new open has a new text");
+    assert!(fixture.served_bytes() >= bytes(&whole) + config, "each open has a new snapshot");
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn files_have_no_holes_and_no_attributes() {
 }
 
 #[test]
-fn locks_are_those_of_any_file_that_is_open_for_reading() {
+fn flock_and_fcntl_read_locks_work() {
     let Some(fixture) = Fixture::mounted(&[]) else { return };
     let open = || File::open(fixture.at(SHARD)).unwrap();
     let held = Flock::lock(open(), FlockArg::LockExclusiveNonblock).unwrap();
@@ -321,7 +321,7 @@ fn o_direct_reads_any_offset_and_length() {
     }
 }
 
-/// What an NFS server does for its clients: a handle from a name, and a file from a handle.
+/// An NFS server does this for its clients: it gets a handle for a name, and a file for a handle.
 #[test]
 fn a_file_handle_opens_its_file() {
     #[repr(C)]
@@ -381,9 +381,9 @@ fn a_second_signal_ends_the_process_and_open_files_fail() {
     assert_eq!(errno(file.read_at(&mut [0; 10], 0)), Some(libc::ENOTCONN));
 }
 
-/// Takes the 10 s that open files are served after SIGTERM.
+/// Takes 10 s, for which open files are served after SIGTERM.
 #[test]
-fn sigterm_ends_the_process_also_while_a_file_stays_open() {
+fn sigterm_ends_the_process_even_if_a_file_stays_open() {
     let Some((fixture, child)) = Fixture::foreground() else { return };
     let file = File::open(fixture.at(SHARD)).unwrap();
     send(&child, Signal::SIGTERM);

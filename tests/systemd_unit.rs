@@ -1,4 +1,4 @@
-//! The unit file, as systemd itself reads it.
+//! Checks the systemd unit file.
 
 mod common;
 
@@ -15,9 +15,9 @@ fn unit() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(UNIT)).unwrap()
 }
 
-/// systemd-analyze looks for the binary too, so it is given the one under test.
+/// systemd-analyze checks that the binary exists, so the unit names the one under test.
 #[test]
-fn systemd_finds_nothing_wrong_with_the_unit() {
+fn the_unit_passes_systemd_analyze_verify() {
     if Command::new("systemd-analyze").arg("--version").output().is_err() {
         not_tested("systemd-analyze is missing");
         return;
@@ -27,15 +27,16 @@ fn systemd_finds_nothing_wrong_with_the_unit() {
     let here = unit().replace(INSTALLED, BINARY);
     fs::write(&path, here).unwrap();
     let output = Command::new("systemd-analyze").args(["verify"]).arg(&path).output().unwrap();
-    // It exits with 0 on unknown keys, which it only mentions.
-    let said = String::from_utf8_lossy(&output.stderr);
-    let ours: Vec<&str> = said.lines().filter(|line| line.contains("mount-ckpt")).collect();
-    assert!(output.status.success() && ours.is_empty(), "{said}");
+    // For unknown keys it only prints a warning and exits with 0.
+    let printed = String::from_utf8_lossy(&output.stderr);
+    let ours: Vec<&str> = printed.lines().filter(|line| line.contains("mount-ckpt")).collect();
+    assert!(output.status.success() && ours.is_empty(), "{printed}");
 }
 
-/// Each of these gives the service a mount namespace of its own, in which nobody else sees the view.
+/// Each of these keys gives the service its own mount namespace, where no other process sees the
+/// mount.
 #[test]
-fn nothing_in_the_unit_hides_the_mount() {
+fn the_unit_sets_no_key_that_hides_the_mount() {
     let unit = unit();
     let keys: Vec<&str> = unit
         .lines()

@@ -1,9 +1,9 @@
-//! The toy checkpoints against the releases that they stand for: the same names, dtypes and ranks, the
-//! same kinds of layer, and the same config.json but for sizes.
+//! Compares the small checkpoints ("toys") with the tables of their releases: same names, dtypes
+//! and ranks, same kinds of layer, and same config.json except for sizes.
 //!
-//! A test on a toy says something about a release only where the two have the same tensors. One toy
-//! had `post_attention_layernorm` where its release has `pre_mlp_layernorm`: every test passed, and
-//! the release was refused.
+//! A test with a toy is valid for a release only if the two have the same tensors. One toy had
+//! `post_attention_layernorm` where its release has `pre_mlp_layernorm`: every test passed, and the
+//! release was refused.
 
 #[allow(dead_code)]
 #[path = "../examples/quickstart/checkpoint.rs"]
@@ -19,7 +19,7 @@ use common::{golden, tensors_of_dir};
 use serde_json::Value;
 use table::table;
 
-/// Folder of `tests/golden` and of `tests/releases`.
+/// Folder of `tests/golden`, folder of `tests/releases`.
 const TOYS: [(&str, &str); 10] = [
     ("deepseek-v3", "deepseek-v3"),
     ("deepseek-v4-base", "deepseek-v4-flash-base"),
@@ -33,8 +33,8 @@ const TOYS: [(&str, &str); 10] = [
     ("qwen3-vl-moe", "qwen3-vl-30b-a3b"),
 ];
 
-/// Keys of config.json that a toy has beside its release's, for transformers.
-const BESIDE: [(&str, &str); 4] = [
+/// Keys of config.json that a toy has in addition to its release's, for transformers.
+const EXTRA_KEYS: [(&str, &str); 4] = [
     ("kimi-k25-vl", "projection_hidden_size"),
     ("kimi-k25-vl", "vision_config"),
     ("mimo-v2-flash", "layer_types"),
@@ -43,7 +43,7 @@ const BESIDE: [(&str, &str); 4] = [
 
 type Tensors = BTreeMap<String, (String, Vec<u64>)>;
 
-/// What is compared of a tensor: its name without indices, dtype, rank.
+/// Properties of a tensor that are compared: name without indices, dtype, rank.
 type Line = (String, String, usize);
 
 fn release(name: &str) -> PathBuf {
@@ -78,7 +78,7 @@ fn is_index(part: &str) -> bool {
     part.bytes().all(|b| b.is_ascii_digit())
 }
 
-/// Indices between dots as `{}`.
+/// Replaces indices between dots with `{}`.
 fn fold(name: &str) -> String {
     let mut folded = String::with_capacity(name.len());
     for part in name.split('.') {
@@ -93,8 +93,8 @@ fn lines(tensors: &Tensors) -> BTreeSet<Line> {
     tensors.iter().map(|(name, (dtype, shape))| (fold(name), dtype.clone(), shape.len())).collect()
 }
 
-/// The kinds of layer in each list of layers: the different sets of what a layer holds. The first
-/// index of a name is that of its layer.
+/// The kinds of layer in each list of layers: the distinct sets of tensors in a layer. The first
+/// index in a name is that of its layer.
 fn kinds(tensors: &Tensors) -> BTreeMap<String, BTreeSet<BTreeSet<Line>>> {
     let mut layers: BTreeMap<(String, &str), BTreeSet<Line>> = BTreeMap::new();
     for (name, (dtype, shape)) in tensors {
@@ -110,7 +110,7 @@ fn kinds(tensors: &Tensors) -> BTreeMap<String, BTreeSet<BTreeSet<Line>>> {
     kinds
 }
 
-fn assert_true_to(name: &str, toy: &Tensors, release: &Tensors) {
+fn assert_same_structure(name: &str, toy: &Tensors, release: &Tensors) {
     let (ours, theirs) = (lines(toy), lines(release));
     let missing: Vec<_> = theirs.difference(&ours).collect();
     let invented: Vec<_> = ours.difference(&theirs).collect();
@@ -129,45 +129,45 @@ fn assert_true_to(name: &str, toy: &Tensors, release: &Tensors) {
             let nearest = there.iter().min_by_key(|l| l.symmetric_difference(layer).count());
             let differ = nearest.map(|l| l.symmetric_difference(layer).collect::<Vec<_>>());
             panic!(
-                "{name}: {here} alone has a kind of `{list}`; the nearest differs in {differ:?}"
+                "{name}: only {here} has this kind of `{list}`; the nearest differs in {differ:?}"
             );
         }
     }
 }
 
 #[test]
-fn toys_hold_what_their_releases_hold() {
+fn toys_have_the_tensors_and_layer_kinds_of_their_releases() {
     for (folder, name) in TOYS {
-        assert_true_to(folder, &toy(folder), &published(name));
+        assert_same_structure(folder, &toy(folder), &published(name));
     }
 }
 
-/// The toy that let the release be refused.
+/// The toy that did not match its release, see above.
 #[test]
 #[should_panic(expected = "model.mtp.layers.{}.pre_mlp_layernorm.weight")]
-fn another_name_is_found() {
+fn a_toy_with_a_wrong_name_is_detected() {
     let other = |name: &str| name.replace("pre_mlp_layernorm", "post_attention_layernorm");
     let toy = toy("mimo-v2-flash").into_iter().map(|(name, tensor)| (other(&name), tensor));
-    assert_true_to("toy", &toy.collect(), &published("mimo-v2-flash"));
+    assert_same_structure("toy", &toy.collect(), &published("mimo-v2-flash"));
 }
 
 #[test]
-#[should_panic(expected = "the toy alone has a kind of `model.layers`")]
-fn a_kind_of_layer_that_the_release_has_not_is_found() {
+#[should_panic(expected = "only the toy has this kind of `model.layers`")]
+fn a_toy_with_an_extra_kind_of_layer_is_detected() {
     let mut toy = toy("mimo-v2-flash");
     toy.remove("model.layers.1.self_attn.attention_sink_bias");
     toy.remove("model.layers.1.mlp.gate.e_score_correction_bias");
     toy.insert("model.layers.0.self_attn.attention_sink_bias".into(), ("BF16".into(), vec![4]));
-    assert_true_to("toy", &toy, &published("mimo-v2-flash"));
+    assert_same_structure("toy", &toy, &published("mimo-v2-flash"));
 }
 
 #[test]
-fn the_quickstarts_checkpoint_holds_what_its_release_holds() {
-    assert_true_to("quickstart", &quickstart(), &published("mimo-v2-flash"));
+fn the_quickstart_checkpoint_has_the_tensors_of_its_release() {
+    assert_same_structure("quickstart", &quickstart(), &published("mimo-v2-flash"));
 }
 
-/// For every layer with K and V apart: whether it has sinks, and whether its K scales have more rows
-/// than a plain grid of blocks.
+/// For every layer with separate K and V: whether it has sinks, and whether its K scales have more
+/// rows than a plain grid of blocks.
 fn fused_and_sinks(tensors: &Tensors) -> BTreeSet<(bool, bool)> {
     let rows = |name: &str| tensors[name].1[0];
     let keys = tensors.keys().filter(|name| name.ends_with(".k_proj.weight"));
@@ -188,7 +188,7 @@ fn scales_are_fused_where_the_release_has_no_sinks() {
     }
 }
 
-/// Every value of a config, by its dotted key; lists are values.
+/// Collects every value of a config by dotted key. Lists are values.
 fn values(value: &Value, key: &str, out: &mut BTreeMap<String, Value>) {
     match value.as_object() {
         Some(object) if !object.is_empty() => {
@@ -210,34 +210,35 @@ fn config(dir: &Path) -> BTreeMap<String, Value> {
     out
 }
 
-/// What is said in one config and otherwise in the other, but for numbers and lists of any size.
-fn says_otherwise(ours: &Value, theirs: &Value) -> bool {
+/// Whether two values differ, except for numbers and lists, which may have any size.
+fn contradicts(ours: &Value, theirs: &Value) -> bool {
     let sizes = (ours.is_number() && theirs.is_number()) || (ours.is_array() && theirs.is_array());
     !sizes && ours != theirs
 }
 
 #[test]
-fn configs_are_those_of_the_releases_but_for_sizes() {
+fn configs_equal_those_of_the_releases_except_for_sizes() {
     for (folder, name) in TOYS {
         let (ours, theirs) = (config(&golden(folder).join("checkpoint")), config(&release(name)));
         for (key, value) in &theirs {
             let got = ours.get(key).unwrap_or_else(|| panic!("{folder}: no `{key}`"));
-            assert!(!says_otherwise(got, value), "{folder}: `{key}`: expected {value}, got {got}");
+            assert!(!contradicts(got, value), "{folder}: `{key}`: expected {value}, got {got}");
         }
         for key in ours.keys().filter(|key| !theirs.contains_key(*key)) {
-            let known = BESIDE.iter().any(|(toy, part)| *toy == folder && key.starts_with(part));
+            let known =
+                EXTRA_KEYS.iter().any(|(toy, part)| *toy == folder && key.starts_with(part));
             assert!(known, "{folder}: the release has no `{key}`");
         }
     }
 }
 
 #[test]
-fn the_quickstarts_config_says_nothing_that_its_release_does_not() {
+fn the_quickstart_config_has_no_key_that_its_release_lacks() {
     let dir = tempfile::tempdir().unwrap();
     checkpoint::Written::model().save(dir.path()).unwrap();
     let theirs = config(&release("mimo-v2-flash"));
     for (key, value) in config(dir.path()) {
-        let known = theirs.get(&key).is_some_and(|theirs| !says_otherwise(&value, theirs));
+        let known = theirs.get(&key).is_some_and(|theirs| !contradicts(&value, theirs));
         assert!(known, "the release has no `{key}`: {value}");
     }
 }

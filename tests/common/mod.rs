@@ -1,4 +1,5 @@
-//! What the integration tests share: golden checkpoints, engines over them, tensors of files.
+//! Helpers of the integration tests: golden checkpoints, engines over them, and reading tensors
+//! from files and views.
 
 #![allow(dead_code)]
 
@@ -35,7 +36,7 @@ pub const FAMILIES: [&str; 10] = [
     "qwen3-vl-moe",
 ];
 
-/// Exports a view by the built command; its message where it fails.
+/// Exports a view with the built command. Returns its stderr if it fails.
 pub fn exported(checkpoint: &Path, options: &[&str]) -> Result<tempfile::TempDir, String> {
     let out = tempfile::tempdir().unwrap();
     let mut command = std::process::Command::new(mount::BINARY);
@@ -45,7 +46,7 @@ pub fn exported(checkpoint: &Path, options: &[&str]) -> Result<tempfile::TempDir
     if done.status.success() { Ok(out) } else { Err(message) }
 }
 
-/// What `verify --json` of the built command says of a view.
+/// Output of `verify --json` of the built command for a view.
 pub fn verified(checkpoint: &Path, options: &[&str]) -> serde_json::Value {
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_mount-ckpt"));
     let done = command.args(["verify", "--json"]).args(options).arg(checkpoint).output().unwrap();
@@ -53,7 +54,7 @@ pub fn verified(checkpoint: &Path, options: &[&str]) -> serde_json::Value {
         .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&done.stderr)))
 }
 
-/// Copies the files of a directory, which has no directories, to one that need not be there.
+/// Copies the files of a directory without subdirectories. Creates the target directory if needed.
 pub fn copy_files(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
@@ -120,23 +121,23 @@ pub fn write_checkpoint(dir: &Path, config: &str, tensors: &BTreeMap<String, Ten
     safetensors::serialize_to_file(views, None, &path).unwrap();
 }
 
-/// The plan of a checkpoint's view, by the shipped mapping `model`.
+/// The plan of a checkpoint's view, with the shipped mapping `model`.
 pub fn plan(model: &str, dir: &Path, options: &PlanOptions) -> Result<Plan, String> {
     planned(&Mapping::named(model).unwrap(), dir, options).map(|(_, plan)| plan)
 }
 
-/// An engine over a checkpoint, by the shipped mapping `model`.
+/// An engine over a checkpoint, with the shipped mapping `model`.
 pub fn engine(model: &str, dir: &Path, options: &PlanOptions) -> Engine {
     engine_of(&Mapping::named(model).unwrap(), dir, options)
 }
 
-/// An engine over a checkpoint, by any mapping.
+/// An engine over a checkpoint, with any mapping.
 pub fn engine_of(mapping: &Mapping, dir: &Path, options: &PlanOptions) -> Engine {
     let engine = EngineOptions { cache_bytes: 64 << 20, direct_io: false, threads: 2 };
     open(mapping, dir, options, engine).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// The same with options for the engine; the message where the checkpoint is refused.
+/// As [`engine_of`], with engine options. Returns the message if the checkpoint is refused.
 pub fn open(
     mapping: &Mapping,
     dir: &Path,
@@ -157,7 +158,7 @@ fn planned(
     Ok((checkpoint, plan))
 }
 
-/// All tensors of the root, read whole.
+/// All tensors of the view's root directory, each read in one call.
 pub fn tensors_of_engine(engine: &Engine) -> BTreeMap<String, Tensor> {
     let read = |id: &TensorId| {
         let t = engine.plan().tensor(*id);
@@ -182,7 +183,7 @@ pub fn e4m3_to_f32(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
-/// The dtype that the tests' tensors name.
+/// Inverse of `format!("{dtype:?}")`, which the dtype of a [`Tensor`] is.
 pub fn dtype_of(name: &str) -> safetensors::Dtype {
     let known = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "F8_E4M3", "F8_E8M0"];
     let parse = |n: &&str| serde_json::from_value(serde_json::Value::from(*n)).unwrap();
@@ -190,14 +191,14 @@ pub fn dtype_of(name: &str) -> safetensors::Dtype {
     dtypes.find(|d: &safetensors::Dtype| format!("{d:?}") == name).unwrap()
 }
 
-/// Whether an element differs; NaN equals NaN, and zeros of both signs are equal where asked.
+/// Whether [`assert_same`] distinguishes +0.0 from -0.0.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Zeros {
     Signed,
     Equal,
 }
 
-/// Refuses the first difference in names, dtypes, shapes or bits.
+/// Panics at the first difference in names, dtypes, shapes or bits. Any NaN equals any NaN.
 pub fn assert_same(
     got: &BTreeMap<String, Tensor>,
     expected: &BTreeMap<String, Tensor>,
@@ -209,7 +210,7 @@ pub fn assert_same(
         let (got_dtype, got_shape, got_bytes) = &got[name];
         assert_eq!((got_dtype, got_shape), (dtype, shape), "{name}");
         assert_eq!(got_bytes.len(), bytes.len(), "{name}");
-        // Element by element it takes a hundred times as long.
+        // Comparing element by element takes a hundred times as long.
         if got_bytes == bytes {
             continue;
         }

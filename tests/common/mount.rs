@@ -1,7 +1,8 @@
-//! The one place where tests mount: a scratch directory with mounts of the built command in it.
+//! Mounts for tests: a scratch directory with mounts of the built command below it.
 //!
-//! Dropping a [`Scratch`] unmounts everything below its directory, also when the test fails. A test
-//! that passes must leave its mounts unused: a mount that is still busy then fails the test.
+//! Dropping a [`Scratch`] unmounts everything below its directory, also when the test panics. A
+//! test that passes must not leave files of its mounts open: a mount that is still busy fails the
+//! test.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -14,14 +15,14 @@ use std::time::{Duration, Instant};
 /// The command under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_mount-ckpt");
 
-/// Reports on stderr itself, which the test harness does not capture, that the running test was
-/// not run and why. Under CI a test must not be skipped: this fails it.
+/// Prints to stderr, past the capture of the test harness, that the running test was skipped and
+/// why. With `CI` set, the test fails instead.
 pub fn not_tested(why: &str) {
     assert!(std::env::var_os("CI").is_none(), "CI must run this test: {why}");
     std::io::stderr().write_all(format!("NOT TESTED: {why}\n").as_bytes()).unwrap();
 }
 
-/// Waits up to 30 s until `done`.
+/// Waits until `done` returns true. Panics after 30 s.
 pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -30,7 +31,7 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A temporary directory for mount points and other files of one test.
+/// A temporary directory for the mount points and other files of one test.
 pub struct Scratch {
     dir: tempfile::TempDir,
 }
@@ -50,8 +51,8 @@ impl Scratch {
         self.dir.path().canonicalize().unwrap()
     }
 
-    /// The directory `name` below `mnt`, made if it is not there.
-    pub fn point(&self, name: &str) -> PathBuf {
+    /// The directory `mnt/NAME`, created if it does not exist.
+    pub fn mount_point(&self, name: &str) -> PathBuf {
         let at = self.path().join("mnt").join(name);
         fs::create_dir_all(&at).unwrap();
         at
@@ -66,12 +67,12 @@ impl Scratch {
         self.path().join(format!("{name}.log"))
     }
 
-    /// `mount-ckpt OPTIONS SOURCE MNT`, not yet run. `source` is relative to the current directory
-    /// or the name of a model.
+    /// The command `mount-ckpt OPTIONS SOURCE MNT`, not yet run. `source` is a path, relative to
+    /// the current directory, or the name of a model.
     pub fn command(&self, name: &str, source: impl AsRef<Path>, options: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
         command.args(options).arg("--log-file").arg(self.log_file(name));
-        command.arg(source.as_ref()).arg(self.point(name));
+        command.arg(source.as_ref()).arg(self.mount_point(name));
         command
     }
 
@@ -81,7 +82,7 @@ impl Scratch {
         mounted.unwrap_or_else(|why| panic!("{options:?} {}: {why}", source.as_ref().display()))
     }
 
-    /// As [`Scratch::mount`]; what the command said where it fails.
+    /// As [`Scratch::mount`]. Returns the stderr of the command if it fails.
     pub fn try_mount(
         &self,
         name: &str,
@@ -89,26 +90,30 @@ impl Scratch {
         options: &[&str],
     ) -> Result<PathBuf, String> {
         let output = self.command(name, source, options).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        if output.status.success() { Ok(self.point(name)) } else { Err(said.trim().to_owned()) }
+        let printed = String::from_utf8_lossy(&output.stderr);
+        if output.status.success() {
+            Ok(self.mount_point(name))
+        } else {
+            Err(printed.trim().to_owned())
+        }
     }
 
-    /// Runs a [`Scratch::command`] with `-f` and returns once it says that it mounted.
+    /// Starts a [`Scratch::command`] with `-f` and returns when its log says that it mounted.
     pub fn foreground(&self, name: &str, mut command: Command) -> Process {
         let process = Process(command.stderr(Stdio::piped()).spawn().unwrap());
-        // Not when the mount can be seen: its process may still be looking at it.
+        // The mount point alone is not enough: the process may still be checking the new mount.
         wait_for("mount", || self.log(name).contains("mounted `"));
         process
     }
 
     /// Runs `mount-ckpt ARGS… MNT`.
     pub fn run(&self, args: &[&str], name: &str) -> Output {
-        Command::new(BINARY).args(args).arg(self.point(name)).output().unwrap()
+        Command::new(BINARY).args(args).arg(self.mount_point(name)).output().unwrap()
     }
 
     /// Whether something is mounted at `name`.
     pub fn is_mounted(&self, name: &str) -> bool {
-        self.mounts().contains(&self.point(name))
+        self.mounts().contains(&self.mount_point(name))
     }
 
     fn mounts(&self) -> Vec<PathBuf> {
@@ -116,7 +121,7 @@ impl Scratch {
     }
 }
 
-/// The mount points below a directory, the last mount first.
+/// The mount points below a directory, most recent first.
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
@@ -130,8 +135,8 @@ impl Drop for Scratch {
             let unmount = |how: &[&str]| {
                 Command::new(BINARY).arg("umount").args(how).arg(&at).output().unwrap()
             };
-            // A process that another test starts holds copies of this one's files for a moment,
-            // until it runs its program.
+            // A process started by another test holds copies of this process's file descriptors for
+            // a moment, until it calls exec. So a mount may be busy at first.
             let tries = if thread::panicking() { 0 } else { 100 };
             let unused = (0..tries).any(|_| {
                 let done = unmount(&["--quiet"]).status.success();
@@ -151,11 +156,11 @@ impl Drop for Scratch {
     }
 }
 
-/// A process that is killed when it goes.
+/// A child process that is killed when this value is dropped.
 pub struct Process(Child);
 
 impl Process {
-    /// The status with which it ends, within 30 s.
+    /// Waits up to 30 s for the process to exit.
     pub fn end(mut self) -> ExitStatus {
         let mut status = None;
         wait_for("end of the process", || {

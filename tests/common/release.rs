@@ -1,4 +1,4 @@
-//! Published releases, `tests/releases/NAME`, and what their tables say.
+//! Published releases from `tests/releases/NAME`, and the tensors in their tables.
 
 #![allow(dead_code)]
 
@@ -30,12 +30,12 @@ pub fn total_bytes(tensors: &Tensors) -> u64 {
     tensors.values().map(|(dtype, shape)| bytes_of(dtype, shape)).sum()
 }
 
-/// A table of `tests/releases`.
+/// A folder of `tests/releases`.
 pub struct Release {
     pub name: &'static str,
     /// In the order of the table.
     pub entries: Vec<Entry>,
-    /// config.json and the files beside it.
+    /// Name and content of config.json and the other JSON files.
     pub files: Vec<(String, Vec<u8>)>,
 }
 
@@ -68,7 +68,7 @@ impl Release {
     }
 }
 
-/// The plan of a checkpoint's view, by the mapping that its config.json asks for.
+/// The plan of a checkpoint's view, with the mapping for the `model_type` in config.json.
 pub fn plan(dir: &Path, options: &PlanOptions) -> Result<(Arc<Checkpoint>, Plan), String> {
     let checkpoint = Arc::new(Checkpoint::open(dir).map_err(|e| e.to_string())?);
     let types = checkpoint.config().model_types();
@@ -77,18 +77,19 @@ pub fn plan(dir: &Path, options: &PlanOptions) -> Result<(Arc<Checkpoint>, Plan)
     Ok((checkpoint, plan))
 }
 
-/// A release's tensors once payloads, scales and shapes are matrices.
-pub struct Folded {
-    /// Quantized tensors as the BF16 matrices that they stand for, all others as they are.
+/// A release's logical tensors: payload, scale and shape tensors combined into the matrices that
+/// they encode.
+pub struct LogicalTensors {
+    /// Quantized tensors as BF16 matrices, all others unchanged.
     pub tensors: Tensors,
-    /// The payload or plain tensor of each.
+    /// For each logical tensor, the stored tensor with its payload or plain values.
     pub payloads: BTreeMap<String, String>,
-    /// Of each scale and shape tensor, the matrix.
+    /// For each scale and shape tensor, the matrix it belongs to.
     pub parts: BTreeMap<String, String>,
 }
 
-impl Folded {
-    /// The matrix that a stored tensor is, or is a part of.
+impl LogicalTensors {
+    /// The logical tensor that a stored tensor belongs to.
     pub fn matrix_of<'a>(&'a self, stored: &'a str) -> &'a str {
         let of_part = self.parts.get(stored).map(String::as_str);
         of_part
@@ -98,15 +99,18 @@ impl Folded {
     }
 }
 
-/// What the tensors of a release stand for.
-pub fn folded(stored: &Tensors) -> Folded {
-    let mut out =
-        Folded { tensors: Tensors::new(), payloads: BTreeMap::new(), parts: BTreeMap::new() };
+/// Combines the stored tensors of a release into logical tensors.
+pub fn logical_tensors(stored: &Tensors) -> LogicalTensors {
+    let mut out = LogicalTensors {
+        tensors: Tensors::new(),
+        payloads: BTreeMap::new(),
+        parts: BTreeMap::new(),
+    };
     for (name, (dtype, shape)) in stored {
         let mut shape = shape.clone();
         let last = shape.len().saturating_sub(1);
         let module = name.strip_suffix("weight").unwrap_or(name);
-        // The matrix, and names that its scale may have.
+        // The name of the matrix, and possible names of its scale.
         let (matrix, scales) = match dtype.as_str() {
             "I32" if name.ends_with("_packed") => {
                 shape[last] *= 8;

@@ -1,5 +1,5 @@
-//! Checkpoints at the true size of a published release, with holes for data: a terabyte takes a few
-//! megabytes of disk.
+//! Checkpoints at the full size of a published release, written as sparse files without data: a
+//! terabyte takes a few megabytes on disk.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,19 +10,19 @@ use std::path::{Path, PathBuf};
 
 use crate::release::{Entry, bytes_of};
 
-/// Most bytes of tensors in a shard; a larger tensor has a shard of its own.
+/// Maximum bytes of tensors in a shard. A larger tensor gets its own shard.
 const SHARD_BYTES: u64 = 5_000_000_000;
 
-/// A checkpoint directory with holes for data; it goes with this value.
+/// A checkpoint directory of sparse files. Dropping this value deletes it.
 pub struct Sparse {
     dir: tempfile::TempDir,
-    /// Every tensor with its shard and its bytes.
+    /// Name, shard number and size in bytes of every tensor.
     places: Vec<(String, usize, u64)>,
     shards: usize,
 }
 
 impl Sparse {
-    /// Writes shards, their index, and `files`. `weight_shape` tensors get their true values.
+    /// Writes shards, their index, and `files`. `weight_shape` tensors get their real values.
     pub fn write(entries: &[Entry], files: &[(String, Vec<u8>)]) -> Sparse {
         let mut shards: Vec<Vec<&Entry>> = vec![Vec::new()];
         let mut used = 0;
@@ -58,7 +58,8 @@ impl Sparse {
         self.dir.path()
     }
 
-    /// Writes an index that does not list some of the tensors, so that the checkpoint lacks them.
+    /// Writes an index without the tensors for which `lacks` returns true. Tensors that the index
+    /// does not list are not part of the checkpoint.
     pub fn index_without(&self, lacks: impl Fn(&str) -> bool) {
         let listed = self.places.iter().filter(|(name, ..)| !lacks(name));
         let total: u64 = listed.clone().map(|(.., bytes)| bytes).sum();
@@ -83,7 +84,7 @@ fn shard_name(i: usize, of: usize) -> String {
 fn write_shard(path: &Path, tensors: &[&Entry], packed: &BTreeMap<&str, &[u64]>) {
     let mut header = String::from("{\"__metadata__\":{\"format\":\"pt\"}");
     let mut at = 0;
-    // Runs of bytes that are no holes: their place behind the header.
+    // Data to write: offset behind the header, and bytes.
     let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
     for (name, dtype, shape) in tensors {
         let end = at + bytes_of(dtype, shape);
@@ -116,7 +117,7 @@ fn write_shard(path: &Path, tensors: &[&Entry], packed: &BTreeMap<&str, &[u64]>)
     }
 }
 
-/// The elements of a `weight_shape` tensor.
+/// The bytes of a `weight_shape` tensor.
 fn extents(dtype: &str, extents: [u64; 2]) -> Vec<u8> {
     let i32s = || extents.iter().flat_map(|&n| i32::try_from(n).unwrap().to_le_bytes());
     match dtype {

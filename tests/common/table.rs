@@ -1,8 +1,8 @@
-//! Tables of published releases, `tests/releases/NAME/tensors.txt`: every stored tensor with its
+//! Parses `tests/releases/NAME/tensors.txt`: every stored tensor of a published release with its
 //! dtype and shape.
 //!
-//! A line is `NAME DTYPE [SHAPE]`. `{0-47}`, `{0,5,11}` and `{0-60:2}` (every second) in a name stand
-//! for numbers, and the line for every combination of them. What follows `#` is a comment.
+//! A line is `NAME DTYPE [SHAPE]`. `{0-47}`, `{0,5,11}` or `{0-60:2}` (every second number) in a
+//! name is a set of numbers; the line stands for all combinations. `#` starts a comment.
 
 use std::path::Path;
 
@@ -28,16 +28,16 @@ fn tensors_of_line(line: &str) -> Vec<(String, String, Vec<u64>)> {
     names(name).into_iter().map(|name| (name, dtype.to_owned(), shape.clone())).collect()
 }
 
-/// All names that a folded one stands for; the last numbers change first.
-fn names(folded: &str) -> Vec<String> {
-    let Some((before, rest)) = folded.split_once('{') else { return vec![folded.to_owned()] };
-    let (range, after) = rest.split_once('}').unwrap_or_else(|| panic!("no `}}` in `{folded}`"));
+/// Expands a name pattern to all its names; the last numbers vary fastest.
+fn names(pattern: &str) -> Vec<String> {
+    let Some((before, rest)) = pattern.split_once('{') else { return vec![pattern.to_owned()] };
+    let (range, after) = rest.split_once('}').unwrap_or_else(|| panic!("no `}}` in `{pattern}`"));
     let rests = names(after);
     let with = |n: u64| rests.iter().map(move |rest| format!("{before}{n}{rest}"));
     numbers(range).into_iter().flat_map(with).collect()
 }
 
-/// `0-3`, `0,5,11` and `0-60:2` as numbers.
+/// Parses `0-3`, `0,5,11` or `0-60:2` to numbers.
 fn numbers(range: &str) -> Vec<u64> {
     let parse = |text: &str| text.parse().unwrap_or_else(|e| panic!("`{range}`: {e}"));
     let part = |part: &str| {
@@ -50,7 +50,7 @@ fn numbers(range: &str) -> Vec<u64> {
 }
 
 #[test]
-fn folded_names_stand_for_all_of_theirs() {
+fn patterns_expand_to_all_names() {
     let line = "a.{0-1}.b.{0,5-9:2} F32 [2,3]";
     let got: Vec<String> = tensors_of_line(line).into_iter().map(|(name, ..)| name).collect();
     let expected =

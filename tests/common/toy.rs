@@ -1,4 +1,4 @@
-//! A golden checkpoint in memory, to be changed and written out again.
+//! A golden checkpoint in memory that a test can change and write to disk.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +21,7 @@ pub struct ToyTensor {
 }
 
 /// A checkpoint that can be changed. In the names that its methods take, and in messages, `~`
-/// stands for the experts of one layer.
+/// stands for the prefix of the experts of one layer, such as `model.layers.1.mlp.experts`.
 #[derive(Clone, Debug)]
 pub struct Toy {
     pub model: &'static str,
@@ -72,7 +72,7 @@ impl Toy {
         Toy { model, experts, config, tensors }
     }
 
-    /// The native layout of a golden folder, all of it in one shard.
+    /// The native layout of a golden folder, in one shard.
     pub fn native(family: &'static str) -> Toy {
         let mut toy = Toy::golden(family);
         toy.tensors = tensors_of(&golden(family).join("native.safetensors"))
@@ -84,8 +84,8 @@ impl Toy {
         toy
     }
 
-    /// A golden folder's checkpoint in a layout, all of it in one shard where it is not the
-    /// published one.
+    /// A golden folder's checkpoint in any layout. Layouts other than the published one are in one
+    /// shard.
     pub fn in_layout(family: &'static str, layout: LayoutName) -> Toy {
         let mut toy = Toy::golden(family);
         if layout == LayoutName::Hf {
@@ -102,29 +102,29 @@ impl Toy {
         toy
     }
 
-    /// A name without `~`.
-    pub fn whole(&self, name: &str) -> String {
+    /// The name with `~` replaced.
+    pub fn full_name(&self, name: &str) -> String {
         name.replace('~', self.experts)
     }
 
     pub fn tensor(&mut self, name: &str) -> &mut ToyTensor {
-        let name = self.whole(name);
+        let name = self.full_name(name);
         self.tensors.get_mut(&name).unwrap_or_else(|| panic!("the toy has no `{name}`"))
     }
 
     pub fn drop(&mut self, name: &str) -> &mut Toy {
-        let name = self.whole(name);
+        let name = self.full_name(name);
         self.tensors.remove(&name).unwrap_or_else(|| panic!("the toy has no `{name}`"));
         self
     }
 
-    /// Does the same to every tensor whose name holds `part`.
+    /// Applies `change` to every tensor whose name contains `part`.
     pub fn each(
         &mut self,
         part: &str,
         change: impl for<'a> Fn(&'a mut Toy, &str) -> &'a mut Toy,
     ) -> &mut Toy {
-        let part = self.whole(part);
+        let part = self.full_name(part);
         let names: Vec<String> =
             self.tensors.keys().filter(|n| n.contains(&part)).cloned().collect();
         assert!(!names.is_empty(), "the toy has no `{part}`");
@@ -134,7 +134,7 @@ impl Toy {
         self
     }
 
-    /// Drops every tensor whose name holds `part`.
+    /// Drops every tensor whose name contains `part`.
     pub fn drop_all(&mut self, part: &str) -> &mut Toy {
         self.each(part, |toy, name| toy.drop(name))
     }
@@ -143,35 +143,35 @@ impl Toy {
         self.copy(from, to).drop(from)
     }
 
-    /// Replaces a part of every name that holds it.
+    /// Replaces `from` with `to` in every name.
     pub fn rename_all(&mut self, from: &str, to: &str) -> &mut Toy {
-        let (from, to) = (self.whole(from), self.whole(to));
+        let (from, to) = (self.full_name(from), self.full_name(to));
         let tensors = std::mem::take(&mut self.tensors).into_iter();
         self.tensors = tensors.map(|(name, t)| (name.replace(&from, &to), t)).collect();
         self
     }
 
     pub fn copy(&mut self, from: &str, to: &str) -> &mut Toy {
-        let (tensor, to) = (self.tensor(from).clone(), self.whole(to));
+        let (tensor, to) = (self.tensor(from).clone(), self.full_name(to));
         assert!(self.tensors.insert(to.clone(), tensor).is_none(), "the toy has `{to}`");
         self
     }
 
-    /// A new tensor of zeros.
+    /// Adds a tensor of zeros.
     pub fn add(&mut self, name: &str, dtype: Dtype, shape: &[usize]) -> &mut Toy {
         let (bytes, shape) = (vec![0; bytes_of(dtype, shape)], shape.to_vec());
         let tensor = ToyTensor { dtype, shape, bytes, shard: 0 };
-        self.tensors.insert(self.whole(name), tensor);
+        self.tensors.insert(self.full_name(name), tensor);
         self
     }
 
-    /// Another shape; bytes are cut, or go on with zeros.
+    /// Changes the shape. The bytes are truncated, or extended with zeros.
     pub fn reshape(&mut self, name: &str, shape: &[usize]) -> &mut Toy {
         let dtype = self.tensor(name).dtype;
         self.retype_as(name, dtype, shape)
     }
 
-    /// Another dtype; bytes are cut, or go on with zeros.
+    /// Changes the dtype. The bytes are truncated, or extended with zeros.
     pub fn retype(&mut self, name: &str, dtype: Dtype) -> &mut Toy {
         let shape = self.tensor(name).shape.clone();
         self.retype_as(name, dtype, &shape)
@@ -190,13 +190,13 @@ impl Toy {
         self
     }
 
-    /// Sets a value of config.json, at a dotted key.
+    /// Sets a value of config.json at a dotted key.
     pub fn set(&mut self, key: &str, value: impl Into<Value>) -> &mut Toy {
         *self.config_at(key) = value.into();
         self
     }
 
-    /// Another config.json.
+    /// Replaces config.json.
     pub fn configure(&mut self, config: Value) -> &mut Toy {
         self.config = config;
         self
@@ -232,8 +232,8 @@ impl Toy {
         fs::write(dir.join("model.safetensors.index.json"), index).unwrap();
     }
 
-    /// What a mount makes of it, once `damage` was done to its files. In the message the directory
-    /// is `CKPT`.
+    /// Writes the checkpoint, applies `damage` to the files, and opens an engine. If the checkpoint
+    /// is refused, returns the message, with the directory shown as `CKPT`.
     pub fn mount(
         &self,
         options: &PlanOptions,
@@ -253,7 +253,7 @@ impl Toy {
     }
 }
 
-/// An engine over a changed checkpoint, whose directory goes with it.
+/// An engine over a changed checkpoint. Dropping this value deletes the directory.
 pub struct Mounted {
     pub engine: Engine,
     _dir: tempfile::TempDir,

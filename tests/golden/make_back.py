@@ -2,10 +2,9 @@
 
     python tests/golden/make_back.py
 
-writes `<model>/hf.fp8.safetensors` beside each `native.safetensors` whose model publishes FP8 in
-128x128 blocks with F32 scales: payload and scale of every tensor that is quantized on the way
-back. Scale: amax / 448, 1 for an all-zero block; code: x / scale, clamped to 448, rounded to
-nearest even. MiMo's K and V share the blocks of their fused shards.
+writes `<model>/hf.fp8.safetensors` for each model that is published as FP8 in 128x128 blocks with F32 scales: payload and
+scale of every tensor that the published layout quantizes. Scale: amax / 448, or 1 for a block of zeros; code: x / scale,
+clamped to 448, rounded to nearest even. MiMo's K and V share the blocks of their fused shards.
 """
 
 import pathlib
@@ -35,7 +34,7 @@ def quantize(matrix):
 
 
 def quantize_pair(k, v, shards):
-    """K and V rows of each shard quantized as one matrix, then taken apart again."""
+    """Quantizes the K and V rows of each shard as one matrix, then splits the result."""
     out = [[], [], [], []]
     k_blocks = -(-(k.shape[0] // shards) // BLOCK)
     for a, b in zip(k.chunk(shards), v.chunk(shards)):
@@ -48,7 +47,7 @@ def quantize_pair(k, v, shards):
 
 
 def experts(native, prefix):
-    """(expert, gate, up, down) of the grouped tensors under `prefix`, [out, in] each."""
+    """Yields (expert, gate, up, down), each matrix [out, in], from the grouped tensors under `prefix`."""
     gate_and_up = native[prefix + "gate_and_up_projs"]
     down = native[prefix + "down_projs"]
     for e in range(gate_and_up.shape[0]):
@@ -57,7 +56,7 @@ def experts(native, prefix):
 
 
 def layers(native, suffix):
-    """Names of the layers that hold a tensor of that suffix."""
+    """Names of the layers that have a tensor with this suffix."""
     return [name.removesuffix(suffix) for name in sorted(native) if name.endswith(suffix)]
 
 

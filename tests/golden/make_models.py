@@ -1,13 +1,13 @@
-"""Golden data of the five families in `../reference/plain_families.py`: checkpoints, and what Automodel makes of them.
+"""Golden data of the five families in `../reference/plain_families.py`: checkpoints, and Automodel's native tensors.
 
     python make_models.py [DIR]
 
-writes FAMILY/checkpoint and FAMILY/native.safetensors under DIR, by default beside this file. Needs `torch`,
-`safetensors` and `nemo-automodel` 0.7.0; CPU; the same bytes on every run.
+writes FAMILY/checkpoint and FAMILY/native.safetensors under DIR, by default the directory of this file. Needs `torch`,
+`safetensors` and `nemo-automodel` 0.7.0. Runs on CPU and writes the same bytes on every run.
 
-The tensors are random, seeded by their names. Expert 0 of the first expert layer also holds what random data does not: every
-code of its format, and scales from zero over subnormal to overflow. Before anything is written, the adapter's output is
-compared bit for bit with the same conversion done here.
+The tensors are random, seeded by their names. Expert 0 of the first layer with experts also has extreme values, which
+random data lacks: every code of its format, and zero, subnormal and overflowing scales. Before anything is written, the
+adapter's output is compared bit for bit with the same conversion done here.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ADAPTERS = {
     "gpt-oss": GPTOSSStateDictAdapter,
 }
 
-# First expert matrix of a family that is quantized.
+# First expert matrix of each quantized family.
 EXTREME = {
     "deepseek-v3": "model.layers.1.mlp.experts.0.gate_proj.weight",
     "minimax-m2": "model.layers.0.block_sparse_moe.experts.0.w1.weight",
@@ -47,7 +47,7 @@ EXTREME = {
 
 
 def add_extremes(family, tensors):
-    """Every code under ordinary and extreme scales, in place."""
+    """Writes every code under ordinary and extreme scales into one expert, in place."""
     name = EXTREME.get(family.name)
     if name is None:
         return
@@ -64,7 +64,7 @@ def add_extremes(family, tensors):
 
 
 def group(tensors):
-    """Experts of native names, one by one or stacked, as the native layout groups them; all else as it is."""
+    """Groups experts, one by one or stacked, as the native layout does. Other tensors are unchanged."""
     out, experts = {}, {}
     for name, matrix in tensors.items():
         match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight", name)
@@ -86,7 +86,7 @@ def group(tensors):
 
 
 def native(family, tensors):
-    """The native tensors, by our own reading of the published ones."""
+    """The native tensors, converted from the published ones by this script."""
 
     def native_name(name):
         name = name.replace(".block_sparse_moe.e_score_correction_bias", ".mlp.gate.e_score_correction_bias")
@@ -96,7 +96,7 @@ def native(family, tensors):
 
 
 def convert(family, tensors):
-    """The native tensors, by the adapter."""
+    """The native tensors, converted from the published ones by the adapter."""
     config = family.config
     moe = SimpleNamespace(
         n_routed_experts=next(config[k] for k in ("n_routed_experts", "num_experts", "num_local_experts") if k in config),
@@ -110,7 +110,7 @@ def convert(family, tensors):
 
 
 def same(a, b):
-    """Equal bit for bit, any NaN for any NaN."""
+    """Whether two tensors are equal bit for bit. Any NaN equals any NaN."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if a.is_floating_point():
@@ -120,7 +120,7 @@ def same(a, b):
 
 
 def compare(name, theirs, ours, equal=same):
-    """Ends the program where names or tensors differ."""
+    """Exits with an error if names or tensors differ."""
     if set(theirs) != set(ours):
         sys.exit(f"{name}: names differ: {sorted(set(theirs) ^ set(ours))[:5]}")
     wrong = [tensor for tensor in sorted(ours) if not equal(theirs[tensor], ours[tensor])]

@@ -1,20 +1,25 @@
-"""Golden data of the five families in `../reference/families.py`: checkpoints, and what Automodel makes of them.
+"""Golden data of the five families in `../reference/families.py`: checkpoints, and Automodel's native tensors.
 
     python make_seeds.py [DIR]
 
-writes under DIR, by default beside this file, for each folder
-    checkpoint/                     as its release is
-    native.safetensors              every native tensor
-    to_hf.listing.json              name -> dtype and shape of what the adapter's `to_hf` emits, plain and quantized
-and for one each
-    mimo-v2-flash/native.automodel.safetensors  K and V of the layers whose scales Automodel reads in its own way
-    kimi-k25-vl/hf.int4.safetensors             `to_hf` with INT4 quantization
-Needs `torch`, `safetensors` and `nemo-automodel` 0.7.0; CPU; the same bytes on every run. Run `make_back.py` afterwards.
+writes under DIR, by default the directory of this file, for each folder
 
-The tensors are random, seeded by their names. Expert 0 of layer 1 also holds what random data does not, see `add_codes`.
-Before anything is written, the adapter's output is compared bit for bit with the same conversion done here. Two differences
-are known: Automodel decodes FP4 code 8 to +0.0, and it reads MiMo's fused K/V scales on a plain grid. native.safetensors
-has Automodel's zeros, and K and V of the fused grid.
+    checkpoint/                     the checkpoint as its vendor publishes it
+    native.safetensors              every native tensor
+    to_hf.listing.json              name -> dtype and shape of what the adapter's `to_hf` returns, plain and quantized
+
+and once each
+
+    mimo-v2-flash/native.automodel.safetensors  K and V of the layers whose scales Automodel reads differently
+    kimi-k25-vl/hf.int4.safetensors             `to_hf` with INT4 quantization
+
+Needs `torch`, `safetensors` and `nemo-automodel` 0.7.0. Runs on CPU and writes the same bytes on every run. Run
+`make_back.py` afterwards.
+
+The tensors are random, seeded by their names. Expert 0 of layer 1 also has values that random data lacks, see `add_codes`.
+Before anything is written, the adapter's output is compared bit for bit with the same conversion done here. There are two
+known differences: Automodel decodes FP4 code 8 to +0.0, and it reads MiMo's fused K/V scales on a plain grid.
+native.safetensors has Automodel's zeros, and K and V decoded on the fused grid.
 """
 
 import argparse
@@ -47,7 +52,7 @@ SEEDS = {
     "qwen3-vl-moe": ("qwen3-vl-moe", Qwen3VLMoeStateDictAdapter),
 }
 
-# Native name of a published one; specific before general. Experts are grouped afterwards.
+# Rules from published to native names; the first match applies. Experts are grouped afterwards.
 V4_LAYER = [
     (r"attn_norm\.(.*)", r"input_layernorm.\1"),
     (r"ffn_norm\.(.*)", r"post_attention_layernorm.\1"),
@@ -125,18 +130,18 @@ def native(folder, family, tensors):
     plain = dequantize(family, tensors)
     out = group({native_name(folder, name): matrix for name, matrix in plain.items()})
     if folder == "kimi-k25-vl":
-        # Its adapter casts every float.
+        # Its adapter casts every floating-point tensor.
         out = {name: x.to(DTYPE) if x.is_floating_point() else x for name, x in out.items()}
     return out
 
 
 def on_a_plain_grid(tensors, names):
-    """`names` decoded as Automodel does: blocks of 128 rows from the first, the last scale rows unused."""
+    """Decodes `names` as Automodel does: blocks of 128 rows from row 0, the last scale rows unused."""
     return {name: quantize.decode_fp8(tensors[name], tensors[name + "_scale_inv"], DTYPE) for name in names}
 
 
 def fused(family, tensors):
-    """K and V whose scales have more rows than a plain grid."""
+    """Names of K and V whose scales have more rows than a plain grid."""
     keys = [name for name, (_, kind) in family.tensors().items() if kind == "fp8_k"]
     rows = {name: (tensors[name].shape[0], tensors[name + "_scale_inv"].shape[0]) for name in keys}
     keys = [name for name in keys if rows[name][1] != -(-rows[name][0] // quantize.BLOCK)]
@@ -153,13 +158,13 @@ def adapter(folder, family, checkpoint):
         expert_activation="swiglu",
     )
     backend = SimpleNamespace(attn="sdpa", dispatcher="torch", experts="torch", enable_hf_state_dict_adapter=True)
-    # The V4 adapter looks there for the quantization of the experts.
+    # The V4 adapter reads the quantization of the experts from the checkpoint at this path.
     names = SimpleNamespace(**config | {"_name_or_path": str(checkpoint), "text_config": SimpleNamespace(**text)})
     return SEEDS[folder][1](names, moe, backend, dtype=DTYPE)
 
 
 def unsigned_zeros(a, b):
-    """As `same`, zeros of either sign equal."""
+    """As `same`, but +0.0 equals -0.0."""
     return same(*(torch.where(x == 0, torch.zeros_like(x), x) if x.is_floating_point() else x for x in (a, b)))
 
 
@@ -168,7 +173,7 @@ def listing(tensors):
 
 
 def write_listings(listings, file):
-    """One tensor a line."""
+    """Writes JSON with one tensor per line."""
     parts = []
     for key, tensors in listings.items():
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(what)}" for name, what in tensors.items())

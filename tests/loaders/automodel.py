@@ -1,12 +1,12 @@
-"""nemo-automodel on native views of freshly made checkpoints of the families that have a native layout of their own.
+"""nemo-automodel on native views of new checkpoints of the families with their own native layout.
 
     python automodel.py FAMILY=CHECKPOINT=MOUNT[=ADAPTER_VIEW]...
 
 For each family,
-1. its adapter, fed with the checkpoint, must give ADAPTER_VIEW, tensor for tensor and bit for bit. That is MOUNT, except for
-   MiMo, whose K and V scales Automodel reads in its own way (`--kv-scales automodel`);
-2. its `_HuggingFaceStorageReader` and `dcp.load` must fill empty tensors with what MOUNT holds;
-3. its model, built with `enable_hf_state_dict_adapter: false`, must have parameters of just those names and shapes, and its
+1. its adapter must convert the checkpoint to the tensors of ADAPTER_VIEW, bit for bit. ADAPTER_VIEW is MOUNT, except for
+   MiMo, whose K and V scales Automodel reads differently (`--kv-scales automodel`);
+2. its `_HuggingFaceStorageReader` and `dcp.load` must fill empty tensors with those of MOUNT;
+3. its model, built with `enable_hf_state_dict_adapter: false`, must have exactly these parameter names and shapes, and its
    checkpointer must load MOUNT into them.
 """
 
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from automodel_models import build, run_on_cpu
 from compare import UNSIGNED_ZEROS, assert_same, read
 
-# What the class has no modules for.
+# Tensors for which the class has no modules.
 UNUSED = {"mimo-v2-flash": r"model\.mtp\."}
 
 
@@ -64,8 +64,8 @@ def check_model(family, mount):
     def load():
         checkpointer.load_base_model(model, torch.device("cpu"), scratch, str(mount))
 
-    # Where a model has no such attribute at all, Automodel 0.7.0 takes its checkpoint for one in the vendor's names and
-    # renames what it finds as transformers would. With the attribute, if only None, names are taken as they are.
+    # If a model lacks this attribute, Automodel 0.7.0 assumes that the checkpoint has the vendor's names, and renames
+    # them as transformers would. If the attribute is None, it uses the names as they are.
     try:
         load()
         alone = "also without `state_dict_adapter = None`"
@@ -74,7 +74,8 @@ def check_model(family, mount):
     model.state_dict_adapter = None
     load()
     loaded = model.state_dict()
-    # A parameter's dtype is the class's choice: router gates are F32 in a checkpoint and BF16 in a model, for one.
+    # The class decides the dtype of a parameter: router gates, for example, are F32 in a checkpoint and BF16 in a
+    # model.
     expected = {name: stored[name].to(tensor.dtype) for name, tensor in loaded.items()}
     assert_same(f"{family}, {type(model).__name__}", loaded, expected)
     return f"{type(model).__name__} loads {len(loaded)} of them ({alone})"
@@ -85,9 +86,9 @@ transformers.utils.logging.set_verbosity_error()
 run_on_cpu()
 for argument in sys.argv[1:]:
     family, checkpoint, mount, *view = argument.split("=")
-    said = [
+    results = [
         check_adapter(family, checkpoint, *(view or [mount])),
         check_reader(family, mount),
         check_model(family, mount),
     ]
-    print(f"{family}: " + "; ".join(said))
+    print(f"{family}: " + "; ".join(results))

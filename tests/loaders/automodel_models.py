@@ -1,4 +1,4 @@
-"""nemo-automodel's models of the nine families on CPU, at toy size: for the scripts beside this one."""
+"""Builds nemo-automodel's models of the nine families at toy size on CPU, for the other scripts."""
 
 import importlib
 import json
@@ -24,14 +24,14 @@ CLASSES = {
 
 
 def run_on_cpu():
-    """Where the package asks for CUDA by name: Kimi's adapter decodes there, some constructors ask which device it is."""
+    """Patches calls that need CUDA: Kimi's adapter decodes on it, and some constructors ask for the current device."""
     decode = kimi_adapter.dequantize_int4
     kimi_adapter.dequantize_int4 = lambda *tensors, device: decode(*tensors, device="cpu")
     torch.cuda.current_device = lambda: 0
 
 
 def without_code(directory):
-    """A directory with the config.json of another, but for `auto_map`: it names files that a toy has not."""
+    """A new directory with the same config.json, without `auto_map`, which names Python files that a toy does not have."""
     config = json.loads((Path(directory) / "config.json").read_text())
     config.pop("auto_map", None)
     copy = tempfile.mkdtemp()
@@ -40,7 +40,7 @@ def without_code(directory):
 
 
 def build(family, directory, adapter):
-    """The family's model for a directory's config.json, with or without its state dict adapter; its weights say nothing."""
+    """The family's model for a directory's config.json, with or without state dict adapter. Its weights are arbitrary."""
     if family == "minimax-m2":
         directory = without_code(directory)
     module, name = CLASSES[family]
@@ -53,6 +53,6 @@ def build(family, directory, adapter):
         dispatcher="torch",
         enable_hf_state_dict_adapter=adapter,
     )
-    # Qwen3-VL's constructor initializes weights, and asks for the current CUDA device to do so.
+    # Qwen3-VL's constructor initializes weights, and needs the current CUDA device for that.
     with no_init_weights():
         return getattr(module, name).from_pretrained(str(directory), backend=backend)

@@ -1,12 +1,12 @@
-"""Saves of nemo-automodel for `saves.py check`, made by its own checkpointer.
+"""Checkpoints saved by nemo-automodel's checkpointer, for `saves.py check`.
 
     python automodel_saves.py REFERENCE DIR FAMILY=PUBLISHED...
         REFERENCE is what `transformers_views.py make REFERENCE` wrote, PUBLISHED is FAMILY's checkpoint there, mounted with
-        `--to hf`. Writes DIR/FAMILY/automodel/KIND and says which directories there are to mount, one a line
+        `--to hf`. Writes DIR/FAMILY/automodel/KIND and prints the directories to mount, one per line
 
-KIND is `adapter` (published names) or `native` (Automodel's own, `enable_hf_state_dict_adapter: false`). Below each lie
-`model`, what torch.distributed.checkpoint writes, and `model/consolidated`, what Automodel joins it to. The families of
-RANKED are saved once more by two processes, as kinds with `-2-ranks`: experts cut over them, all other parameters by FSDP.
+KIND is `adapter` (published names) or `native` (Automodel's own, `enable_hf_state_dict_adapter: false`). Each contains
+`model`, as torch.distributed.checkpoint writes it, and `model/consolidated`, where Automodel joins it. The families in
+RANKED are also saved by two processes, as kinds with `-2-ranks`: experts sharded over the ranks, all other parameters by FSDP.
 """
 
 import logging
@@ -33,12 +33,12 @@ from compare import assert_same, read
 from saves import EXPECTED, FAMILIES, release
 
 RANKS = 2
-# One whose stacked experts have native names of their own, one with biases of experts.
+# One family whose stacked experts have other names in the native layout, one with biases of experts.
 RANKED = ("mimo-v2-flash", "gpt-oss")
 
 
 def filled(family, published, adapter):
-    """The model with the release's values, and the adapter that put them there."""
+    """The model with the release's values, and the adapter that converted them."""
     model = build(family, published, adapter)
     convert = (model if adapter else build(family, published, adapter=True)).state_dict_adapter
     convert.dtype = torch.bfloat16
@@ -60,9 +60,9 @@ def save(model, directory, original, rank=0, mesh=None):
 
 
 def cut(model, convert, adapter):
-    """Experts over the ranks and all else by FSDP, as Automodel's own parallelizer does it; the mesh of the experts."""
+    """Shards experts over the ranks and all else by FSDP, as Automodel's parallelizer does. Returns the mesh of the experts."""
     state = model.state_dict()
-    # What Automodel notes down before it cuts a model: the names of a whole one.
+    # Automodel records the names of the whole model before it shards it.
     model._pre_shard_hf_state_dict_keys = list(convert.to_hf(state) if adapter else state)
     mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("ep_shard", "ep"))
     apply_ep(model, mesh["ep"])
@@ -79,7 +79,7 @@ def quiet():
 
 
 def rank_main(rank, reference, directory, published, meeting):
-    # Both ranks are here, whatever the machine's name resolves to.
+    # Both ranks run on this machine, whatever its host name resolves to.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{meeting}", timedelta(minutes=2), rank=rank, world_size=RANKS)
     for family in RANKED:
@@ -96,14 +96,14 @@ def make(reference, directory, *arguments):
     published = dict(argument.split("=") for argument in arguments)
     with tempfile.TemporaryDirectory() as scratch:
         shared = (reference, directory, published, Path(scratch) / "ranks")
-        # Forked, since the imports take longer than all else, and so before this process has threads.
+        # Fork, since the imports take longest; and fork first, while this process has no threads.
         mp.start_processes(rank_main, shared, nprocs=RANKS, start_method="fork")
     for family in published:
         target = directory / family / "automodel"
         for kind in ("adapter", "native"):
             model, convert = filled(family, published[family], kind == "adapter")
             save(model, target / kind, reference / family / "checkpoint")
-        # Of the native model, so by the adapter's names alone.
+        # Converted from the native model, so only the adapter decides the names.
         expected = {name: tensor.contiguous() for name, tensor in convert.to_hf(model.state_dict()).items()}
         original = release(FAMILIES[family], reference)
         same = {name: original[name].to(tensor.dtype) for name, tensor in expected.items()}

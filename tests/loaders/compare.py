@@ -1,11 +1,11 @@
-"""Comparing tensors by their bits: any NaN equals any NaN, and zeros of both signs are equal where asked."""
+"""Compares tensors bit for bit. Any NaN equals any NaN; +0.0 equals -0.0 on request."""
 
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-# Automodel's FP4 table has +0.0 for code 8, the format and a view -0.0.
+# Automodel decodes FP4 code 8 to +0.0; the format and views have -0.0.
 UNSIGNED_ZEROS = ("deepseek-v4", "deepseek-v4-flash")
 
 
@@ -21,7 +21,7 @@ def same(a, b, signed_zeros=True):
 
 
 def assert_same(what, got, expected, signed_zeros=True):
-    """Refuses other names, and the tensors that differ: their count and the first five."""
+    """Fails if names or tensors differ, with their count and the first five."""
     odd = sorted(set(got) ^ set(expected))
     assert not odd, f"{what}: {len(odd)} names are on one side only: {odd[:5]}"
     wrong = [name for name in sorted(got) if not same(got[name], expected[name], signed_zeros)]
@@ -29,12 +29,12 @@ def assert_same(what, got, expected, signed_zeros=True):
 
 
 def shards(directory):
-    """The files that a loader finds by globbing."""
+    """The safetensors files of a directory."""
     return sorted(str(file) for file in Path(directory).glob("*.safetensors"))
 
 
 def read(directory):
-    """name -> tensor of all shards of a directory."""
+    """name -> tensor, from all shards of a directory."""
     tensors = {}
     for shard in shards(directory):
         tensors |= load_file(shard)
@@ -42,7 +42,7 @@ def read(directory):
 
 
 def pairs(arguments):
-    """`GOLDEN=MOUNT` arguments as (folder's name, mount, expected native tensors, whether zeros have a sign)."""
+    """Yields (folder name, mount, expected native tensors, signed_zeros) for each `GOLDEN=MOUNT` argument."""
     for argument in arguments:
         golden, mount = map(Path, argument.split("="))
         signed_zeros = golden.name not in UNSIGNED_ZEROS

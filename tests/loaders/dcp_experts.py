@@ -1,12 +1,12 @@
 """torch.distributed.checkpoint on native views: two ranks (gloo), the grouped experts sharded over them.
 
     python dcp_experts.py make DIR
-        writes DIR/checkpoint: FP8, one layer of 64 experts, large enough to tell a share from the whole
+        writes DIR/checkpoint: FP8, one layer of 64 experts, large enough that a share differs from the whole
     python dcp_experts.py load CHECKPOINT MOUNT0 MOUNT1 SLICES [READER]
-        rank r loads from MOUNTr, CHECKPOINT mounted once for each rank as on a cluster of two nodes. What the mount's
-        own counters say it read of the checkpoint must be that rank's share of the experts, and no more beside it than
-        read-ahead and one more expert at the ends of each tensor's part: so mount with `--read-ahead 512KiB`.
-        SLICES, mounted with `--ep-size 2`, must hold the same tensors in its directories. READER is `module:class`, by
+        rank r loads from MOUNTr; CHECKPOINT is mounted once per rank, as on a cluster of two nodes. By the counters of
+        the mount, it must have read only that rank's share of the experts, plus at most
+        read-ahead and one more expert at the ends of each tensor's part; so mount with `--read-ahead 512KiB`.
+        SLICES, mounted with `--ep-size 2`, must contain the same tensors in its directories. READER is `module:class`, by
         default torch's own.
 """
 
@@ -43,7 +43,7 @@ TORCH_READER = "torch.distributed.checkpoint:HuggingFaceStorageReader"
 
 
 class Large(MiMo):
-    """Experts of 768 KiB in FP8, 48 MiB in all, and little else."""
+    """64 experts of 768 KiB in FP8, 48 MiB in total, and few other tensors."""
 
     config = MiMo.config | {
         "hidden_size": WIDTH,
@@ -63,7 +63,7 @@ def make(directory):
 
 
 def expected_experts(checkpoint, experts):
-    """The grouped tensors of some experts, decoded from the checkpoint by tests/reference."""
+    """The grouped tensors of some experts, decoded from the checkpoint with tests/reference."""
     stored = read_checkpoint(checkpoint)
 
     def plain(expert, part):
@@ -84,12 +84,12 @@ def expert_bytes(checkpoint):
 
 
 def source_bytes(mount):
-    """Bytes of the checkpoint that the mount has read so far, as it says itself."""
+    """Bytes of the checkpoint that the mount has read so far, from its counters."""
     return json.loads((Path(mount) / ".mount-ckpt/stats.json").read_text())["engine"]["source_bytes"]
 
 
 def destinations(mount, mesh):
-    """Empty tensors for all that the view holds, in two groups: experts as DTensors cut along axis 0, and the others."""
+    """Empty tensors for all tensors of the view, in two groups: experts as DTensors sharded on axis 0, and the others."""
     experts, others = {}, {}
     for shard in shards(mount):
         with safe_open(shard, "pt") as file:
@@ -105,7 +105,7 @@ def destinations(mount, mesh):
 
 
 def rank_main(rank, checkpoint, mounts, slices, reader, meeting):
-    # Both ranks are here, whatever the machine's name resolves to.
+    # Both ranks run on this machine, whatever its host name resolves to.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{meeting}", timedelta(minutes=2), rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))

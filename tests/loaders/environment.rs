@@ -1,4 +1,4 @@
-//! Python with the loaders in it: virtual environments below `target/`, made once for each set of
+//! Virtual environments with the loaders below `target/`, created once for each set of
 //! requirements.
 
 use std::fs::{self, File};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{LazyLock, OnceLock};
 
-/// Where everything that outlives a run is kept: about 6 GB, most of it torch.
+/// Directory of the environments, kept between runs: about 6 GB, mostly torch.
 static HOME: LazyLock<PathBuf> =
     LazyLock::new(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("loaders"));
 
@@ -15,20 +15,20 @@ static HOME: LazyLock<PathBuf> =
 pub enum Python {
     /// torch, transformers, safetensors and the streamers.
     Base,
-    /// The same with nemo-automodel and the transformers that it pins before them.
+    /// As `Base`, but with nemo-automodel and the version of transformers that it pins.
     Automodel,
 }
 
 impl Python {
-    /// A command that runs a script of `tests/loaders`; `None` where the environments cannot be
-    /// made.
+    /// A command that runs a script of `tests/loaders`. `None` if the environments cannot be
+    /// created.
     pub fn script(self, name: &str) -> Option<Command> {
         let mut command = self.command()?;
-        command.arg(crate::here("tests/loaders").join(name));
+        command.arg(crate::in_repository("tests/loaders").join(name));
         Some(command)
     }
 
-    /// The interpreter, for a script to be named; `None` as above.
+    /// The interpreter, without a script. `None` as above.
     pub fn command(self) -> Option<Command> {
         static READY: OnceLock<bool> = OnceLock::new();
         if !READY.get_or_init(ready) {
@@ -37,9 +37,9 @@ impl Python {
         let mut command = Command::new(self.home().join("bin/python"));
         command
             .env("HF_HUB_OFFLINE", "1")
-            // A GPU would change which way some loaders go.
+            // With a GPU, some loaders take another code path.
             .env("CUDA_VISIBLE_DEVICES", "")
-            // Neither the source tree nor an environment of `--no-compile` has bytecode.
+            // No bytecode in the source tree; the environments have none either (`--no-compile`).
             .env("PYTHONPYCACHEPREFIX", HOME.join("bytecode"))
             .env_remove("PYTHONDONTWRITEBYTECODE");
         Some(command)
@@ -53,7 +53,7 @@ impl Python {
     }
 
     fn requirements(self) -> PathBuf {
-        crate::here("tests/loaders").join(match self {
+        crate::in_repository("tests/loaders").join(match self {
             Python::Base => "requirements.txt",
             Python::Automodel => "requirements-automodel.txt",
         })
@@ -67,7 +67,7 @@ impl Python {
     }
 }
 
-/// Whether the environments are there or could be made. Under CI they have to be.
+/// Whether the environments exist or could be created. With `CI` set, a failure fails the test.
 fn ready() -> bool {
     let made = make();
     if let Err(why) = &made {
@@ -76,10 +76,10 @@ fn ready() -> bool {
     made.is_ok()
 }
 
-/// Makes both environments unless they are what the requirements say.
+/// Creates both environments, unless they match the requirements already.
 fn make() -> Result<(), String> {
     fs::create_dir_all(&*HOME).unwrap();
-    // Two runs of the tests may start at once.
+    // Two runs of the tests may start at the same time.
     let lock = File::create(HOME.join("lock")).unwrap();
     lock.lock().unwrap();
     let version = run(Command::new("python3").arg("--version"))?;
@@ -94,12 +94,12 @@ fn make() -> Result<(), String> {
     for old in [stamp.clone(), Python::Base.home(), Python::Automodel.home()] {
         let _ = if old.is_dir() { fs::remove_dir_all(&old) } else { fs::remove_file(&old) };
     }
-    eprintln!("installing PyTorch and the loaders below `{}`: minutes", HOME.display());
+    eprintln!("installing PyTorch and the loaders below `{}`, which takes minutes", HOME.display());
     for python in [Python::Base, Python::Automodel] {
         run(Command::new("python3").args(["-m", "venv"]).arg(python.home()))?;
     }
     run(&mut Python::Base.pip())?;
-    // The second environment sees what the first one holds, after what is its own.
+    // The second environment also sees the packages of the first; its own come first.
     let (base, automodel) = (site(Python::Base), site(Python::Automodel));
     fs::write(automodel.join("base.pth"), base.to_str().unwrap()).unwrap();
     run(Python::Automodel.pip().arg("--no-deps"))?;
@@ -107,7 +107,7 @@ fn make() -> Result<(), String> {
     Ok(())
 }
 
-/// The one `lib/python3.*/site-packages` of an environment.
+/// `lib/python3.*/site-packages` of an environment.
 fn site(python: Python) -> PathBuf {
     let versions = fs::read_dir(python.home().join("lib")).unwrap();
     let mut sites = versions.map(|version| version.unwrap().path().join("site-packages"));
@@ -119,6 +119,6 @@ fn run(command: &mut Command) -> Result<Output, String> {
     if output.status.success() {
         return Ok(output);
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(format!("{command:?}: {}: {said}", output.status))
+    let printed = String::from_utf8_lossy(&output.stderr);
+    Err(format!("{command:?}: {}: {printed}", output.status))
 }

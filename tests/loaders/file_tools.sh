@@ -1,17 +1,17 @@
 #!/bin/bash
-# What people use to copy and check files, on a mount.
+# Runs common tools that copy and check files on a mount.
 #
 #     file_tools.sh EXPORT MOUNT SCRATCH
 #
-# EXPORT is what `mount-ckpt export` wrote with the options of MOUNT: the same files, on a disk.
+# EXPORT is the output of `mount-ckpt export` with the options of MOUNT: the same files on a disk.
 set -euo pipefail
 want=$(realpath "$1") mount=$(realpath "$2") scratch=$(realpath "$3")
 fail() { echo "file_tools: $*" >&2; exit 1; }
 
 same_tree() { # TOOL COPY
     diff -r --exclude=.mount-ckpt --exclude=.mount-ckpt-export.json "$want" "$2" || fail "$1: the copy differs"
-    # The live files are there in any copy. Their size is 0, as in /proc, since nobody knows it before they are read: what
-    # goes by the size (rsync, tar) makes them empty, and what reads to the end (cp, cat) copies what they say.
+    # Every copy contains the status files. Their size is 0, as in /proc, since it is unknown before they are read.
+    # Tools that use the size (rsync, tar) create empty files; tools that read to the end (cp, cat) copy their text.
     for live in plan.json stats.json metrics.prom; do
         [ -f "$2/.mount-ckpt/$live" ] || fail "$1: .mount-ckpt/$live is missing in the copy"
     done
@@ -54,7 +54,7 @@ from pathlib import Path
 want, mount = map(Path, sys.argv[1:])
 for path in mount.iterdir():
     if path.is_file():
-        # Buffered, as programs read, and in reads of just this size.
+        # Buffered, as most programs read, and unbuffered.
         for buffering in (-1, 0):
             with open(path, "rb", buffering=buffering) as file:
                 blocks = []

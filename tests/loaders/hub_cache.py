@@ -1,8 +1,8 @@
-"""The layout of huggingface_hub's cache, made by hand and accepted by huggingface_hub.
+"""Creates an entry in the layout of huggingface_hub's cache, and checks that huggingface_hub accepts it.
 
     python hub_cache.py CHECKPOINT CACHE NAME
 
-Puts CHECKPOINT into CACHE as NAME (`org/name`): blobs, a snapshot of symlinks, a ref. Prints the snapshot's directory.
+Copies CHECKPOINT into CACHE as NAME (`org/name`): blobs, a snapshot of symlinks, a ref. Prints the snapshot's directory.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
-"""safetensors itself, with torch and with numpy, on native views.
+"""Reads native views with safetensors, with torch and with numpy.
 
     python safetensors_files.py GOLDEN=MOUNT...
 """
 
 import sys
 
-import ml_dtypes  # noqa: F401  numpy learns the name of BF16 from it
+import ml_dtypes  # noqa: F401  registers BF16 with numpy
 import numpy
 import safetensors.numpy
 import safetensors.torch
@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 
 def slices(shape):
-    """Boxes as sharding loaders ask for them: parts of the first axis, of the last, of both."""
+    """Slices as sharding loaders request them: of the first axis, of the last, of both."""
     if not shape:
         return []
     first, last = shape[0] // 2, shape[-1] // 3
@@ -49,7 +49,7 @@ def check(name, mount, expected, signed_zeros):
 
 
 def as_torch(array):
-    """The same bytes; torch knows no BF16 array of numpy's."""
+    """Converts by bytes, since torch does not accept BF16 arrays of numpy."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(numpy.uint16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())

@@ -1,13 +1,14 @@
-"""What training leaves behind, mounted with `--to hf`: saves of transformers, and the comparison for those of any library.
+"""Saves models with transformers, and checks mounts of saved checkpoints of any library with `--to hf`.
 
     python saves.py make REFERENCE DIR FAMILY=IN_MEMORY=PUBLISHED...
-        has transformers save the families' models in every way that gives other files, below DIR/FAMILY/transformers, and
-        says which directories there are to mount, one a line. REFERENCE is what `transformers_views.py make REFERENCE` wrote,
-        IN_MEMORY and PUBLISHED are FAMILY's checkpoint there, mounted with `--to transformers` and with `--to hf`
+        saves each family's model with transformers in every way that gives different files, below
+        DIR/FAMILY/transformers, and prints the directories to mount, one per line. REFERENCE is the output of
+        `transformers_views.py make REFERENCE`; IN_MEMORY and PUBLISHED are FAMILY's checkpoint there, mounted with
+        `--to transformers` and with `--to hf`
     python saves.py check REFERENCE DIR SAVE=MOUNT...
-        MOUNT, the directory SAVE below DIR mounted with `--to hf`, must hold every tensor of the model under its published
-        name, bit for bit, in the saved dtype or a wider one of the release, and the config.json that was saved.
-        `automodel_saves.py` makes saves for it too
+        MOUNT is DIR/SAVE mounted with `--to hf`. It must have every tensor of the model under its published name, bit
+        for bit, in the saved dtype or in a wider one of the release, and the saved config.json. `automodel_saves.py`
+        makes saves for this check, too
 """
 
 import json
@@ -33,12 +34,12 @@ HEADS = {"lm_head.weight", "head.weight", "language_model.lm_head.weight"}
 
 
 def release(family, reference):
-    """Published name -> the plain tensor of the release."""
+    """Published name -> plain tensor of the release."""
     return dequantize(family, read_checkpoint(Path(reference) / family.name / "checkpoint"))
 
 
-def held(family, reference, state):
-    """Published name -> tensor, for what transformers has in memory: the release's values in the model's dtypes."""
+def expected_tensors(family, reference, state):
+    """Published name -> tensor, for all tensors that transformers has: the release's values in the model's dtypes."""
     tensors = {}
     for name, tensor in release(family, reference).items():
         place = family.place(name)
@@ -49,12 +50,12 @@ def held(family, reference, state):
 
 
 def load_any(family, directory, **options):
-    """A model as training loads it: what its class has no use for, MTP layers, is no concern here."""
+    """Loads a model as training does. Unexpected keys, those of MTP layers, are ignored."""
     return getattr(transformers, family.auto).from_pretrained(directory, dtype=DTYPE, **options)
 
 
 def tied(family, directory, state):
-    """The same model made by its constructor, with the embedding as its head."""
+    """The same model from its constructor, with the head tied to the embedding."""
     config = transformers.AutoConfig.from_pretrained(directory)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         part.tie_word_embeddings = True
@@ -68,18 +69,18 @@ def tied(family, directory, state):
 def make_family(family, reference, directory, in_memory, published):
     target = Path(directory) / family.name / "transformers"
     model = load_any(family, published)
-    # The names that the vendor published, as far as transformers finds back to them.
+    # Published names, as far as transformers restores them.
     model.save_pretrained(target / "published")
     model.save_pretrained(target / "in-memory", save_original_format=False)
-    # Renames are undone only where loading did them: most of these are in-memory names.
+    # Saving undoes only renames that loading did, so most of these are in-memory names.
     load_any(family, in_memory).save_pretrained(target / "from-view")
     tied(family, in_memory, model.state_dict()).save_pretrained(target / "tied", max_shard_size="300kB")
     if family.name == "gpt-oss":
-        # MXFP4 is decoded as it is loaded, and the blocks' name is kept for what they were decoded to.
+        # Loading decodes MXFP4, but keeps the name of the blocks.
         checkpoint = Path(reference) / family.name / "checkpoint"
         decoded = load_any(family, checkpoint, quantization_config=transformers.Mxfp4Config(dequantize=True))
         decoded.save_pretrained(target / "decoded")
-    save_file(held(family, reference, model.state_dict()), target / EXPECTED)
+    save_file(expected_tensors(family, reference, model.state_dict()), target / EXPECTED)
     for kind in sorted(target.iterdir()):
         if kind.is_dir():
             print(kind.relative_to(directory))
@@ -92,7 +93,7 @@ def make(reference, directory, *arguments):
 
 
 def saved_config(save):
-    """config.json as it was saved; torch's checkpoints have it one directory down."""
+    """The saved config.json. torch's checkpoints have it in a subdirectory."""
     files = [save / "config.json", save / ".hf_metadata/config.json"]
     return json.loads(next(file for file in files if file.is_file()).read_text())
 
@@ -103,8 +104,8 @@ def check_one(family, reference, directory, save, mount):
     if kind == "tied":
         expected = {name: tensor for name, tensor in expected.items() if name not in HEADS}
     found = read(mount)
-    # A tensor that the release keeps wide, a router for one, may be so again in a view. In `consolidated`, Automodel itself
-    # gives each tensor the release's dtype, narrower ones too.
+    # A view may have a tensor in the wider dtype of the release, for example a router. In `consolidated`, Automodel
+    # itself casts each tensor to the release's dtype, also to narrower ones.
     published = release(family, reference)
     for name in set(found) & set(expected):
         tensor, dtype = expected[name], published[name].dtype
@@ -113,7 +114,7 @@ def check_one(family, reference, directory, save, mount):
             expected[name] = tensor.to(dtype)
     assert_same(str(save), found, expected)
     config = json.loads((mount / "config.json").read_text())
-    # As text, since the order of keys stays too.
+    # Compare as text, since the order of keys must stay.
     assert json.dumps(config) == json.dumps(plain_config(saved_config(directory / save))), f"{save}: config.json changed"
     assert config["model_type"] == family.config["model_type"], f"{save}: model_type is {config['model_type']}"
     if library == "transformers":

@@ -1,9 +1,9 @@
-"""transformers on mounts of freshly made checkpoints: both the layout that it has in memory and the published names.
+"""transformers on mounts of new checkpoints: in its in-memory layout, and under the published names.
 
     python transformers_classes.py DIR FAMILY=IN_MEMORY=PUBLISHED...
 
 DIR is what `transformers_views.py make DIR` wrote. IN_MEMORY is FAMILY's checkpoint mounted with `--to transformers`;
-PUBLISHED is the same with `--to hf`, so dequantized under its vendor's names, which transformers converts as it loads.
+PUBLISHED is the same with `--to hf`: dequantized under the vendor's names, which transformers converts when it loads.
 """
 
 import sys
@@ -20,8 +20,9 @@ from transformers_views import check, compare_states, load, logits, same_bits  #
 
 
 def load_published(family, directory):
-    """The model; MTP layers, which the class does not have, are all that it may have no use for."""
-    # `model.layers.2.`, `model.mtp.layers.`, `mtp.0.norm`: nothing that has a place begins like these.
+    """Loads the model. Only MTP layers, which the class does not have, may be reported as unexpected."""
+    # Prefixes such as `model.layers.2.`, `model.mtp.layers.`, `mtp.0.norm`. No tensor with a place may begin with
+    # one.
     beyond = tuple({".".join(name.split(".")[:3]) for name in family.tensors() if family.place(name) is None})
     assert not any(name.startswith(beyond) for name in family.tensors() if family.place(name)), beyond
     auto = getattr(transformers, family.auto)

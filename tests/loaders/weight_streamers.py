@@ -1,9 +1,9 @@
-"""Loaders that read shards with their own threads and buffers instead of mapping them, on native views.
+"""Reads native views with loaders that use threads and buffers of their own instead of mmap.
 
     python weight_streamers.py GOLDEN=MOUNT...
 
-runai-model-streamer and fastsafetensors are the real ones, on their CPU paths. `prefetch` does what vLLM and SGLang do with
-`safetensors_load_strategy=prefetch` and its like: threads that read whole files in large blocks, then safetensors on top.
+runai-model-streamer and fastsafetensors run on their CPU paths. `prefetch` does what vLLM and SGLang do with
+`safetensors_load_strategy=prefetch` and similar options: threads read whole files in large blocks, then safetensors reads them.
 """
 
 import sys
@@ -30,7 +30,7 @@ def fast(mount):
 
 
 def whole_file(path):
-    """A file's bytes, read unbuffered in blocks."""
+    """Reads a file unbuffered in blocks."""
     blocks = []
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK):
@@ -41,7 +41,7 @@ def whole_file(path):
 def prefetch(mount):
     tensors = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        # Every file four times, so that readers meet in it.
+        # Every file four times, so that several threads read the same file at once.
         for content in pool.map(whole_file, shards(mount) * 4):
             tensors |= safetensors.torch.load(content)
     mapped = read(mount)

@@ -1,4 +1,4 @@
-//! Command lines of `mount-ckpt` in blocks that are not run: do subcommand and options exist?
+//! Checks that the subcommands and options of `mount-ckpt` in code blocks exist.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -7,15 +7,15 @@ use std::sync::LazyLock;
 use crate::common::mount::BINARY;
 use crate::page::{Block, Page};
 
-/// Words that a command may stand behind.
-const BEFORE: [&str; 12] =
+/// Words that may precede a command.
+const PREFIX_WORDS: [&str; 12] =
     ["!", "do", "else", "env", "exec", "if", "nohup", "sudo", "then", "time", "until", "while"];
 
-/// The options of a command, and whether each takes a value.
-type Taken = BTreeMap<String, bool>;
+/// Options of a command, and whether each takes a value.
+type OptionTable = BTreeMap<String, bool>;
 
-/// Of `mount-ckpt` itself, which is named "", and of its subcommands.
-static OPTIONS: LazyLock<BTreeMap<String, Taken>> = LazyLock::new(|| {
+/// Options of each subcommand, and of `mount-ckpt` itself under the name "".
+static OPTIONS: LazyLock<BTreeMap<String, OptionTable>> = LazyLock::new(|| {
     let help = help(&["--help"]);
     let (_, commands) = help.split_once("\nCommands:\n").expect("the help lists commands");
     let commands = commands.lines().take_while(|line| !line.is_empty());
@@ -31,10 +31,11 @@ fn help(args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Lines of help such as `  -o <OPTS>`, `  -f, --foreground`, `      --to <LAYOUT>`.
-fn options(help: &str) -> Taken {
+/// Parses lines of the help text such as `  -o <OPTS>`, `  -f, --foreground` or
+/// `      --to <LAYOUT>`.
+fn options(help: &str) -> OptionTable {
     let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
-    let mut taken = Taken::new();
+    let mut taken = OptionTable::new();
     for line in lines {
         let takes_value = line.split("  ").next().unwrap().contains('<');
         let names = line.split([' ', ',']).filter(|word| word.starts_with('-'));
@@ -43,8 +44,8 @@ fn options(help: &str) -> Taken {
     taken
 }
 
-/// What the commands of a page use and what does not exist.
-pub fn unknown(page: &Page) -> Vec<String> {
+/// Problems with the commands of a page.
+pub fn unknown_options(page: &Page) -> Vec<String> {
     let words = |block: &Block| block.info.split_whitespace().map(str::to_owned).collect();
     let mut problems = Vec::new();
     for block in &page.blocks {
@@ -56,14 +57,14 @@ pub fn unknown(page: &Page) -> Vec<String> {
             _ => continue,
         };
         for (line, command) in commands(&text, block.line) {
-            let problem = why_refused(&command);
+            let problem = problem_of(&command);
             problems.extend(problem.map(|problem| format!("{}: {problem}", page.at(line))));
         }
     }
     problems
 }
 
-/// What stands behind `$ `, and lines that continue it; all other lines empty.
+/// The commands after `$ ` with their continuation lines. All other lines are empty.
 fn typed(session: &str) -> String {
     let mut goes_on = false;
     let mut typed = String::new();
@@ -75,7 +76,7 @@ fn typed(session: &str) -> String {
     typed
 }
 
-/// The `mount-ckpt` commands of a script: line and words after the name.
+/// The `mount-ckpt` commands of a script: line, and words after the name.
 fn commands(script: &str, first: usize) -> Vec<(usize, Vec<String>)> {
     let mut found = Vec::new();
     for (line, words) in simple_commands(script, first) {
@@ -83,7 +84,8 @@ fn commands(script: &str, first: usize) -> Vec<(usize, Vec<String>)> {
         for word in words.iter().filter(|word| word.contains("mount-ckpt ")) {
             found.extend(commands(word, line));
         }
-        let is_before = |word: &&String| BEFORE.contains(&word.as_str()) || word.contains('=');
+        let is_before =
+            |word: &&String| PREFIX_WORDS.contains(&word.as_str()) || word.contains('=');
         let words: Vec<String> = words.iter().skip_while(is_before).cloned().collect();
         if let Some((name, args)) = words.split_first()
             && name.rsplit('/').next() == Some("mount-ckpt")
@@ -94,8 +96,8 @@ fn commands(script: &str, first: usize) -> Vec<(usize, Vec<String>)> {
     found
 }
 
-/// Splits a script into commands of words as a shell does, without redirections, with quotes taken
-/// off and nothing expanded.
+/// Splits a script into commands and words as a shell does: drops redirections, removes quotes,
+/// expands nothing.
 fn simple_commands(script: &str, first: usize) -> Vec<(usize, Vec<String>)> {
     let mut done = Vec::new();
     let (mut words, mut word): (Vec<String>, Option<String>) = (Vec::new(), None);
@@ -141,8 +143,8 @@ fn simple_commands(script: &str, first: usize) -> Vec<(usize, Vec<String>)> {
     done
 }
 
-/// What is wrong with these words after `mount-ckpt`.
-fn why_refused(args: &[String]) -> Option<String> {
+/// The problem with these arguments of `mount-ckpt`, if any.
+fn problem_of(args: &[String]) -> Option<String> {
     let sub = args.first().filter(|name| OPTIONS.contains_key(*name));
     let (of, shown, args) = match sub {
         Some(name) => (&OPTIONS[name], format!("`mount-ckpt {name}`"), &args[1..]),

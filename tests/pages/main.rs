@@ -1,17 +1,19 @@
-//! The Markdown pages of the project: what they link to, name, advise and show is true.
+//! Checks the Markdown pages of the project: links, paths, commands and their output.
 //!
-//! - A relative link leads to a file or directory of the repository, its `#anchor` to a heading.
-//! - A code span such as `src/lib.rs` names a file or directory. A part in capitals (`src/ROOM`) or
-//!   with `*` stands for any name.
-//! - A line that starts `mount-ckpt` in a block of `sh` or `bash`, or after `$ ` in a block of `console`
-//!   or of no language, uses subcommands and options that exist.
-//! - A block that opens with ```` ```sh run ```` is run. All such blocks of a page run in order, in one
-//!   bash with `set -euo pipefail`. Its directory, also `$HOME`, is new and holds an empty directory
-//!   `mnt` and the small checkpoints of `tests/golden` under the names in [`run::CHECKPOINTS`], such as
-//!   `MiMo-V2-Flash`. The `mount-ckpt` under test is found first. The page fails if a command does,
-//!   or if something is still mounted at the end.
-//! - A block that opens with ```` ```text output ```` shows what the run block before it prints on
-//!   stdout and stderr, where `…` stands for any text.
+//! - A relative link must lead to a file or directory of the repository, its `#anchor` to a
+//!   heading.
+//! - A code span such as `src/lib.rs` must name a file or directory. A component in capitals
+//!   (`src/ROOM`) or with `*` stands for any name.
+//! - A line that starts with `mount-ckpt` in a block of `sh` or `bash`, or after `$ ` in a block
+//!   of `console` or of no language, must use subcommands and options that exist.
+//! - A block that opens with ```` ```sh run ```` is run. All such blocks of a page run in order,
+//!   in one bash with `set -euo pipefail`. Its working directory, which is also `$HOME`, is a new
+//!   directory with an empty directory `mnt` and the small checkpoints of `tests/golden` under
+//!   the names in [`run::CHECKPOINTS`], such as `MiMo-V2-Flash`. The `mount-ckpt` under test is
+//!   first in `PATH`. The page fails if a command fails, or if something is still mounted at the
+//!   end.
+//! - A block that opens with ```` ```text output ```` must equal what the run block before it
+//!   prints to stdout and stderr. `…` stands for any text.
 
 mod commands;
 #[path = "../common/mod.rs"]
@@ -23,13 +25,13 @@ use std::path::Path;
 
 use page::{Page, pages};
 
-/// The repository.
+/// The root of the repository.
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Fails with all problems of all pages.
-fn assert_none(problems: impl Fn(&Page) -> Vec<String>) {
+/// Panics with all problems of all pages.
+fn assert_no_problems(problems: impl Fn(&Page) -> Vec<String>) {
     let pages = pages(root());
     assert!(pages.iter().any(|page| page.path == Path::new("README.md")), "README.md is a page");
     let found: Vec<String> = pages.iter().flat_map(problems).collect();
@@ -38,28 +40,29 @@ fn assert_none(problems: impl Fn(&Page) -> Vec<String>) {
 
 #[test]
 fn links_lead_to_files_and_headings() {
-    assert_none(|page| page.broken_links(root()));
+    assert_no_problems(|page| page.broken_links(root()));
 }
 
 #[test]
 fn paths_in_code_spans_exist() {
-    assert_none(|page| page.absent_paths(root()));
+    assert_no_problems(|page| page.absent_paths(root()));
 }
 
 #[test]
 fn commands_use_options_that_exist() {
-    assert_none(commands::unknown);
+    assert_no_problems(commands::unknown_options);
 }
 
 #[test]
 fn blocks_marked_as_run_do_what_they_show() {
     let can_mount = common::mount::Scratch::new().is_some();
     if can_mount {
-        assert_none(run::failures);
+        assert_no_problems(run::failures);
     }
 }
 
-/// The one problem that `check` finds in a page with this text, none if it is empty.
+/// Asserts that `check` finds this problem and no other in a page with this text; none if `problem`
+/// is empty.
 fn assert_finds(check: impl Fn(&Page) -> Vec<String>, text: &str, problem: &str) {
     let found = check(&Page::parse("examples/page.md".into(), text));
     match problem {
@@ -74,8 +77,8 @@ fn broken_links_are_found() {
     for (text, problem) in [
         ("[a](quickstart.rs) [b](../src) [c](https://example.org/x) ![d](../LICENSE)", ""),
         ("## A `b_c`, d-e\n## A b\n## A b\n[a](#a-b_c-d-e) [b](#a-b-1)", ""),
-        ("[a](../tests/loaders/README.md#loaders-the-real-ones-on-real-mounts)", ""),
-        ("[a](../tests/loaders#loaders-the-real-ones-on-real-mounts)", ""),
+        ("[a](../tests/loaders/README.md#tests-with-the-loaders-from-pypi)", ""),
+        ("[a](../tests/loaders#tests-with-the-loaders-from-pypi)", ""),
         ("[a][x]\n\n[x]: absent.md", "examples/page.md:1: `absent.md` is not there"),
         ("text\n\n[a](absent.md)", "examples/page.md:3: `absent.md` is not there"),
         ("![a](absent.svg)", "`absent.svg` is not there"),
@@ -127,7 +130,7 @@ fn unknown_options_are_found() {
         ("```sh\ntrue | mount-ckpt remount SRC MNT\n```", "needs SRC and MNT, or a subcommand"),
         ("```sh\nmount-ckpt --to SRC -f MNT\n```", "needs SRC and MNT, or a subcommand"),
     ] {
-        assert_finds(commands::unknown, text, problem);
+        assert_finds(commands::unknown_options, text, problem);
     }
 }
 

@@ -1,4 +1,4 @@
-//! A page as it is checked: its headings, links, code spans and blocks.
+//! Parses a Markdown page into headings, links, code spans and blocks.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,13 +6,13 @@ use std::path::{Component, Path, PathBuf};
 
 use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
 
-/// Directories of the repository that code spans name paths in, and that hold pages.
+/// Directories that contain pages, and whose paths are checked in code spans.
 const DIRECTORIES: [&str; 4] = ["src", "tests", "examples", "systemd"];
 
 /// A Markdown file.
 #[derive(Debug, Default)]
 pub struct Page {
-    /// From the repository on.
+    /// Relative to the repository.
     pub path: PathBuf,
     /// Fenced blocks, in order.
     pub blocks: Vec<Block>,
@@ -20,7 +20,7 @@ pub struct Page {
     links: Vec<(usize, String)>,
     /// Line and text.
     spans: Vec<(usize, String)>,
-    /// What a link may name after `#`.
+    /// Anchors of the headings.
     anchors: BTreeSet<String>,
 }
 
@@ -29,12 +29,12 @@ pub struct Page {
 pub struct Block {
     /// The line of its first line of code.
     pub line: usize,
-    /// What stands behind the opening fence.
+    /// The text after the opening fence.
     pub info: String,
     pub text: String,
 }
 
-/// All pages of the repository: those at its top, and all in [`DIRECTORIES`].
+/// All pages of the repository: in its root and anywhere in [`DIRECTORIES`].
 pub fn pages(root: &Path) -> Vec<Page> {
     let mut found: Vec<PathBuf> = files(root).filter(|path| path.is_file()).collect();
     let mut dirs: Vec<PathBuf> = DIRECTORIES.iter().map(|dir| root.join(dir)).collect();
@@ -52,7 +52,7 @@ pub fn pages(root: &Path) -> Vec<Page> {
     found.iter().map(parse).collect()
 }
 
-/// What is in a directory and not hidden.
+/// The entries of a directory that are not hidden.
 fn files(dir: &Path) -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
     let entries = entries.map(|entry| entry.unwrap());
@@ -95,8 +95,8 @@ impl Page {
         page
     }
 
-    /// GitHub's name for a heading: lower case, without punctuation, spaces as hyphens; those that
-    /// occurred before are numbered.
+    /// GitHub's anchor for a heading: lower case, without punctuation, hyphens for spaces. Repeated
+    /// anchors get a number.
     fn add_anchor(&mut self, heading: &str) {
         let kept = heading.to_lowercase();
         let kept = kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
@@ -106,7 +106,7 @@ impl Page {
         self.anchors.extend(names.find(|name| !self.anchors.contains(name)));
     }
 
-    /// `PAGE:LINE`, as editors open it.
+    /// `PAGE:LINE`, which editors can open.
     pub fn at(&self, line: usize) -> String {
         format!("{}:{line}", self.path.display())
     }
@@ -126,7 +126,7 @@ impl Page {
         let (path, anchor) = link.split_once('#').map_or((link, None), |(p, a)| (p, Some(a)));
         let here = root.join(&self.path);
         let target = if path.is_empty() { here } else { here.parent().unwrap().join(path) };
-        // GitHub takes a path from the root on for one of the site.
+        // GitHub resolves an absolute path against its own site.
         if path.starts_with('/') || !(path.is_empty() || target.exists()) {
             return Some(format!("`{path}` is not there"));
         }
@@ -158,7 +158,7 @@ impl Page {
     }
 }
 
-/// Whether something is at a path, in which a part in capitals or with `*` or `…` is any name.
+/// Whether a path exists. A component in capitals, or with `*` or `…`, matches any name.
 fn exists(at: &Path, path: &Path) -> bool {
     let mut parts = path.components();
     let Some(Component::Normal(part)) = parts.next() else { return true };

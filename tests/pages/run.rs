@@ -1,4 +1,4 @@
-//! Blocks that are marked as run, and what they show.
+//! Runs blocks that are marked `run`, and compares their output.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -11,7 +11,7 @@ use crate::common::mount::{BINARY, Scratch, mounts_below};
 use crate::common::{copy_files, golden};
 use crate::page::{Block, Page};
 
-/// Folders of `tests/golden` by the names that pages use, those of the releases that they stand for.
+/// Folders of `tests/golden`, and the names under which pages use them: those of the releases.
 pub const CHECKPOINTS: [(&str, &str); 10] = [
     ("deepseek-v3", "DeepSeek-V3"),
     ("deepseek-v4-base", "DeepSeek-V4-Flash-Base"),
@@ -25,7 +25,7 @@ pub const CHECKPOINTS: [(&str, &str); 10] = [
     ("qwen3-vl-moe", "Qwen3-VL-30B-A3B"),
 ];
 
-/// Runs a page. Nothing is run where `/dev/fuse` is missing.
+/// Runs the blocks of a page. Without `/dev/fuse` nothing is run.
 pub fn failures(page: &Page) -> Vec<String> {
     let blocks: Vec<(&Block, Option<&Block>)> = page
         .blocks
@@ -77,7 +77,7 @@ fn run(page: &Page, blocks: &[(&Block, Option<&Block>)], scratch: &Scratch) -> V
 
     let mut problems = Vec::new();
     for (i, (block, expected)) in blocks.iter().enumerate() {
-        // A block that bash did not come to has no output, not even an empty one.
+        // The output file of a block exists only if bash reached the block.
         let Ok(got) = fs::read_to_string(output(i)) else { break };
         let last = !output(i + 1).exists();
         if last && !status.success() {
@@ -89,7 +89,7 @@ fn run(page: &Page, blocks: &[(&Block, Option<&Block>)], scratch: &Scratch) -> V
             problems.push(format!("{at}: expected\n{}\ngot\n{got}", expected.text));
         }
     }
-    // A page that failed did not come to its `umount`.
+    // A page that failed did not reach its `umount`.
     let left = if status.success() { mounts_below(&work) } else { Vec::new() };
     for at in left {
         let at = at.strip_prefix(&work).unwrap().display().to_string();
@@ -98,7 +98,7 @@ fn run(page: &Page, blocks: &[(&Block, Option<&Block>)], scratch: &Scratch) -> V
     problems
 }
 
-/// Whether a text is the expected one, in which `…` stands for any text.
+/// Whether a text matches the expected one, in which `…` stands for any text.
 fn fits(expected: &str, got: &str) -> bool {
     let parts: Vec<String> = expected.trim_end().split('…').map(regex::escape).collect();
     Regex::new(&format!("(?s)^{}$", parts.join(".*"))).unwrap().is_match(got.trim_end())

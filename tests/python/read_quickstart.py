@@ -1,8 +1,8 @@
-"""Compares the experts of a view in F32 with the quickstart's checkpoint, decoded here by numpy.
+"""Compares the experts of an F32 view with those of the quickstart's checkpoint, decoded here with numpy.
 
 python read_quickstart.py CHECKPOINT VIEW
 
-safetensors reads both; the view has to be `--to native --dtype f32` of the checkpoint.
+safetensors reads both; the view must be `--to native --dtype f32` of the checkpoint.
 """
 
 import sys
@@ -16,7 +16,7 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 
 def e4m3(codes: numpy.ndarray) -> numpy.ndarray:
-    """FP8 as OCP defines E4M3: sign, exponent with bias 7, mantissa of 3 bits. Without NaN."""
+    """Decodes OCP FP8 E4M3: sign, exponent with bias 7, mantissa of 3 bits. NaN is not handled."""
     sign = numpy.where(codes >> 7, -1.0, 1.0)
     exponent, mantissa = (codes >> 3 & 15).astype(int), codes & 7
     fraction = numpy.where(exponent > 0, 8 + mantissa, mantissa)

@@ -1,7 +1,7 @@
-"""The Python package `mount_ckpt` as it is installed, read with unmodified safetensors and numpy.
+"""Tests the installed Python package `mount_ckpt` with unmodified safetensors and numpy.
 
     .ci/wheel                                    builds the wheel, installs it, and runs this file
-    python tests/python/test_mount_ckpt.py -v    with an installed package, as a user who may mount
+    python tests/python/test_mount_ckpt.py -v    needs an installed package and the permission to mount
 """
 
 import contextlib
@@ -31,7 +31,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 
 def eventually(holds) -> bool:
-    """Whether something comes to hold. What never does costs the test a minute."""
+    """Waits up to a minute until `holds()` is true. Returns whether it became true."""
     for _ in range(600):
         if holds():
             return True
@@ -49,19 +49,19 @@ def tensors(path: Path) -> dict:
 
 
 def bf16(data) -> numpy.ndarray:
-    """Numbers of BF16 bytes, as F32, which numpy has."""
+    """Converts BF16 bytes to F32, since numpy has no BF16."""
     return (numpy.frombuffer(bytes(data), "<u2").astype("<u4") << 16).view("<f4")
 
 
 def python(program: str, *args: str, **options) -> subprocess.Popen:
-    """Starts a program that has imported the package, its output a pipe."""
+    """Starts a Python program that imports the package first. Its stdout is a pipe."""
     program = f"import os, signal, sys, mount_ckpt\nsrc = {str(SMALL)!r}\n{program}"
     command = [sys.executable, "-c", program, *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
 
 
 class Case(unittest.TestCase):
-    """A test in a directory for temporary files of its own, which has to be empty at the end."""
+    """A test with its own directory for temporary files, which must be empty at the end."""
 
     def setUp(self) -> None:
         contexts = contextlib.ExitStack()
@@ -71,7 +71,7 @@ class Case(unittest.TestCase):
         contexts.enter_context(mock.patch.dict(os.environ, {"TMPDIR": str(self.directory)}))
 
     def mounts(self) -> list:
-        """Mount points below the directory, as the kernel has them."""
+        """Mount points below the directory, from the mount table."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return [at for at in (line.split()[4] for line in lines) if self.directory in Path(at).parents]
 
@@ -81,7 +81,7 @@ class Case(unittest.TestCase):
 
 
 class Mounts(Case):
-    def test_a_block_reads_what_the_reference_made(self) -> None:
+    def test_a_with_block_reads_the_golden_bytes(self) -> None:
         with mount_ckpt.mount(CHECKPOINT) as path:
             self.assertIsInstance(path, Path)
             self.assertIn(str(path), self.mounts())
@@ -138,7 +138,7 @@ class Mounts(Case):
             self.assertIn("closed", repr(mounted))
             self.assertEqual(os.listdir(at), [])
 
-    def test_a_relative_mount_point_is_one_of_the_directory_at_the_mount(self) -> None:
+    def test_a_relative_mount_point_survives_chdir(self) -> None:
         here = os.getcwd()
         with tempfile.TemporaryDirectory() as directory:
             os.chdir(directory)
@@ -151,7 +151,7 @@ class Mounts(Case):
             mounted.close()
             self.assertEqual(os.listdir(directory), ["view"])
 
-    def test_what_is_collected_is_unmounted(self) -> None:
+    def test_a_garbage_collected_mount_is_unmounted(self) -> None:
         mounted = mount_ckpt.mount(SMALL)
         path = mounted.path
         del mounted
@@ -183,7 +183,7 @@ class Mounts(Case):
         self.assertTrue((mounted.path / "config.json").is_file())
         mounted.close()
 
-    def test_a_view_in_use_is_detached_and_what_is_open_still_reads(self) -> None:
+    def test_a_view_in_use_is_detached_and_open_files_stay_readable(self) -> None:
         with mount_ckpt.mount(CHECKPOINT) as path:
             shard = next(path.glob("model-*.safetensors"))
             whole = shard.read_bytes()
@@ -192,7 +192,7 @@ class Mounts(Case):
         with opened:
             self.assertEqual(opened.read(), whole)
 
-    def test_a_fork_that_ends_leaves_the_view(self) -> None:
+    def test_the_exit_of_a_forked_child_keeps_the_view(self) -> None:
         program = """
 with mount_ckpt.mount(src) as path:
     child = os.fork()
@@ -202,8 +202,8 @@ with mount_ckpt.mount(src) as path:
     print(status, (path / "config.json").is_file(), path, flush=True)
 """
         process = python(program)
-        said, _ = process.communicate()
-        status, there, path = said.split()
+        printed, _ = process.communicate()
+        status, there, path = printed.split()
         self.assertEqual((process.returncode, status, there), (0, "0", "True"))
         self.assertFalse(Path(path).exists())
 
@@ -214,7 +214,7 @@ with mount_ckpt.mount(src) as path:
                 process = python(program, stderr=subprocess.DEVNULL)
                 path = process.communicate()[0].strip()
                 self.assertTrue(path)
-                # After os._exit, the keeper does it.
+                # After os._exit, the keeper process unmounts.
                 self.assertTrue(eventually(lambda: not Path(path).exists()))
 
     def test_a_process_that_is_killed_leaves_no_view(self) -> None:
@@ -229,7 +229,7 @@ with mount_ckpt.mount(src) as path:
                 process.wait()
                 self.assertTrue(eventually(lambda: not Path(path).exists()))
 
-    def test_a_view_stays_for_the_forks_of_a_killed_process(self) -> None:
+    def test_a_view_stays_for_the_children_of_a_killed_process(self) -> None:
         program = """
 kept = mount_ckpt.mount(src)
 if os.fork() == 0:
@@ -261,7 +261,7 @@ with mount_ckpt.mount(src) as path:
         process = python(program, start_new_session=True)
         with process.stdout as stdout:
             path = stdout.readline().strip()
-            # As a terminal does: to the whole group of processes.
+            # To the whole process group, as a terminal does.
             os.killpg(process.pid, signal.SIGINT)
             self.assertEqual(stdout.read().strip(), "True")
         self.assertEqual(process.wait(), 0)
@@ -285,23 +285,23 @@ class Refusals(Case):
             with self.assertRaisesRegex(mount_ckpt.UsageError, message):
                 mount_ckpt.mount(SMALL, **options)
 
-    def test_a_refusal_is_the_message_of_the_command(self) -> None:
+    def test_an_error_has_the_message_of_the_command(self) -> None:
         absent = self.directory / "absent"
         for src, message in [(absent, f"`{absent}`"), (GOLDEN, "config.json")]:
             words = [_command.find_command(), "inspect", str(src)]
-            said = subprocess.run(words, stderr=subprocess.PIPE, text=True).stderr
+            printed = subprocess.run(words, stderr=subprocess.PIPE, text=True).stderr
             for call in (mount_ckpt.mount, mount_ckpt.inspect):
                 with self.assertRaises(mount_ckpt.Error) as caught:
                     call(src)
                 self.assertNotIsInstance(caught.exception, mount_ckpt.UsageError)
-                self.assertEqual(f"mount-ckpt: {caught.exception}\n", said)
+                self.assertEqual(f"mount-ckpt: {caught.exception}\n", printed)
                 self.assertIn(message, str(caught.exception))
 
     def test_a_mount_point_in_use_is_refused(self) -> None:
         with self.assertRaisesRegex(mount_ckpt.Error, "is not empty"):
             mount_ckpt.mount(SMALL, at=Path(__file__).parent)
 
-    def test_a_command_that_is_nowhere_is_an_error_that_says_how_to_get_it(self) -> None:
+    def test_a_missing_command_is_an_error_that_says_how_to_install_it(self) -> None:
         with mock.patch.dict(os.environ, {"MOUNT_CKPT": "/nonexistent"}):
             with self.assertRaisesRegex(mount_ckpt.Error, "MOUNT_CKPT names no program"):
                 mount_ckpt.mount(SMALL)
@@ -329,8 +329,8 @@ class Commands(Case):
 
     def test_export_writes_what_a_mount_shows(self) -> None:
         with tempfile.TemporaryDirectory() as out:
-            said = mount_ckpt.export(SMALL, out, to="transformers")
-            self.assertIn("files written: ", said)
+            printed = mount_ckpt.export(SMALL, out, to="transformers")
+            self.assertIn("files written: ", printed)
             with mount_ckpt.mount(SMALL, "transformers") as path:
                 self.assertEqual(tensors(Path(out)), tensors(path))
 
@@ -350,8 +350,8 @@ class Commands(Case):
 
     def test_the_module_runs_the_command_of_its_version(self) -> None:
         command = [sys.executable, "-m", "mount_ckpt", "-V"]
-        said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        self.assertEqual(said, f"mount-ckpt {mount_ckpt.__version__}\n")
+        printed = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+        self.assertEqual(printed, f"mount-ckpt {mount_ckpt.__version__}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoint directories: write one of three shards, read any."""
+"""Writes checkpoint directories of three shards, and reads any."""
 
 import json
 import zlib
@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 
 
 def shard_of(name, shards=3):
-    """Scatters tensors over shards by name alone, so experts of one layer, and payload and scale, lie apart."""
+    """The shard of a tensor, from a hash of its name: experts of a layer, and payload and scale, are in different shards."""
     return zlib.crc32(name.encode()) % shards
 
 
 def write_checkpoint(directory, config, tensors, shards=3):
-    """A Hugging Face directory of `shards` safetensors files, config, index and two files that only pass through."""
+    """A Hugging Face directory of `shards` safetensors files, config, index, and two files that a mount passes through."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
@@ -34,12 +34,12 @@ def write_checkpoint(directory, config, tensors, shards=3):
 
 
 def read_checkpoint(directory):
-    """name -> tensor of every `*.safetensors` in `directory`; each name once, each file with the pt format mark."""
+    """name -> tensor, from every `*.safetensors` in `directory`. Fails for repeated names and files without format `pt`."""
     tensors = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(file, "pt") as shard:
             assert (shard.metadata() or {}).get("format") == "pt", f"{file.name}: no `format` in the metadata"
             for name in shard.keys():
-                assert name not in tensors, f"`{name}` stands in two shards"
+                assert name not in tensors, f"`{name}` is in two shards"
                 tensors[name] = shard.get_tensor(name)
     return tensors

@@ -1,11 +1,11 @@
-"""The families with layouts of their own, at toy size: what their vendors publish and where transformers holds it.
+"""Families with layouts of their own, at toy size: published tensors, and where transformers keeps them in memory.
 
-A family gives
+A family has
     config      its release's config.json with small sizes
     tensors()   name -> (shape, kind), kind one of bf16, f32, i64, fp8, fp8_k, fp8_v, fp8_e8m0, fp4, int4, mxfp4
-    scale       suffix of the scale beside an FP8 weight, by default weight_scale_inv
-    place(name) published name -> Place, or None where the transformers class holds no such tensor
-Names and operations follow transformers 5.23; `transformers_views.py make` proves them against that package.
+    scale       suffix of the scale next to an FP8 weight, by default weight_scale_inv
+    place(name) published name -> Place, or None if the transformers class has no such tensor
+Names and operations follow transformers 5.23; `transformers_views.py make` checks them against that package.
 """
 
 import re
@@ -15,7 +15,7 @@ from plain_families import PLAIN_FAMILIES
 
 
 class MiMo:
-    """MiMo-V2-Flash. Layer 0 is dense with full attention, layer 1 has experts and a window, layer 2 experts and full attention.
+    """MiMo-V2-Flash. Layer 0: dense, full attention. Layer 1: experts, sliding window. Layer 2: experts, full attention.
 
     Full-attention layers have fused K/V scales: 192 rows of K and 128 of V in a shard end within a block. Those with a
     window, MTP layers too, have twice the K/V heads and sinks; a shard of theirs ends where a block does.
@@ -53,10 +53,10 @@ class MiMo:
                 ],
             },
         },
-        # transformers numbers the full-attention layers as the release does, 0, 5, 11, … of 48, where it is not told.
-        beside={"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        # Without this key, transformers uses the full-attention layers of the release: 0, 5, 11, … of 48.
+        extra={"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     )
-    # The release has three, and no key that says so.
+    # The release has three, which config.json does not state.
     mtp_layers = 2
 
     def tensors(self):
@@ -112,8 +112,8 @@ class MiMo:
 class DeepseekV4:
     """DeepSeek V4 Flash: FP4 experts, FP8 linears, both with E8M0 scales.
 
-    Layers 0 and 1 route by a hash. Layer 0 has no compressor, layer 2 one of rate 128, layers 1 and 3 one of rate 4
-    with an indexer: each kind of layer that the release has.
+    Layers 0 and 1 have hash routing. Layer 0 has no compressor, layer 2 one of rate 128, layers 1 and 3 one of rate 4
+    with an indexer. These are all kinds of layer of the release.
     """
 
     name = "deepseek-v4"
@@ -145,7 +145,7 @@ class DeepseekV4:
     }
     config = release_config("deepseek-v4-flash", sizes)
 
-    # In-memory suffix of a layer's published suffix; specific before general.
+    # Rules from published to in-memory suffixes of a layer; the first match applies.
     layer_rules = [
         (r"attn_norm\.weight", r"input_layernorm.weight"),
         (r"ffn_norm\.weight", r"post_attention_layernorm.weight"),
@@ -311,8 +311,9 @@ class KimiK25:
                 "init_pos_emb_width": 4,
             },
         },
-        # The release spells the sizes vt_* and init_*, transformers reads the plain names: both say the same here.
-        beside={
+        # The release names the sizes vt_* and init_*, transformers reads the plain names. Both have the same values
+        # here.
+        extra={
             "projection_hidden_size": 32,
             "vision_config": {
                 "model_type": "kimi_k25_vision",
@@ -403,7 +404,7 @@ class KimiK25:
         return out
 
     def rotary_rows(self, part):
-        """Interleaved rotary pairs to halves: row h*d + p*d/2 + j of the result is row h*d + 2*j + p of `part`."""
+        """Reorders interleaved rotary pairs to halves: row h*d + p*d/2 + j of the result is row h*d + 2*j + p of `part`."""
         heads = self.config["vision_config"]["vt_num_attention_heads"]
         dim = part.shape[0] // heads
         index = [h * dim + 2 * j + p for h in range(heads) for p in range(2) for j in range(dim // 2)]
@@ -456,8 +457,8 @@ class Qwen3VLMoe:
                 "deepstack_visual_indexes": [0, 1],
             },
         },
-        # The sections that transformers falls back on are those of heads of 128.
-        beside={
+        # The default sections of transformers are for heads of 128.
+        extra={
             "text_config": {
                 "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
             },

@@ -1,5 +1,5 @@
-"""Where transformers holds a published tensor in memory, how a state dict is put together from such places, and a
-release's config.json at toy size."""
+"""Where transformers keeps a published tensor in memory, how a state dict is assembled from such places, and a release's
+config.json at toy size."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ RELEASES = Path(__file__).resolve().parent.parent / "releases"
 
 @dataclass
 class Place:
-    """Where a published matrix goes: an in-memory name, a slot for stacked experts, an operation."""
+    """The target of a published matrix: an in-memory name, an index in stacked experts, an operation."""
 
     name: str
     expert: int | None = None
@@ -24,7 +24,7 @@ class Place:
 
 
 def rename(name, rules):
-    """First rule whose pattern matches all of `name` rewrites it; None where none does."""
+    """Rewrites `name` with the first rule whose pattern matches all of it. None if no rule matches."""
     for pattern, target in rules:
         match = re.fullmatch(pattern, name)
         if match:
@@ -33,7 +33,7 @@ def rename(name, rules):
 
 
 def place_expert(name, base, gate, up, down):
-    """Place of `{prefix}.experts.{e}.{projection}.weight` under `base` applied to the prefix, or None."""
+    """The Place of `{prefix}.experts.{e}.{projection}.weight` with the prefix `base(prefix)`, or None."""
     match = re.fullmatch(rf"(.*)\.experts\.(\d+)\.({gate}|{up}|{down})\.weight", name)
     if not match or base(match[1]) is None:
         return None
@@ -42,7 +42,7 @@ def place_expert(name, base, gate, up, down):
 
 
 def assemble(places):
-    """In-memory state dict of [(Place, matrix)]: experts stacked on axis 0, gate above up on axis 1."""
+    """Assembles the state dict from [(Place, matrix)]: experts stacked on axis 0, gate before up on axis 1."""
     state, stacks = {}, {}
     for place, matrix in places:
         if place.convert is not None:
@@ -60,9 +60,9 @@ def assemble(places):
     return state
 
 
-def release_config(release, changes, beside=None):
-    """config.json of `../releases/RELEASE` with the values in `changes`, whose keys it must have, and those in `beside`,
-    whose keys it must lack: what a library wants and the release does not say."""
+def release_config(release, changes, extra=None):
+    """config.json of `../releases/RELEASE` with the values in `changes`, whose keys it must have, and those in `extra`,
+    whose keys it must not have: keys that a library needs and the release lacks."""
     config = json.loads((RELEASES / release / "config.json").read_text())
 
     def put(into, values, there):
@@ -74,5 +74,5 @@ def release_config(release, changes, beside=None):
                 into[key] = copy.deepcopy(value)
 
     put(config, changes, there=True)
-    put(config, beside or {}, there=False)
+    put(config, extra or {}, there=False)
     return config

@@ -1,4 +1,4 @@
-"""Five families whose in-memory layout is the common one: experts stacked, gate above up, all else under its own name.
+"""Five families with the common in-memory layout: experts stacked, gate before up, other tensors under their own names.
 
 Each has what its release has and loaders trip over: DeepSeek V3 and GLM-4 their MTP layer behind the last layer, MiniMax-M2 its
 own words for experts and router bias, gpt-oss MXFP4 blocks with gate and up rows interleaved. See `families.py` for the
@@ -21,7 +21,7 @@ def norms(out, layer, hidden):
 
 
 def frame(config):
-    """Embeddings, last norm, head."""
+    """Embedding, last norm, head."""
     hidden = config["hidden_size"]
     return {
         "model.embed_tokens.weight": ([config["vocab_size"], hidden], "bf16"),
@@ -31,7 +31,7 @@ def frame(config):
 
 
 def next_token_head(out, layer, config):
-    """What an MTP layer has beside a decoder layer, in DeepSeek V3 and GLM-4; none of it quantized."""
+    """Tensors of an MTP layer that a decoder layer lacks, in DeepSeek V3 and GLM-4. None is quantized."""
     hidden = config["hidden_size"]
     out[f"{layer}.embed_tokens.weight"] = ([config["vocab_size"], hidden], "bf16")
     out[f"{layer}.shared_head.head.weight"] = ([config["vocab_size"], hidden], "bf16")
@@ -51,7 +51,7 @@ def routed_mlp(out, prefix, config, kind):
 
 
 class Plain:
-    """Experts named gate_proj, up_proj, down_proj; a layer at or above `num_hidden_layers` is MTP and has no place."""
+    """Experts named gate_proj, up_proj, down_proj. Layers from `num_hidden_layers` on are MTP layers, without a place."""
 
     auto = "AutoModelForCausalLM"
 
@@ -195,7 +195,7 @@ class Glm4Moe(Plain):
 
 
 class MiniMaxM2:
-    """MiniMax-M2: `block_sparse_moe` is `mlp` in memory, w1, w3, w2 are gate, up, down; q and k norms span all heads."""
+    """MiniMax-M2: `block_sparse_moe` is `mlp` in memory, w1, w3, w2 are gate, up, down; q and k norms cover all heads."""
 
     name = "minimax-m2"
     auto = "AutoModelForCausalLM"

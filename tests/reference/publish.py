@@ -1,4 +1,4 @@
-"""Published tensors of a family, and back: random values quantized as the vendor does, and their in-memory state."""
+"""Published tensors of a family, random and quantized as by its vendor, and their in-memory state dict."""
 
 import zlib
 
@@ -11,7 +11,7 @@ DTYPE = torch.bfloat16
 
 
 def random_tensor(name, shape, kind, config):
-    """Seeded by the name: norms around one, matrices at 1/sqrt(fan in), expert ids without repeats in a row."""
+    """Random values seeded by the name: norms around 1, matrices of scale 1/sqrt(fan in), expert ids unique per row."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if kind == "i64":
         experts = config["n_routed_experts"]
@@ -27,12 +27,12 @@ def random_tensor(name, shape, kind, config):
 
 
 def scale_name(family):
-    """Suffix of the scale beside an FP8 `weight`."""
+    """Suffix of the scale next to an FP8 `weight`."""
     return getattr(family, "scale", "weight_scale_inv")
 
 
 def publish(family):
-    """The published tensors: random values, each quantized as its vendor does."""
+    """The published tensors: random values, quantized as by the vendor."""
     out, keys, scale_inv = {}, {}, scale_name(family)
     for name, (shape, kind) in family.tensors().items():
         x = random_tensor(name, shape, kind, family.config)
@@ -62,7 +62,7 @@ def publish(family):
 
 
 def dequantize(family, stored):
-    """Published name -> plain matrix, BF16 where it was quantized and as stored elsewhere."""
+    """Published name -> plain tensor: BF16 if it was quantized, otherwise as stored."""
     out = {}
     for name, (_, kind) in family.tensors().items():
         stem = name.removesuffix("weight")
@@ -90,7 +90,7 @@ def dequantize(family, stored):
 
 
 def in_memory(family, stored):
-    """In-memory state dict of published tensors, dtypes as in a view."""
+    """The in-memory state dict of published tensors, with the dtypes of a view."""
     places = []
     for name, matrix in dequantize(family, stored).items():
         place = family.place(name)
@@ -102,5 +102,5 @@ def in_memory(family, stored):
 
 
 def plain_config(config):
-    """`config` without any `quantization_config`."""
+    """`config` without `quantization_config`, nested ones included."""
     return {k: plain_config(v) if isinstance(v, dict) else v for k, v in config.items() if k != "quantization_config"}

@@ -1,14 +1,14 @@
-"""Quantization schemes of published checkpoints, both ways, written plainly in PyTorch.
+"""Quantization schemes of published checkpoints, encoding and decoding, in plain PyTorch.
 
-Every `encode_*` takes an f32 matrix and gives (payload, scale); every `decode_*` gives the values back with one f32
+Every `encode_*` takes an F32 matrix and returns (payload, scale); every `decode_*` returns the values with one F32
 multiplication and one rounding to the output dtype. The layouts are those of the released files:
 
     FP8    payload F8_E4M3 [rows, cols], scale [ceil(rows/128), ceil(cols/128)], F32 or F8_E8M0
-    FP4    payload I8 [rows, cols/2], two E2M1 codes a byte, low nibble first; scale F8_E8M0 [rows, cols/32]
-    INT4   payload I32 [rows, cols/8], eight codes a word, low nibble first, zero point 8; scale BF16 [rows, cols/32]
+    FP4    payload I8 [rows, cols/2], two E2M1 codes per byte, low nibble first; scale F8_E8M0 [rows, cols/32]
+    INT4   payload I32 [rows, cols/8], eight codes per word, low nibble first, zero point 8; scale BF16 [rows, cols/32]
     MXFP4  FP4 of stacked experts, payload U8 [experts, rows, cols/32, 16], scale U8 [experts, rows, cols/32]
 
-This is a second opinion about the bytes, not the project's code: slow, and independent of it.
+Slow, and independent of the project's code.
 """
 
 import torch
@@ -19,12 +19,12 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -
 
 
 def spread(scale, block, rows, cols):
-    """One scale for each element of a [rows, cols] matrix that `scale` covers in blocks."""
+    """Repeats block scales to one scale per element of a [rows, cols] matrix."""
     return scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :cols]
 
 
 def block_amax(matrix, block):
-    """Largest magnitude in each block, ragged edges included."""
+    """Largest magnitude in each block, including incomplete blocks at the edges."""
     rows, cols = matrix.shape
     pad = torch.zeros(-(-rows // block[0]) * block[0], -(-cols // block[1]) * block[1])
     pad[:rows, :cols] = matrix.abs()
@@ -38,7 +38,7 @@ def power_of_two_at_least(x):
 
 
 def encode_fp8(matrix, power_of_two=False):
-    """E4M3 codes and 128x128 block scales (F32, or E8M0 where `power_of_two`)."""
+    """E4M3 codes and 128x128 block scales (F32, or E8M0 with `power_of_two`)."""
     amax = block_amax(matrix, (BLOCK, BLOCK))
     scale = torch.where(amax > 0, amax / 448, torch.ones_like(amax))
     if power_of_two:
@@ -52,9 +52,9 @@ def decode_fp8(codes, scale, dtype):
 
 
 def encode_fp8_kv(k, v, shards):
-    """K and V quantized as `shards` fused [K; V] matrices whose 128-row blocks run over the K/V boundary.
+    """Quantizes K and V as `shards` fused [K; V] matrices whose 128-row blocks may cross the K/V boundary.
 
-    Gives (k codes, k scale), (v codes, v scale): of a shard's scale rows the first ceil(k_rows/128) lie with K.
+    Returns (k codes, k scale), (v codes, v scale). The first ceil(k_rows/128) scale rows of a shard belong to K.
     """
     parts = []
     for k_part, v_part in zip(k.chunk(shards), v.chunk(shards)):
@@ -79,7 +79,7 @@ def decode_fp8_kv(k, k_scale, v, v_scale, shards, dtype):
 
 
 def nearest_e2m1(x):
-    """E2M1 codes of x, nearest value, ties to the even code."""
+    """E2M1 codes of x: the nearest value, ties to the even code."""
     distance = (x.abs().unsqueeze(-1) - E2M1[:8]).abs()
     low = distance.argmin(-1)
     high = (low + 1).clamp(max=7)
@@ -89,7 +89,7 @@ def nearest_e2m1(x):
 
 
 def pack_nibbles(codes):
-    """[rows, cols] codes 0..15 -> [rows, cols/2] bytes, low nibble is the even column."""
+    """[rows, cols] codes 0..15 -> [rows, cols/2] bytes, with the even column in the low nibble."""
     codes = codes.to(torch.uint8)
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
@@ -100,7 +100,7 @@ def unpack_nibbles(payload):
 
 
 def encode_fp4(matrix):
-    """E2M1 codes (I8 pairs) and E8M0 scales of groups of 32 columns."""
+    """E2M1 codes (two per I8) and one E8M0 scale per group of 32 columns."""
     scale = power_of_two_at_least(block_amax(matrix, (1, GROUP)) / 6)
     codes = nearest_e2m1(matrix / spread(scale, (1, GROUP), *matrix.shape))
     return pack_nibbles(codes).view(torch.int8), scale.to(torch.float8_e8m0fnu)
@@ -112,7 +112,7 @@ def decode_fp4(payload, scale, dtype):
 
 
 def encode_int4(matrix):
-    """Symmetric INT4 codes (I32 words) and BF16 scales of groups of 32 columns."""
+    """Symmetric INT4 codes (eight per I32) and one BF16 scale per group of 32 columns."""
     scale = (block_amax(matrix, (1, GROUP)) / 7).clamp(min=1e-10)
     codes = (matrix / spread(scale, (1, GROUP), *matrix.shape)).round().clamp(-8, 7) + 8
     return pack_nibbles(codes).contiguous().view(torch.int32), scale.to(torch.bfloat16)
@@ -131,6 +131,6 @@ def encode_mxfp4(matrices):
 
 
 def decode_mxfp4(blocks, scales, dtype):
-    """Inverse of `encode_mxfp4`, but [E, cols, rows]: the orientation that loaders give these experts."""
+    """Inverse of `encode_mxfp4`, but [E, cols, rows]: the orientation that loaders use for these experts."""
     pairs = zip(blocks.flatten(-2), scales.view(torch.float8_e8m0fnu))
     return torch.stack([decode_fp4(block, scale, dtype) for block, scale in pairs]).transpose(1, 2).contiguous()

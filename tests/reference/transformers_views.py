@@ -1,14 +1,14 @@
-"""Proof of the `transformers` layout against the transformers package itself (5.23 or newer, CPU, offline).
+"""Checks the `transformers` layout against the transformers package (5.23 or newer, CPU, offline).
 
     python transformers_views.py make DIR
         writes DIR/FAMILY/checkpoint for each family as its vendor publishes it, toy size, seeded; then lets
         transformers convert the dequantized tensors from the published names and compares that with our table
     python transformers_views.py check FAMILY CHECKPOINT VIEW
         VIEW is CHECKPOINT mounted with `--to transformers`: from_pretrained must report no missing, unexpected or
-        mismatched key, and every tensor and the logits must equal, bit for bit, those of a model that was filled by
+        mismatched key. Every tensor and the logits must equal, bit for bit, those of a model that was filled by
         hand from values that this script decodes itself
     python transformers_views.py write FAMILY CHECKPOINT VIEW
-        the view as this script sees it, written with PyTorch: what a mount is compared with, and a test of `check`
+        writes the expected view with PyTorch; use it to test `check`
 """
 
 import argparse
@@ -28,7 +28,7 @@ from publish import DTYPE, dequantize, in_memory, plain_config, publish
 
 
 def load(family, directory):
-    """Model and the complaints of from_pretrained, which must be none."""
+    """Loads the model. from_pretrained must not report any key."""
     auto = getattr(transformers, family.auto)
     model, report = auto.from_pretrained(directory, dtype=DTYPE, output_loading_info=True)
     complaints = {what: sorted(map(str, names)) for what, names in report.items() if names}
@@ -37,7 +37,7 @@ def load(family, directory):
 
 
 def fill_by_hand(family, directory, state):
-    """A fresh model whose every tensor comes from `state`, cast as transformers casts: f32 where the class says so."""
+    """A new model with every tensor from `state`, cast as transformers does: to F32 if the class requires it."""
     config = transformers.AutoConfig.from_pretrained(directory)
     model = getattr(transformers, family.auto).from_config(config, dtype=DTYPE)
     wide = set()
@@ -59,7 +59,7 @@ def same_bits(a, b):
 
 
 def compare_states(family, got, expected):
-    """First five names of the tensors that differ, and the sets of names."""
+    """Fails if names or tensors differ, and shows the first five names."""
     assert set(got) == set(expected), f"{family.name}: names differ: {sorted(set(got) ^ set(expected))[:5]}"
     wrong = [name for name in sorted(got) if not same_bits(got[name], expected[name])]
     assert not wrong, f"{family.name}: {len(wrong)} tensors differ: {wrong[:5]}"
@@ -67,12 +67,12 @@ def compare_states(family, got, expected):
 
 @torch.no_grad()
 def logits(family, model):
-    """Logits for 256 seeded tokens: long enough for every attention window and compression rate of the families."""
+    """Logits for 256 seeded tokens, enough for every attention window and compression rate of the families."""
     text = family.config.get("text_config", family.config)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(10, text["vocab_size"], (1, 256), generator=generator)
     out = model(input_ids=tokens, use_cache=False).logits
-    assert torch.isfinite(out).all() and out.float().std() > 1e-3, f"{family.name}: logits say nothing"
+    assert torch.isfinite(out).all() and out.float().std() > 1e-3, f"{family.name}: logits are not finite or almost constant"
     return out
 
 
@@ -82,7 +82,7 @@ def make(directory):
         write_checkpoint(target, family.config, publish(family))
         stored = read_checkpoint(target)
         with tempfile.TemporaryDirectory() as scratch:
-            # A tensor without a place is an MTP layer's, and some classes ignore those at the real layer count only.
+            # Omit tensors of MTP layers: some classes ignore them only at the layer count of the release.
             plain = {name: x for name, x in dequantize(family, stored).items() if family.place(name) is not None}
             write_checkpoint(scratch, plain_config(family.config), plain)
             theirs = load(family, scratch)

@@ -1,12 +1,12 @@
-//! Tensors of wrong dtypes.
+//! Tensors with wrong dtypes.
 
 use safetensors::Dtype;
 
 use crate::common::toy::Toy;
-use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, refused};
+use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, assert_refused};
 
 #[test]
-fn wrong_dtypes_say_what_was_expected() {
+fn wrong_dtypes_are_refused_with_the_expected_ones() {
     let cases: &[Case] = &[
         (
             MIMO,
@@ -175,5 +175,5 @@ fn wrong_dtypes_say_what_was_expected() {
              `~.gate_up_proj_scale_inv`, got BF16)",
         ),
     ];
-    refused(Toy::golden, cases);
+    assert_refused(Toy::golden, cases);
 }

@@ -1,4 +1,4 @@
-//! Files that are damaged, missing or something else.
+//! Files that are damaged, missing or of another format.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ fn cut(dir: &Path, shard: usize, bytes: u64) {
     file.set_len(size - bytes).unwrap();
 }
 
-/// Overwrites the first place in a shard that holds `from`.
+/// Replaces the first occurrence of `from` in a shard.
 fn patch(dir: &Path, shard: usize, from: &str, to: &str) {
     let path = dir.join(shard_name(shard));
     let mut bytes = fs::read(&path).unwrap();

@@ -1,5 +1,5 @@
-//! What is refused at mount, family by family: each row of a table changes one thing about a
-//! golden checkpoint and holds the whole message that comes of it.
+//! Checkpoints that must be refused. Each row of a table changes one thing in a golden checkpoint
+//! and contains the complete expected message.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -16,7 +16,7 @@ use std::path::Path;
 use common::toy::Toy;
 use mount_ckpt::PlanOptions;
 
-/// A family, a change, and the message, in which `~` stands for the experts of a layer.
+/// A family, a change, and the message. `~` stands for the prefix of the experts of a layer.
 type Case = (&'static str, fn(&mut Toy) -> &mut Toy, &'static str);
 
 const MIMO: &str = "mimo-v2-flash";
@@ -25,7 +25,7 @@ const BASE: &str = "deepseek-v4-base";
 const KIMI: &str = "kimi-k25-vl";
 const QWEN: &str = "qwen3-vl-moe";
 
-/// The message of a mount that must be refused.
+/// The message with which the checkpoint is refused; a text with the summary if it is accepted.
 fn refusal(toy: &Toy, options: &PlanOptions, damage: impl FnOnce(&Path)) -> String {
     match toy.mount(options, damage) {
         Ok(mounted) => format!("accepted: {}", mounted.engine.plan().summary),
@@ -33,8 +33,8 @@ fn refusal(toy: &Toy, options: &PlanOptions, damage: impl FnOnce(&Path)) -> Stri
     }
 }
 
-/// All rows are looked at before the test fails.
-fn refused(load: fn(&'static str) -> Toy, cases: &[Case]) {
+/// Checks all rows before the test fails.
+fn assert_refused(load: fn(&'static str) -> Toy, cases: &[Case]) {
     let mut differences = String::new();
     for (i, (family, change, expected)) in cases.iter().enumerate() {
         let mut toy = load(family);

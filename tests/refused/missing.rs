@@ -1,10 +1,10 @@
-//! Parts that are missing, doubled, or that no rule names.
+//! Tensors that are missing, duplicated, or without a rule.
 
 use mount_ckpt::{LayoutName, PlanOptions, Unmapped};
 use safetensors::Dtype;
 
 use crate::common::toy::Toy;
-use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, refusal, refused};
+use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, assert_refused, refusal};
 
 #[test]
 fn parts_that_are_missing_are_named_with_what_needs_them() {
@@ -190,7 +190,7 @@ fn parts_that_are_missing_are_named_with_what_needs_them() {
             "1 missing layer: `model.language_model.layers.1` (by config.json there are 2)",
         ),
     ];
-    refused(Toy::golden, cases);
+    assert_refused(Toy::golden, cases);
 }
 
 #[test]
@@ -312,11 +312,11 @@ fn names_that_no_rule_takes_are_refused() {
              `~.bias`",
         ),
     ];
-    refused(Toy::golden, cases);
+    assert_refused(Toy::golden, cases);
 }
 
 #[test]
-fn a_name_that_two_tensors_land_on_is_refused() {
+fn two_tensors_with_the_same_target_name_are_refused() {
     let cases: &[Case] = &[
         (
             FLASH,
@@ -352,11 +352,11 @@ fn a_name_that_two_tensors_land_on_is_refused() {
              (`mm_projector.proj.0.weight` and `mm_projector.linear_1.weight`)",
         ),
     ];
-    refused(Toy::golden, cases);
+    assert_refused(Toy::golden, cases);
 }
 
 #[test]
-fn a_published_view_of_a_published_checkpoint_is_checked_too() {
+fn hf_views_are_checked_for_missing_experts() {
     let mut toy = Toy::golden(MIMO);
     toy.drop_all("~.1.up_proj.");
     let options = PlanOptions { to: Some(LayoutName::Hf), ..PlanOptions::default() };
@@ -367,7 +367,7 @@ fn a_published_view_of_a_published_checkpoint_is_checked_too() {
 }
 
 #[test]
-fn what_is_dropped_by_request_is_not_refused() {
+fn unmapped_tensors_may_be_kept_or_dropped() {
     let mut toy = Toy::golden(MIMO);
     toy.add("surplus", Dtype::BF16, &[4]);
     for (unmapped, what) in [(Unmapped::Keep, "kept"), (Unmapped::Drop, "dropped")] {

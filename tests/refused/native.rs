@@ -1,13 +1,13 @@
-//! The way back: the native layout with something wrong.
+//! The native layout with something wrong, mounted in the published layout.
 
 use mount_ckpt::{PlanOptions, Quantize};
 use safetensors::Dtype;
 
 use crate::common::toy::Toy;
-use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, refusal, refused};
+use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, assert_refused, refusal};
 
 #[test]
-fn the_native_layout_is_refused_in_the_same_words() {
+fn damaged_native_checkpoints_are_refused_with_the_same_messages() {
     let cases: &[Case] = &[
         (
             MIMO,
@@ -129,11 +129,11 @@ fn the_native_layout_is_refused_in_the_same_words() {
              40, 96], got [4, 96, 40])",
         ),
     ];
-    refused(Toy::native, cases);
+    assert_refused(Toy::native, cases);
 }
 
 #[test]
-fn quantizing_asks_for_numbers() {
+fn integer_tensors_cannot_be_quantized() {
     let mut toy = Toy::native(MIMO);
     toy.retype("~.down_projs", Dtype::I16);
     let quantize = Some(Quantize::default());

@@ -1,12 +1,12 @@
-//! Tensors of wrong shapes.
+//! Tensors with wrong shapes.
 
 use safetensors::Dtype;
 
 use crate::common::toy::Toy;
-use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, refused};
+use crate::{BASE, Case, FLASH, KIMI, MIMO, QWEN, assert_refused};
 
 #[test]
-fn wrong_shapes_say_what_was_expected() {
+fn wrong_shapes_are_refused_with_the_expected_ones() {
     let cases: &[Case] = &[
         (
             MIMO,
@@ -238,5 +238,5 @@ fn wrong_shapes_say_what_was_expected() {
              got [4, 40, 0])",
         ),
     ];
-    refused(Toy::golden, cases);
+    assert_refused(Toy::golden, cases);
 }

@@ -1,4 +1,4 @@
-"""Makes codec.safetensors: what PyTorch on a CPU makes of codes, scales and numbers.
+"""Writes codec.safetensors: results of PyTorch on CPU for decoding, encoding and casting.
 
     pip install torch safetensors numpy
     python make.py
@@ -13,11 +13,11 @@ generator = torch.Generator().manual_seed(20)
 
 
 def bits(words):
-    """Numbers with these bits."""
+    """F32 values with these bits."""
     return torch.from_numpy(np.array(words, dtype=np.uint32).view(np.float32).copy())
 
 
-# Scales: ordinary ones, and the ends of f32.
+# Scales: ordinary ones, and the extreme values of F32.
 scales = torch.cat([
     torch.rand(40, generator=generator, dtype=F32) * 1e-2,
     -torch.rand(4, generator=generator, dtype=F32),
@@ -31,7 +31,7 @@ int4 = torch.arange(-8, 8, dtype=F32)[None, :] * scales[:, None]
 e2m1_values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=F32)
 e2m1 = torch.cat([e2m1_values, -e2m1_values])[None, :] * scales[:, None]
 
-# Numbers to encode, with every tie of the two codes under scale 1 among them.
+# Values to encode, including every tie between two neighbouring codes under scale 1.
 grid = codes.to(F32)[:0x7F]
 ties = (grid[1:] + grid[:-1]) / 2
 halves = torch.arange(-20, 21, dtype=F32) / 2
