@@ -13,7 +13,7 @@ use super::progress::{bar, rate};
 use super::request::ViewRequest;
 use crate::read::{Engine, EngineOptions};
 use crate::tensor::{ByteSize, to_u64};
-use crate::view::{Ino, Kind, View};
+use crate::view::{Ino, Kind, STATUS_DIRECTORY, View};
 use anyhow::{Context as _, bail, ensure};
 use indicatif::ProgressBar;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -92,9 +92,6 @@ fn absolute(out: &Path) -> anyhow::Result<PathBuf> {
     Ok(rest.iter().fold(there.canonicalize().with_context(shown)?, |path, name| path.join(name)))
 }
 
-/// Directory of the status files, which belong to the mount and not to the checkpoint.
-const STATUS_DIRECTORY: &str = ".mount-ckpt";
-
 /// All files of a view except the status files.
 fn files(view: &View) -> anyhow::Result<Vec<ViewFile>> {
     let mut files = Vec::new();
@@ -126,7 +123,7 @@ fn read_file(view: &View, file: &ViewFile, mut at: u64, mut out: &mut [u8]) -> a
         let read = view.read(file.ino, at, out).with_context(shown)?;
         ensure!(read > 0, "{}: expected {} more bytes, got none", shown(), out.len());
         out = &mut out[read..];
-        at += u64::try_from(read).expect("a read is below 2^64 bytes");
+        at += to_u64(read);
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use super::output;
 use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::mountpoint::{is_alive, path_in_table};
 use crate::mount::unmount::{Unmount, UnmountError, unmount};
+use crate::view::STATUS_DIRECTORY;
 use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::Value;
@@ -74,7 +75,7 @@ fn show(table: &[MountEntry], at: &Path, json: bool) -> anyhow::Result<()> {
         is_alive(entry),
         "the process of the mount at `{shown}` died: run `mount-ckpt umount {shown}`, then mount again"
     );
-    let file = at.join(".mount-ckpt/stats.json");
+    let file = at.join(STATUS_DIRECTORY).join("stats.json");
     let text = std::fs::read(&file).with_context(|| format!("cannot read `{}`", file.display()))?;
     let counters: Value = serde_json::from_slice(text.trim_ascii())
         .with_context(|| format!("`{}` is not JSON", file.display()))?;

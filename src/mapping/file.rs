@@ -14,7 +14,7 @@ use super::require::{condition_holds, is_truthy, requirements, siblings};
 use super::template::{ConfigKey, NameTemplate, RawTemplate, Variables};
 use super::{ConfigLookup, MappingError, Op};
 use crate::codec::Scheme;
-use crate::tensor::DType;
+use crate::tensor::{DType, to_u64};
 
 /// The built-in mappings: name and text.
 const SHIPPED: [(&str, &str); 9] = [
@@ -391,7 +391,7 @@ fn resolve_rule(
             }
             RawOp::Split(RawSplit { split: axis }) => {
                 tensors = to.len();
-                let parts = u64::try_from(to.len()).expect("a rule has few names");
+                let parts = to_u64(to.len());
                 Op::Split { axis: *axis, parts }
             }
             RawOp::Rotary(RawRotary { rotary: axis, heads, of }) => {

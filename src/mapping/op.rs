@@ -6,7 +6,7 @@
 //! way back, [`disassembled_shape`] derives the published shape from the layout's, and the same
 //! fragments are used with their two sides exchanged.
 
-use crate::tensor::{Axis, BoxMap};
+use crate::tensor::{Axis, BoxMap, to_u64};
 
 /// One operation of a rule, described from the published tensors to the layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,7 +146,7 @@ pub(crate) fn disassembled_shape(
         match op.clone() {
             Op::Transpose => transpose_shape(&mut shape)?,
             Op::Concat { axis } | Op::Interleave { axis } => {
-                let n = u64::try_from(joined).expect("a rule names few tensors");
+                let n = to_u64(joined);
                 let cut = divided(&shape, axis, n)?;
                 shape[axis] = cut;
                 joined = 1;
@@ -201,7 +201,7 @@ fn join(
     axis: usize,
     place: impl Fn(u64, u64, u64) -> (u64, u64),
 ) -> Result<Vec<AssembledTensor>, OpError> {
-    let n = u64::try_from(state.len()).expect("a rule names few tensors");
+    let n = to_u64(state.len());
     let first = state.first().map(|t| t.shape.clone()).unwrap_or_default();
     axis_of(&first, axis)?;
     let mut shape = first.clone();

@@ -9,7 +9,7 @@
 
 use super::mountpoint::MountPointError;
 use super::{Filesystem, MountOptions, mount_filesystem, signals, unmount};
-use crate::view::View;
+use crate::view::{STATUS_DIRECTORY, View};
 use nix::errno::Errno;
 use sd_notify::NotifyState;
 use std::io;
@@ -108,7 +108,7 @@ pub(crate) fn mount_and_wait(
 
 /// Reads from the mount as any program would. Returns once it answers.
 fn wait_for_answer(at: &Path) -> io::Result<()> {
-    let (root, stats) = (at.to_owned(), at.join(".mount-ckpt/stats.json"));
+    let (root, stats) = (at.to_owned(), at.join(STATUS_DIRECTORY).join("stats.json"));
     let (send, answer) = mpsc::channel();
     // In a thread of its own, since reading from a mount that hangs never returns.
     std::thread::Builder::new().name("answers".to_owned()).spawn(move || {

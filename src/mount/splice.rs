@@ -10,6 +10,7 @@
 //! ```
 //! A mapped copy of verbatim bytes is a third faster this way; in requests of 128 KiB, nearly half.
 
+use crate::tensor::to_u64;
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
@@ -100,7 +101,7 @@ impl Pipe {
     /// Whether the pipe has the capacity for a header and `bytes` bytes from `offset` of a file;
     /// enlarges it if it does not.
     fn reserve(&mut self, offset: u64, bytes: usize) -> bool {
-        let page = u64::try_from(self.page_bytes).expect("a page is small");
+        let page = to_u64(self.page_bytes);
         let in_page = usize::try_from(offset % page).expect("below a page");
         let slots = 1 + (in_page + bytes).div_ceil(self.page_bytes);
         if slots > self.slots

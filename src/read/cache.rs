@@ -5,6 +5,7 @@
 //! alone exceed the budget, nothing else is kept. With a budget of 0 an entry is evicted as soon as
 //! it is complete, and single flight still works.
 
+use crate::tensor::to_u64;
 use std::hash::Hash;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -85,7 +86,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn size(bytes: &[u8]) -> u64 {
-    u64::try_from(bytes.len()).expect("a usize fits in 64 bits")
+    to_u64(bytes.len())
 }
 
 impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
@@ -161,7 +162,7 @@ impl<K: Hash + Eq + Copy, E: Clone> Cache<K, E> {
         }
         let flight = Arc::new(Flight { result: Mutex::new(None), done: Condvar::new() });
         state.slots.put(key, Slot::InFlight(Arc::clone(&flight)));
-        state.bytes += u64::try_from(len).expect("a usize fits in 64 bits");
+        state.bytes += to_u64(len);
         state.evict(self.budget);
         // The last buffer is the most likely to be in this core's cache.
         let spare = state.spare.iter().rposition(|b| b.len() == len);

@@ -13,7 +13,7 @@ use super::shard::{self, ViewShard};
 use super::status::StatusFile;
 use super::tensor_directory::TensorDirectory;
 use super::tree::{NodeData, NodeId, Tree};
-use super::{INTERNAL, ViewError, ViewOptions};
+use super::{STATUS_DIRECTORY, ViewError, ViewOptions};
 
 /// A file that appears in every directory of the view.
 #[derive(Clone, Debug)]
@@ -41,7 +41,8 @@ pub(super) fn tree<'a>(
     options: &ViewOptions,
 ) -> Result<Tree, ViewError> {
     let mut tree = Tree::new(mtime);
-    let internal = tree.directory(NodeId::ROOT, INTERNAL, mtime).expect("the root is empty");
+    let internal =
+        tree.directory(NodeId::ROOT, STATUS_DIRECTORY, mtime).expect("the root is empty");
     for (file, name) in StatusFile::ALL {
         tree.add(internal, name, mtime, NodeData::Status(file)).expect("the names are distinct");
     }
@@ -49,7 +50,7 @@ pub(super) fn tree<'a>(
         let refuse = || ViewError::DirectoryName { name: directory.name.clone() };
         let (top, status) = match directory.name.as_str() {
             "" => (NodeId::ROOT, internal),
-            "." | ".." | INTERNAL => return Err(refuse()),
+            "." | ".." | STATUS_DIRECTORY => return Err(refuse()),
             name if name.contains(['/', '\0']) => return Err(refuse()),
             name => (
                 tree.directory(NodeId::ROOT, name, mtime).ok_or_else(refuse)?,

@@ -39,7 +39,7 @@ use tree::{InodeRef, Node, NodeData, NodeId, Tree};
 pub use error::ViewError;
 
 /// Name of the directory that contains the status files.
-const INTERNAL: &str = ".mount-ckpt";
+pub(crate) const STATUS_DIRECTORY: &str = ".mount-ckpt";
 
 const CONFIG: &str = "config.json";
 

@@ -11,6 +11,7 @@ use crate::mapping::{
 };
 use crate::plan::options::matches;
 use crate::plan::report::{Problem, Problems};
+use crate::tensor::to_u64;
 
 /// Maximum number of missing layers that are examined one by one. A config.json, or the number in a
 /// tensor's name, can ask for any number of layers.
@@ -134,7 +135,7 @@ impl Completeness<'_> {
             } else {
                 format!("by config.json there are {count}")
             };
-            let there = u64::try_from(layers.len()).expect("tensors are counted in 32 bits");
+            let there = to_u64(layers.len());
             let missing = (0..count).filter(|l| !layers.contains(l));
             let names = missing.filter_map(|l| template.prefix_through_index(l));
             self.note_missing_layers(count - there, names, &what, problems);
@@ -214,7 +215,7 @@ impl Completeness<'_> {
         problems: &mut Problems,
     ) {
         let Some((&last, _)) = layers.last_key_value() else { return };
-        let there = u64::try_from(layers.len()).expect("tensors are counted in 32 bits");
+        let there = to_u64(layers.len());
         let between = (0..last).filter(|l| !layers.contains_key(l)).map(|l| scope.layer(l));
         self.note_missing_layers(
             (last + 1).saturating_sub(there),

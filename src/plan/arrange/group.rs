@@ -7,6 +7,7 @@ use super::{LogicalTensor, ViewTensor};
 use crate::mapping::{AssembledTensor, Bindings, Layout, Rule, Side, TableRow};
 use crate::plan::fragment::fragments_of;
 use crate::plan::report::{Problem, Problems};
+use crate::tensor::to_u64;
 
 /// Maximum number of missing parts that are examined one by one. A config.json can ask for any
 /// number of experts.
@@ -74,9 +75,9 @@ impl<'a> RuleGroup<'a> {
     /// Whether every part is there; notes those that are not.
     fn is_complete(&self, bindings: &Bindings, view_name: &str, problems: &mut Problems) -> bool {
         let rule = self.rule;
-        let parts = u64::try_from(rule.hf.len()).expect("a rule has few names");
+        let parts = to_u64(rule.hf.len());
         let expected = parts.saturating_mul(rule.stacked_count());
-        let there = u64::try_from(self.parts.len()).expect("tensors are counted in 32 bits");
+        let there = to_u64(self.parts.len());
         if expected == there {
             return true;
         }
@@ -89,7 +90,7 @@ impl<'a> RuleGroup<'a> {
         let name = |(part, s): (usize, Option<u64>)| rule.part_name(part, s, bindings);
         let known = missing().take(MAX_MISSING_EXAMINED).filter_map(name);
         let refused: BTreeSet<String> = known.filter(|n| problems.is_refused(n)).collect();
-        let refused_count = u64::try_from(refused.len()).expect("tensors are counted in 32 bits");
+        let refused_count = to_u64(refused.len());
         let names = missing().filter_map(name).filter(|n| !refused.contains(n));
         let first = names.map(|name| (name, format!("for `{view_name}`")));
         problems.add_many(Problem::MissingPart, expected - there - refused_count, first);

@@ -17,7 +17,7 @@ use crate::plan::{
     Origin, ScaleBand, ScaleOf, SourceRange,
 };
 use crate::source::{Checkpoint, SourceId, SourceTensor};
-use crate::tensor::{DType, Float, Shape};
+use crate::tensor::{DType, Float, Shape, to_u64};
 
 /// A payload, scale or shape tensor of the view.
 #[derive(Debug)]
@@ -239,7 +239,7 @@ impl Facets {
                     .iter()
                     .flat_map(|d| i32::try_from(*d).unwrap_or(i32::MAX).to_le_bytes())
                     .collect();
-                let n = u64::try_from(dims.len()).expect("a rank");
+                let n = to_u64(dims.len());
                 self.tensors.push(FacetTensor {
                     name: name(template),
                     dtype: DType::I32,

@@ -6,6 +6,7 @@ use std::fmt;
 
 use crate::mapping::{LayoutName, MappingError};
 use crate::source::ConfigError;
+use crate::tensor::to_u64;
 
 /// Maximum number of names per kind that a message lists.
 const MAX_LISTED: usize = 5;
@@ -196,7 +197,7 @@ impl fmt::Display for Problems {
                 f.write_str("; ")?;
             }
             write!(f, "{count} {}: {}", problem.heading(*count == 1), first.join(", "))?;
-            let listed = u64::try_from(first.len()).expect("a few names");
+            let listed = to_u64(first.len());
             if *count > listed {
                 write!(f, " and {} more", count - listed)?;
             }
